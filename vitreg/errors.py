@@ -1,0 +1,44 @@
+"""Every error that vitreg raises on purpose.
+
+    VitregError
+    ├── ModelLoadError          no such model, a folder without one, a checkpoint that does not fit
+    ├── UnsupportedModelError   a model whose parts cannot be found, or that cannot be watched
+    ├── NonFiniteError          NaN or infinity in weights or activations
+    ├── ImageError              no readable image, or (with strict) one that is not
+    ├── OutputError             a result that cannot be written
+    └── MissingExtraError       an optional library that is not installed
+
+Each message says what was found, what was expected, and what to do.
+The command line turns a VitregError into one line and exit code 1; anything else is a bug.
+"""
+
+
+class VitregError(Exception):
+    """The root of the tree: catch this to catch all that vitreg raises on purpose."""
+
+
+class ModelLoadError(VitregError):
+    """The model could not be built or its weights do not fit."""
+
+
+class UnsupportedModelError(VitregError):
+    """The model's parts could not be found, or its forward pass cannot be watched."""
+
+
+class NonFiniteError(VitregError):
+    """Weights or activations hold NaN or infinity."""
+
+
+class ImageError(VitregError):
+    """No image could be read, or one could not and `strict` was asked for."""
+
+
+class OutputError(VitregError):
+    """A result could not be written."""
+
+
+class MissingExtraError(VitregError):
+    """An optional library is missing."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed. Install it with: pip install 'vitreg[{extra}]'")
