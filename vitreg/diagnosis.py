@@ -1,0 +1,427 @@
+"""Does a model have attention artifacts, where, from which layer on, and what do they do?
+
+    report = diagnose(vit, photos)
+    print(report)
+    report.outliers(vit, batch)       # (b, gh, gw) masks
+
+One pass over the images. Layers are 0-based: layer i is the residual stream after block i, before any
+final norm. An outlier is a patch token whose norm lies beyond the gap that separates a second
+population of norms from the first (see threshold.py); a model without such a gap has no artifacts.
+"""
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from vitreg.anatomy import TokenLayout, evaluating
+from vitreg.errors import ImageError
+from vitreg.images import Batch, Images
+from vitreg.models import Backbone
+from vitreg.statistics import EDGES, Collector, Statistics
+from vitreg.threshold import MIN_GAP, MIN_RATIO, Gap, quantile, widest_gap
+from vitreg.trace import trace, watch
+
+# A value norm at outliers under this share of the others' is that of a sink that writes nothing.
+NOP_SINK = 0.5
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer: norms of patch tokens (in units of the residual stream), outliers, attention.
+
+    `threshold` is None where no second population of norms stands apart. `attention_to_outliers` is the
+    share of CLS-to-patch attention (mean over heads and images) on tokens that enter this block as
+    outliers, `attention_by_head` the same per head. `value_norm_ratio` compares value norms at these
+    tokens with those elsewhere.
+    """
+
+    layer: int
+    median_norm: float
+    p99_norm: float
+    max_norm: float
+    mean_plus_3_sigma: float
+    threshold: float | None
+    outlier_fraction: float
+    gap: float
+    ratio: float
+    attention_to_outliers: float
+    attention_by_head: list[float]
+    value_norm_ratio: float | None
+    cls_norm: float | None
+    register_norm: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as the report shows it: the photo, and per layer its norms and attention, (l, gh, gw)."""
+
+    name: str
+    photo: Shaped[np.ndarray, "h w 3"]
+    norms: Float[np.ndarray, "l gh gw"]
+    attention: Float[np.ndarray, "l gh gw"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
+
+    `verdict` is "artifacts" or "no artifacts". Without artifacts the threshold and onset are None,
+    fractions are 0, and `detect_layer` is the layer that came closest.
+    """
+
+    model: str
+    images: int
+    failed_images: list[dict[str, str]]
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    prefix_tokens: int
+    register_tokens: int
+    verdict: str
+    reason: str
+    threshold: float | None
+    mean_plus_3_sigma: float
+    mean_plus_3_sigma_fraction: float
+    detect_layer: int
+    onset_layer: int | None
+    outlier_fraction: float
+    outliers_per_image: float
+    attention_to_outliers: float
+    attention_queries: str
+    position_frequency: list[list[float]]
+    neighbour_similarity: dict[str, float | None]
+    sink: str | None
+    excess_dimensions: list[dict[str, int | float]]
+    layers: list[LayerDiagnosis]
+    versions: dict[str, str]
+    statistics: Statistics = field(repr=False, compare=False)
+    examples: list[Example] = field(repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the histograms and examples, as JSON-ready values."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("statistics", "examples", "layers")}
+        return kept | {"layers": [asdict(layer) for layer in self.layers]}
+
+    @property
+    def has_artifacts(self) -> bool:
+        return self.verdict == "artifacts"
+
+    @property
+    def histograms(self) -> tuple[Float[np.ndarray, "l k"], Float[np.ndarray, " edges"]]:
+        """Patch tokens per layer and norm bin, and the bins' edges."""
+        return self.statistics.counts.double().numpy(), EDGES.double().numpy()
+
+    def outliers(self, vit: Backbone, images: Float[Tensor, "b 3 h w"]) -> Bool[Tensor, "b gh gw"]:
+        """Masks of the outlier patches of these images, by this diagnosis' layer and threshold."""
+        with evaluating(vit.model), trace(vit, layers=[self.detect_layer]) as t:
+            vit(images)
+        norms = t.norms[0, :, t.layout.patch_slice]
+        mask = (
+            norms >= self.threshold
+            if self.threshold is not None
+            else torch.zeros_like(norms, dtype=torch.bool)
+        )
+        return t.layout.as_grid(mask)
+
+    def figure(self) -> Any:
+        """The main figure, as a matplotlib Figure."""
+        from vitreg.plots import overview
+
+        return overview(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.verdict}", self.reason, *self._facts()]
+        if self.failed_images:
+            lines.append(f"{len(self.failed_images)} images could not be read:")
+            lines += [f"  {failed['path']}: {failed['reason']}" for failed in self.failed_images]
+        return "\n".join(lines)
+
+    def _facts(self) -> list[str]:
+        if not self.has_artifacts:
+            return []
+        similar = self.neighbour_similarity
+        lines = [
+            f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
+            f"places: {describe_places(self.position_frequency)}",
+            f"attention on outliers in the last block: {self.attention_to_outliers:.1%} (from {self.attention_queries})",
+        ]
+        if similar["outlier"] is not None and similar["normal"] is not None:
+            lines.append(
+                f"likeness to neighbours (cosine): outliers {similar['outlier']:.2f}, others {similar['normal']:.2f}"
+            )
+        if self.sink:
+            lines.append(f"kind of sink: {self.sink}")
+        dims = ", ".join(f"{d['dimension']} ({d['share']:.0%})" for d in self.excess_dimensions)
+        lines.append(f"residual dimensions that carry the excess: {dims}")
+        return lines
+
+
+def diagnose(
+    vit: Backbone,
+    images: Images | Iterable[Batch] | Iterable[Tensor],
+    *,
+    examples: int = 8,
+) -> Diagnosis:
+    """Diagnose `vit` on `images` (from read_images, or any batches of (b, 3, h, w) tensors), in one pass.
+
+    The first `examples` images are kept for figures; everything else streams, so memory does not grow
+    with their number. Raises ImageError without images, NonFiniteError for activations with NaN.
+    """
+    statistics, layout, kept = _collect(vit, images, examples)
+    failed = [asdict(f) for f in images.failed] if isinstance(images, Images) else []
+    return _conclude(vit, layout, statistics, failed, kept)
+
+
+def _collect(
+    vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples: int
+) -> tuple[Statistics, TokenLayout, list[Example]]:
+    collector: Collector | None = None
+    kept: list[Example] = []
+    with evaluating(vit.model):
+        for batch in images:
+            pixels, names = (batch.pixels, batch.names) if isinstance(batch, Batch) else (batch, ())
+            if collector is None:
+                layout = vit.layout_for(pixels)
+                collector = Collector(vit, Statistics.empty(vit, layout), layout)
+            elif vit.layout_for(pixels) != collector.layout:
+                raise ImageError(
+                    f"images of {tuple(pixels.shape[2:])} pixels came after images with another patch grid"
+                    f" ({collector.layout.grid}); diagnose one size at a time."
+                )
+            with watch(
+                vit,
+                on_embedding=collector.on_embedding,
+                on_block=collector.on_block,
+                on_attention=collector.on_attention,
+            ):
+                vit(pixels)
+            if len(kept) < examples:
+                kept += _examples(vit, pixels[: examples - len(kept)], names, collector, len(kept))
+    if collector is None:
+        raise ImageError("there are no images to diagnose; expected at least one batch.")
+    return collector.statistics, collector.layout, kept
+
+
+def _examples(
+    vit: Backbone, pixels: Tensor, names: Sequence[str], collector: Collector, start: int
+) -> list[Example]:
+    count = len(pixels)
+    norms = collector.layout.as_grid(torch.stack([x[:count] for x in collector.norms], 1)).cpu().numpy()
+    shares = collector.layout.as_grid(torch.stack([x[:count] for x in collector.shares], 1)).cpu().numpy()
+    photos = photos_of(vit, pixels)
+    named = list(names) + [f"image-{start + i}" for i in range(len(names), count)]
+    return [Example(named[i], photos[i], norms[i], shares[i]) for i in range(count)]
+
+
+def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndarray, "b h w 3"]:
+    """Preprocessed images as 8-bit photos again.
+
+    Normalisation is affine per channel, so what it makes of a black and of a white image says how to
+    invert it. Without preprocessing, each image is stretched to its own range.
+    """
+    if vit.preprocess is None:
+        low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    else:
+        side = max(vit.image_size)
+        low, high = (
+            vit.preprocess(PIL.Image.new("RGB", (side, side), shade)).mean((1, 2))[:, None, None]
+            for shade in ("black", "white")
+        )
+    unit = ((pixels.cpu().float() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    photos: np.ndarray = (unit * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return photos
+
+
+# -- conclusions -----------------------------------------------------------------------------------
+
+
+def _conclude(
+    vit: Backbone, layout: TokenLayout, s: Statistics, failed: list[dict[str, str]], kept: list[Example]
+) -> Diagnosis:
+    for name, value in vars(s).items():
+        if isinstance(value, Tensor):
+            setattr(s, name, value.cpu())
+    gaps = [widest_gap(counts, EDGES) for counts in s.counts]
+    layers = [_layer(layer, s, gaps, layout) for layer in range(len(gaps))]
+    separated = [gap is not None and gap.separates for gap in gaps]
+    widths = [gap.width if gap else 0.0 for gap in gaps]
+    candidates = [layer for layer, yes in enumerate(separated) if yes] or range(len(gaps))
+    detect = max(candidates, key=lambda layer: widths[layer])
+    found = separated[detect]
+    gap = gaps[detect]
+    threshold = gap.threshold if gap and found else None
+    onset = _onset(separated, detect) if found else None
+    sigma_fraction = _fraction_beyond(s.counts[detect], layers[detect].mean_plus_3_sigma)
+    return Diagnosis(
+        model=vit.name,
+        images=s.images,
+        failed_images=failed,
+        image_size=vit.image_size,
+        grid=layout.grid,
+        prefix_tokens=layout.prefix,
+        register_tokens=layout.registers,
+        verdict="artifacts" if found else "no artifacts",
+        reason=_reason(layers, detect, onset, threshold),
+        threshold=threshold,
+        mean_plus_3_sigma=layers[detect].mean_plus_3_sigma,
+        mean_plus_3_sigma_fraction=sigma_fraction,
+        detect_layer=detect,
+        onset_layer=onset,
+        outlier_fraction=layers[detect].outlier_fraction,
+        outliers_per_image=layers[detect].outlier_fraction * layout.patches,
+        attention_to_outliers=layers[-1].attention_to_outliers,
+        attention_queries="CLS" if layout.prefix else "evenly spread patches",
+        position_frequency=_position_frequency(s, layout, detect, threshold),
+        neighbour_similarity=_neighbour_similarity(s, detect, threshold),
+        sink=_sink(layers, detect) if found else None,
+        excess_dimensions=_excess_dimensions(s, detect) if found else [],
+        layers=layers,
+        versions=versions(),
+        statistics=s,
+        examples=kept,
+    )
+
+
+def _layer(layer: int, s: Statistics, gaps: list[Gap | None], layout: TokenLayout) -> LayerDiagnosis:
+    counts, gap = s.counts[layer], gaps[layer]
+    total = int(counts.sum())
+    mean, square = (s.moments[layer] / total).tolist()
+    separates = gap is not None and gap.separates
+    entering = gaps[layer - 1] if layer else None
+    bound = entering.threshold if entering is not None and entering.separates else None
+    by_head = [_beyond(sums, bound) / s.images for sums in s.attention[layer]]
+    return LayerDiagnosis(
+        layer=layer,
+        median_norm=quantile(counts, EDGES, 0.5),
+        p99_norm=quantile(counts, EDGES, 0.99),
+        max_norm=float(s.largest[layer]),
+        mean_plus_3_sigma=mean + 3 * max(square - mean**2, 0.0) ** 0.5,
+        threshold=gap.threshold if gap is not None and separates else None,
+        outlier_fraction=gap.fraction if gap is not None and separates else 0.0,
+        gap=gap.width if gap else 1.0,
+        ratio=gap.ratio if gap else 1.0,
+        attention_to_outliers=sum(by_head) / len(by_head),
+        attention_by_head=by_head,
+        value_norm_ratio=_ratio_beyond(s.values[layer], s.entering[layer], bound),
+        cls_norm=float(s.special[layer, 0]) / s.images if layout.prefix else None,
+        register_norm=float(s.special[layer, 1]) / s.images if layout.registers else None,
+    )
+
+
+def _onset(separated: list[bool], detect: int) -> int:
+    """The first of the layers, up to the detect layer and without a break, that show outliers."""
+    onset = detect
+    while onset and separated[onset - 1]:
+        onset -= 1
+    return onset
+
+
+def _beyond(per_bin: Tensor, threshold: float | None) -> float:
+    """The part of a per-bin sum that lies at or beyond a threshold (a bin edge)."""
+    return 0.0 if threshold is None else float(per_bin[EDGES[:-1] >= threshold].sum())
+
+
+def _mean_beyond(sums: Tensor, counts: Tensor, beyond: Tensor) -> float | None:
+    count = int(counts[beyond].sum())
+    return float(sums[beyond].sum()) / count if count else None
+
+
+def _ratio_beyond(sums: Tensor, counts: Tensor, threshold: float | None) -> float | None:
+    """Mean of a quantity at outliers over its mean elsewhere."""
+    if threshold is None:
+        return None
+    beyond = EDGES[:-1] >= threshold
+    inside, outside = _mean_beyond(sums, counts, beyond), _mean_beyond(sums, counts, ~beyond)
+    return inside / outside if inside is not None and outside else None
+
+
+def _fraction_beyond(counts: Tensor, value: float) -> float:
+    """Share of tokens in bins whose lower edge is at or above `value` (exact to one bin, 4%)."""
+    return float(counts[EDGES[:-1] >= value].sum()) / int(counts.sum())
+
+
+def _position_frequency(
+    s: Statistics, layout: TokenLayout, layer: int, threshold: float | None
+) -> list[list[float]]:
+    """Per grid cell, the share of images whose patch there is an outlier."""
+    beyond = EDGES[:-1] >= (threshold if threshold is not None else torch.inf)
+    frequency: list[list[float]] = layout.as_grid(
+        s.positions[layer][:, beyond].sum(1).double() / s.images
+    ).tolist()
+    return frequency
+
+
+def _neighbour_similarity(s: Statistics, layer: int, threshold: float | None) -> dict[str, float | None]:
+    beyond = EDGES[:-1] >= (threshold if threshold is not None else torch.inf)
+    sums, counts = s.similarity[layer], s.counts[layer]
+    if not sums.any():
+        return {"outlier": None, "normal": None}
+    return {"outlier": _mean_beyond(sums, counts, beyond), "normal": _mean_beyond(sums, counts, ~beyond)}
+
+
+def _sink(layers: list[LayerDiagnosis], detect: int) -> str | None:
+    """NOP or broadcast sink (arXiv 2606.08105), by the value norms in the first block that reads outliers."""
+    ratios = [x.value_norm_ratio for x in layers[detect + 1 :] if x.value_norm_ratio is not None]
+    if not ratios:
+        return None
+    ratio = sorted(ratios)[len(ratios) // 2]
+    kind = (
+        "NOP sink: attended to, but writes little"
+        if ratio < NOP_SINK
+        else "broadcast sink: what it holds is read"
+    )
+    return f"{kind} (value norms {ratio:.2f}x those elsewhere)"
+
+
+def _excess_dimensions(s: Statistics, layer: int, most: int = 5) -> list[dict[str, int | float]]:
+    """The residual dimensions with most of the squared norm that outliers have and median patches lack."""
+    peaks = max(int(s.peaks[layer]), 1)
+    excess = (s.peak_energy[layer] / peaks - s.median_energy[layer] / s.images).clamp(min=0)
+    share = excess / excess.sum()
+    top = share.topk(min(most, len(share))).indices.tolist()
+    return [{"dimension": d, "share": float(share[d])} for d in top if share[d] >= 0.01]
+
+
+def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None, threshold: float | None) -> str:
+    best = layers[detect]
+    if threshold is not None:
+        return (
+            f"{best.outlier_fraction:.2%} of patch tokens have norms {best.ratio:.0f}x the others' after block"
+            f" {detect} (above {threshold:.4g}, across an almost empty range {best.gap:.1f}x wide), from block {onset} on."
+        )
+    tail = max(layers, key=lambda x: x.max_norm / x.median_norm)
+    return (
+        f"in no layer do patch norms form a second population: the widest almost empty range is {best.gap:.2f}x"
+        f" (artifacts: at least {MIN_GAP}x, and {MIN_RATIO:.0f}x the median beyond it); the largest norm is"
+        f" {tail.max_norm / tail.median_norm:.1f}x the median (block {tail.layer})."
+    )
+
+
+def describe_places(frequency: list[list[float]], often: float = 0.5) -> str:
+    """Whether outliers sit at fixed places, in words."""
+    grid = torch.tensor(frequency)
+    places = [(r, c) for r, c in (grid >= often).nonzero().tolist()]
+    if not places:
+        row, column = divmod(int(grid.argmax()), grid.shape[1])
+        return f"no fixed places (most often row {row}, column {column}: {float(grid.max()):.0%} of images)"
+    share = float(sum(grid[r, c] for r, c in places) / grid.sum())
+    named = ", ".join(f"({r}, {c})" for r, c in places[:8]) + (", ..." if len(places) > 8 else "")
+    return f"{share:.0%} of them at fixed places (row, column): {named}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("vitreg", "torch", "timm", "transformers", "open_clip_torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

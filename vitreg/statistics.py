@@ -1,0 +1,182 @@
+"""What a diagnosis needs from each forward pass, in memory that does not grow with the images.
+
+Everything that is asked of outliers (how many, where, how much attention they draw) depends on a
+threshold that is known only at the end. So each quantity is summed per bin of the token's norm:
+afterwards, "over the outliers" is a sum over the bins beyond the threshold, for any threshold, from one
+pass. All sums add up, so partial statistics merge and the order of the images does not matter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.anatomy import TokenLayout
+from vitreg.attention import AttentionCall
+from vitreg.errors import NonFiniteError
+from vitreg.models import Backbone
+from vitreg.trace import token_norms
+
+BINS_PER_OCTAVE = 16
+LOWEST, HIGHEST = -6, 18  # powers of two; norms beyond count in the first or last bin
+BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
+EDGES: Float[Tensor, " edges"] = torch.exp2(torch.arange(BINS + 1) / BINS_PER_OCTAVE + LOWEST)
+
+# Queries whose attention is read where there is no CLS token: that many patches, spread evenly.
+PATCH_QUERIES = 16
+
+
+@dataclass
+class Statistics:
+    """Sums over images, per layer (l) and norm bin (k). Positions are row-major grid cells (p)."""
+
+    counts: Tensor  # (l, k) patch tokens
+    positions: Tensor  # (l, p, k) patch tokens
+    similarity: Tensor  # (l, k) summed cosine to the grid neighbours, after the patch embedding
+    attention: Tensor  # (l, h, k) summed share of CLS-to-patch attention, by the norm entering layer l
+    values: Tensor  # (l, k) summed value norms, by the norm entering layer l
+    entering: Tensor  # (l, k) patch tokens by the norm entering layer l
+    largest: Tensor  # (l,) largest patch norm
+    moments: Tensor  # (l, 2) sums of patch norms and of their squares
+    special: Tensor  # (l, 2) summed norms of CLS, and the mean over registers
+    peak_energy: Tensor  # (l, d) summed squares of each image's largest patch, where it is far out
+    peaks: Tensor  # (l,) images with such a patch
+    median_energy: Tensor  # (l, d) summed squares of each image's median patch
+    images: int = 0
+
+    @staticmethod
+    def empty(vit: Backbone, layout: TokenLayout) -> "Statistics":
+        anatomy = vit.anatomy
+        depth, heads, width = anatomy.depth, anatomy.heads, anatomy.width
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=vit.device)
+
+        return Statistics(
+            counts=zeros(depth, BINS, dtype=torch.int64),
+            positions=zeros(depth, layout.patches, BINS, dtype=torch.int32),
+            similarity=zeros(depth, BINS),
+            attention=zeros(depth, heads, BINS),
+            values=zeros(depth, BINS),
+            entering=zeros(depth, BINS, dtype=torch.int64),
+            largest=zeros(depth),
+            moments=zeros(depth, 2),
+            special=zeros(depth, 2),
+            peak_energy=zeros(depth, width),
+            peaks=zeros(depth, dtype=torch.int64),
+            median_energy=zeros(depth, width),
+        )
+
+    def merge(self, other: "Statistics") -> None:
+        """Add the statistics of other images of the same model."""
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if name == "images":
+                self.images += theirs
+            elif name == "largest":
+                self.largest = torch.maximum(mine, theirs)
+            else:
+                mine += theirs
+
+
+class Collector:
+    """Adds the forward passes that `watch` shows it to a Statistics."""
+
+    def __init__(self, vit: Backbone, statistics: Statistics, layout: TokenLayout) -> None:
+        self.vit, self.statistics, self.layout = vit, statistics, layout
+        self.norms: list[Tensor] = []  # of the latest batch, (b, p) per layer
+        self.shares: list[Tensor] = []  # of the latest batch, (b, p) per layer
+        self._bins: Tensor | None = None
+        self._similarity: Tensor | None = None
+        self._queries = query_tokens(layout).to(vit.device)
+
+    def on_embedding(self, patches: Float[Tensor, "b p d"]) -> None:
+        self.norms, self.shares, self._bins = [], [], None
+        self._similarity = neighbour_similarity(patches, self.layout)
+
+    def on_block(self, layer: int, residual: Float[Tensor, "b n d"]) -> None:
+        if layer == 0 and self._similarity is None:
+            self.norms, self.shares = [], []
+        s, layout = self.statistics, self.layout
+        norms = token_norms(residual)
+        if not norms.isfinite().all():
+            raise NonFiniteError(
+                f"the residual stream after block {layer} holds NaN or infinity in {residual.dtype}."
+                " Check the checkpoint, or use --dtype float32 (float16 overflows where outliers are large)."
+            )
+        patches = norms[:, layout.patch_slice]
+        bins = _bin(patches)
+        s.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS)
+        ones = torch.ones_like(bins, dtype=torch.int32)
+        s.positions[layer].scatter_add_(1, bins.T, ones.T)
+        if self._similarity is not None:
+            s.similarity[layer] += _binned(bins, self._similarity)
+        s.largest[layer] = torch.maximum(s.largest[layer], patches.max())
+        exact = patches.double()
+        s.moments[layer] += torch.stack([exact.sum(), exact.square().sum()])
+        s.special[layer, 0] += norms[:, layout.prefix_slice][:, :1].sum()
+        if layout.registers:
+            s.special[layer, 1] += norms[:, layout.register_slice].mean(1).sum()
+        self._add_energies(layer, residual[:, layout.patch_slice], patches)
+        if layer == 0:
+            s.images += len(norms)
+        self.norms.append(patches)
+        self._bins = bins
+
+    def _add_energies(self, layer: int, residual: Tensor, norms: Tensor) -> None:
+        """Which residual dimensions carry the excess: each image's largest patch against its median one."""
+        s, rows = self.statistics, torch.arange(len(norms), device=norms.device)
+        median, middle = norms.median(1)
+        peak, top = norms.max(1)
+        far = peak > 3 * median
+        s.median_energy[layer] += residual[rows, middle].double().square().sum(0)
+        s.peak_energy[layer] += residual[rows, top][far].double().square().sum(0)
+        s.peaks[layer] += far.sum()
+
+    def on_attention(self, layer: int, call: AttentionCall) -> None:
+        patches = self.layout.patch_slice
+        rows = call.rows(self._queries)[..., patches]  # (b, h, r, p)
+        shares = (rows / rows.sum(-1, keepdim=True)).mean(2)
+        self.shares.append(shares.mean(1))
+        if self._bins is None:  # layer 0: no block has written yet
+            return
+        s = self.statistics
+        for head in range(shares.shape[1]):
+            s.attention[layer, head] += _binned(self._bins, shares[:, head])
+        value_norms = torch.linalg.vector_norm(call.v[:, :, patches], dim=(1, 3), dtype=torch.float32)
+        s.values[layer] += _binned(self._bins, value_norms)
+        s.entering[layer] += torch.bincount(self._bins.flatten(), minlength=BINS)
+
+
+def query_tokens(layout: TokenLayout) -> Tensor:
+    """The tokens whose attention a diagnosis reads: CLS, or without one some evenly spread patches."""
+    if layout.prefix:
+        return torch.zeros(1, dtype=torch.long)
+    count = min(PATCH_QUERIES, layout.patches)
+    spread = (torch.arange(count) + 0.5) * layout.patches / count
+    return spread.long() + layout.patch_slice.start
+
+
+def neighbour_similarity(patches: Float[Tensor, "b p d"], layout: TokenLayout) -> Float[Tensor, "b p"]:
+    """Mean cosine similarity of each patch to its (up to) 4 grid neighbours (Darcet et al., Fig. 5a)."""
+    rows, columns = layout.grid
+    grid = torch.nn.functional.normalize(patches.float(), dim=-1).unflatten(1, (rows, columns))
+    total, count = grid.new_zeros(grid.shape[:3]), grid.new_zeros(rows, columns)
+    if rows > 1:
+        vertical = (grid[:, 1:] * grid[:, :-1]).sum(-1)
+        total[:, 1:], total[:, :-1] = total[:, 1:] + vertical, total[:, :-1] + vertical
+        count[1:], count[:-1] = count[1:] + 1, count[:-1] + 1
+    if columns > 1:
+        horizontal = (grid[:, :, 1:] * grid[:, :, :-1]).sum(-1)
+        total[:, :, 1:], total[:, :, :-1] = total[:, :, 1:] + horizontal, total[:, :, :-1] + horizontal
+        count[:, 1:], count[:, :-1] = count[:, 1:] + 1, count[:, :-1] + 1
+    return (total / count.clamp(min=1)).flatten(1)
+
+
+def _bin(norms: Tensor) -> Tensor:
+    return ((norms.log2() - LOWEST) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+
+
+def _binned(bins: Tensor, values: Tensor) -> Tensor:
+    return torch.bincount(bins.flatten(), weights=values.flatten().double(), minlength=BINS)

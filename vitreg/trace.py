@@ -1,0 +1,250 @@
+"""Record what happens inside a Vision Transformer during a forward pass.
+
+    with trace(vit, attention="cls") as t:
+        vit(batch)
+    t.norms          # (l, b, n)
+    t.attention      # (l, b, h, r, n)
+
+A trace holds the latest forward pass only, so memory grows with the batch and never with the number
+of images. `watch` is the streaming form underneath: it hands each block's tensors to a function and
+keeps nothing.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.anatomy import Anatomy, TokenLayout, first_tensor
+from vitreg.attention import AttentionCall, intercept
+from vitreg.errors import UnsupportedModelError
+from vitreg.models import Backbone
+
+AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
+
+
+class watch:  # noqa: N801 - used as a verb, like torch.no_grad
+    """While entered, hand what each block computes to functions, in order, for this thread only.
+
+    on_embedding(patches (b, p, d))     the patch embedding, before positions, where the model has one
+    on_block(layer, residual (b, n, d)) the residual stream after block `layer`
+    on_neurons(layer, a (b, n, f))      the input of the MLP's down-projection
+    on_attention(layer, call)           q, k, v and rows of attention, computed on demand
+
+    Hooks are installed on entering and removed on leaving; the model's results are untouched. What a
+    backward pass recomputes (gradient checkpointing) is not handed out a second time.
+    """
+
+    def __init__(
+        self,
+        vit: Backbone,
+        *,
+        on_embedding: Callable[[Tensor], None] | None = None,
+        on_block: Callable[[int, Tensor], None] | None = None,
+        on_neurons: Callable[[int, Tensor], None] | None = None,
+        on_attention: Callable[[int, AttentionCall], None] | None = None,
+    ) -> None:
+        self._vit = vit
+        self._on_embedding, self._on_block = on_embedding, on_block
+        self._on_neurons, self._on_attention = on_neurons, on_attention
+        self._inside: int | None = None
+        self._stack = ExitStack()
+        self.layout = vit.layout  # of the latest pass
+
+    def __enter__(self) -> "watch":
+        self._thread = threading.get_ident()
+        model, anatomy = self._vit.model, self._vit.anatomy
+        downs = anatomy.down_projections(model)
+        hooks: list[Any] = []
+        for layer, block in enumerate(anatomy.block_modules(model)):
+            hooks.append(block.register_forward_pre_hook(partial(self._entered, layer)))
+            hooks.append(block.register_forward_hook(partial(self._left, layer)))
+            if self._on_neurons:
+                hooks.append(downs[layer].register_forward_pre_hook(partial(self._neurons, layer)))
+        if anatomy.patch_embedding:
+            hooks.append(model.get_submodule(anatomy.patch_embedding).register_forward_hook(self._embedded))
+        for hook in hooks:
+            self._stack.callback(hook.remove)
+        if self._on_attention:
+            self._stack.enter_context(intercept(self._attention))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _ours(self) -> bool:
+        # No graph task: not inside a backward pass.
+        return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
+
+    def _entered(self, layer: int, module: nn.Module, args: Any) -> None:
+        if self._ours():
+            self._inside = layer
+
+    def _left(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._ours():
+            self._inside = None
+            residual = first_tensor(output)
+            if self._on_block and residual is not None:
+                if layer == 0:
+                    self._check(residual.shape[1])
+                self._on_block(layer, residual.detach())
+
+    def _check(self, tokens: int) -> None:
+        if tokens != self.layout.tokens:
+            raise UnsupportedModelError(
+                f"found {tokens} tokens in the blocks, but {self.layout} makes {self.layout.tokens}. Patch"
+                " dropping and token merging are not supported: switch them off (model.eval())."
+            )
+
+    def _neurons(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._ours() and self._on_neurons:
+            self._on_neurons(layer, args[0].detach())
+
+    def _embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self._ours():
+            return
+        self.layout = self._vit.layout
+        if output.dim() == 4:
+            self.layout = replace(self.layout, grid=(output.shape[2], output.shape[3]))
+            output = output.flatten(2).transpose(1, 2)
+        if self._on_embedding:
+            self._on_embedding(output.detach())
+
+    def _attention(self, call: AttentionCall) -> None:
+        if self._inside is not None and self._ours() and self._on_attention:
+            with torch.no_grad():
+                self._on_attention(self._inside, call)
+
+
+class trace:  # noqa: N801 - used as a verb, like torch.no_grad
+    """Record chosen parts of the latest forward pass of `vit` made inside the `with` block.
+
+    norms       L2 norms of the residual stream after each block -> `t.norms` (l, b, n)
+    residuals   the residual stream itself -> `t.residuals` (l, b, n, d)
+    neurons     inputs of the MLPs' down-projections -> `t.neurons` (l, b, n, f)
+    attention   "cls", "registers", "full", or patch numbers (row-major) -> `t.attention`
+                (l, b, h, r, n), softmax over all tokens; r rows in the order asked for
+    qkv         -> `t.q`, `t.k`, `t.v` (l, b, h, n, c), after rotary positions and q/k norm
+    embedding   the patch embedding before positions -> `t.embedding` (b, p, d)
+    layers      the 0-based layers to record (default all); the l axis follows this order
+
+    Reading what was not asked for, or before a forward pass, is an AttributeError that says so.
+    """
+
+    def __init__(
+        self,
+        vit: Backbone,
+        *,
+        norms: bool = True,
+        residuals: bool = False,
+        neurons: bool = False,
+        attention: AttentionRows | None = None,
+        qkv: bool = False,
+        embedding: bool = False,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        self._vit = vit
+        self.layers = _checked_layers(layers, vit.anatomy)
+        self._rows = attention
+        self._norms, self._residuals, self._qkv = norms, residuals, qkv
+        self._record: dict[str, dict[int, Tensor]] = {}
+        self._watch = watch(
+            vit,
+            on_embedding=partial(self._put, "embedding", 0) if embedding else None,
+            on_block=self._block,
+            on_neurons=self._keep_neurons if neurons else None,
+            on_attention=self._attention if attention is not None or qkv else None,
+        )
+        if attention is not None:
+            _query_index(attention, vit.layout)  # a wrong request is an error before the forward pass
+
+    def __enter__(self) -> "trace":
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.__exit__(*error)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The token layout of the recorded pass."""
+        return self._watch.layout
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Only called for names that are not attributes yet: the recorded tensors.
+        record = self.__dict__.get("_record", {})
+        if name == "embedding" and name in record:
+            return record[name][0]
+        if name in record:
+            return torch.stack([record[name][layer] for layer in self.layers])
+        raise AttributeError(
+            f"this trace has no {name!r}: it holds {sorted(record) or 'nothing yet'}. Ask for it in trace(...)"
+            " and run the model inside the with block."
+        )
+
+    def _put(self, name: str, layer: int, value: Tensor) -> None:
+        self._record.setdefault(name, {})[layer] = value
+
+    def _block(self, layer: int, residual: Tensor) -> None:
+        if layer not in self.layers:
+            return
+        if self._norms:
+            self._put("norms", layer, token_norms(residual))
+        if self._residuals:
+            self._put("residuals", layer, residual)
+
+    def _keep_neurons(self, layer: int, activation: Tensor) -> None:
+        if layer in self.layers:
+            self._put("neurons", layer, activation)
+
+    def _attention(self, layer: int, call: AttentionCall) -> None:
+        if layer not in self.layers:
+            return
+        if self._rows is not None:
+            self._put("attention", layer, call.rows(_query_index(self._rows, self.layout)))
+        if self._qkv:
+            for name in ("q", "k", "v"):
+                self._put(name, layer, getattr(call, name).detach())
+
+
+def token_norms(residual: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
+    """L2 norm of each token, accumulated in float32 whatever the model's dtype."""
+    return torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+
+
+def _checked_layers(layers: Iterable[int] | None, anatomy: Anatomy) -> list[int]:
+    chosen = list(range(anatomy.depth)) if layers is None else list(layers)
+    wrong = [layer for layer in chosen if not 0 <= layer < anatomy.depth]
+    if wrong or not chosen:
+        raise ValueError(f"layers {wrong or chosen}: expected one or more of 0 to {anatomy.depth - 1}.")
+    return chosen
+
+
+def _query_index(rows: AttentionRows, layout: TokenLayout) -> Tensor | slice:
+    """The query tokens whose attention rows are wanted."""
+    if rows == "full":
+        return slice(None)
+    if rows == "cls":
+        if layout.prefix == 0:
+            raise UnsupportedModelError(
+                "this model has no CLS token; ask for the attention of patches instead, by their numbers."
+            )
+        return slice(0, 1)
+    if rows == "registers":
+        if layout.registers == 0:
+            raise UnsupportedModelError(
+                "this model has no register tokens whose attention could be recorded."
+            )
+        return layout.register_slice
+    if isinstance(rows, str):
+        raise ValueError(f"attention={rows!r}: expected 'cls', 'registers', 'full' or patch numbers.")
+    wrong = [patch for patch in rows if not 0 <= patch < layout.patches]
+    if wrong or not rows:
+        raise ValueError(f"patches {wrong or list(rows)}: expected some of 0 to {layout.patches - 1}.")
+    return torch.tensor(list(rows)) + layout.patch_slice.start
