@@ -16,7 +16,7 @@ from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
 from vitreg.models import Backbone
-from vitreg.trace import token_norms
+from vitreg.trace import token_norms, watch
 
 BINS_PER_OCTAVE = 16
 LOWEST, HIGHEST = -6, 18  # powers of two; norms beyond count in the first or last bin
@@ -91,13 +91,23 @@ class Collector:
         self._similarity: Tensor | None = None
         self._queries = query_tokens(layout).to(vit.device)
 
-    def on_embedding(self, patches: Float[Tensor, "b p d"]) -> None:
+    def watching(self) -> watch:
+        """A context in which every forward pass is added."""
+        return watch(
+            self.vit,
+            on_start=self._start,
+            on_embedding=self._embedding,
+            on_block=self._block,
+            on_attention=self._attention,
+        )
+
+    def _start(self) -> None:
         self.norms, self.shares, self._bins = [], [], None
+
+    def _embedding(self, patches: Float[Tensor, "b p d"]) -> None:
         self._similarity = neighbour_similarity(patches, self.layout)
 
-    def on_block(self, layer: int, residual: Float[Tensor, "b n d"]) -> None:
-        if layer == 0 and self._similarity is None:
-            self.norms, self.shares = [], []
+    def _block(self, layer: int, residual: Float[Tensor, "b n d"]) -> None:
         s, layout = self.statistics, self.layout
         norms = token_norms(residual)
         if not norms.isfinite().all():
@@ -134,7 +144,7 @@ class Collector:
         s.peak_energy[layer] += residual[rows, top][far].double().square().sum(0)
         s.peaks[layer] += far.sum()
 
-    def on_attention(self, layer: int, call: AttentionCall) -> None:
+    def _attention(self, layer: int, call: AttentionCall) -> None:
         patches = self.layout.patch_slice
         rows = call.rows(self._queries)[..., patches]  # (b, h, r, p)
         shares = (rows / rows.sum(-1, keepdim=True)).mean(2)
@@ -165,12 +175,16 @@ def neighbour_similarity(patches: Float[Tensor, "b p d"], layout: TokenLayout) -
     total, count = grid.new_zeros(grid.shape[:3]), grid.new_zeros(rows, columns)
     if rows > 1:
         vertical = (grid[:, 1:] * grid[:, :-1]).sum(-1)
-        total[:, 1:], total[:, :-1] = total[:, 1:] + vertical, total[:, :-1] + vertical
-        count[1:], count[:-1] = count[1:] + 1, count[:-1] + 1
+        total[:, 1:] += vertical
+        total[:, :-1] += vertical
+        count[1:] += 1
+        count[:-1] += 1
     if columns > 1:
         horizontal = (grid[:, :, 1:] * grid[:, :, :-1]).sum(-1)
-        total[:, :, 1:], total[:, :, :-1] = total[:, :, 1:] + horizontal, total[:, :, :-1] + horizontal
-        count[:, 1:], count[:, :-1] = count[:, 1:] + 1, count[:, :-1] + 1
+        total[:, :, 1:] += horizontal
+        total[:, :, :-1] += horizontal
+        count[:, 1:] += 1
+        count[:, :-1] += 1
     return (total / count.clamp(min=1)).flatten(1)
 
 

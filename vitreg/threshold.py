@@ -78,7 +78,7 @@ def widest_gap(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"]) -> 
 def quantile(counts: Tensor, edges: Tensor, q: float) -> float:
     """The q-quantile of a histogram, interpolated (geometrically) within its bin."""
     mass = counts.cumsum(0)
-    rank = q * float(mass[-1])
+    rank = max(q * float(mass[-1]), 0.5)
     index = min(int(torch.searchsorted(mass.double(), rank)), len(counts) - 1)
     before = float(mass[index] - counts[index])
     inside = (rank - before) / max(float(counts[index]), 1.0)

@@ -1,0 +1,450 @@
+"""Photos in, batches out: folders, globs, lists and web datasets, read so that real photos survive it.
+
+    photos = read_images("photos/", vit, batch_size=32)
+    for batch in photos:                  # again and again, always the same batches
+        features = vit(batch.pixels)
+    print(photos.failed)                  # what could not be read, and why
+
+A bad file is skipped and reported, and the next good one takes its place: every batch but the last is full,
+whatever the number of worker processes.
+"""
+
+import contextlib
+import glob
+import io
+import itertools
+import os
+import pickle
+import re
+import stat
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vitreg.errors import ImageError, MissingExtraError
+
+Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
+
+
+@runtime_checkable
+class HasPreprocess(Protocol):
+    """Anything that carries its own preprocess, such as a Backbone."""
+
+    @property
+    def preprocess(self) -> Preprocess | None: ...
+
+
+@dataclass(frozen=True)
+class FailedImage:
+    """An image that could not be read, and why, in one line."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Preprocessed images (CPU, float32) and the path of each; "shard.tar/member.jpg" for a web dataset."""
+
+    pixels: Float[Tensor, "b 3 h w"]
+    names: tuple[str, ...]
+
+
+Source = str | Path | Image.Image | Tensor | Sequence[str | Path | Image.Image]
+_Named = tuple[str, Image.Image | Tensor | bytes]
+_Item = str | _Named | FailedImage  # a path, something in memory with its name, or what failed while listing
+_Outcome = tuple[str, Tensor] | FailedImage
+_Chunk = tuple[list[Tensor], list[str | FailedImage]]
+
+_CHUNK = 8  # images that travel together from a worker, in one shared memory file
+# Formats that Pillow cannot turn into pixels by itself. EPS is out also because it would run Ghostscript.
+_NOT_PHOTOS = {"EPS", "PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def read_images(
+    source: Source,
+    preprocess: Preprocess | HasPreprocess | None = None,
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    progress: bool = False,
+) -> "Images":
+    """Find the images of `source` now; decode and preprocess them when the result is iterated.
+
+    `source`, one or several of: a folder (searched recursively, hidden files left out), a file, a glob, a
+    .txt file with a path per line (relative to that file or to the current folder; # starts a comment), .tar
+    shards ("x-{000..003}.tar", or a folder of shards without images), PIL images. Or one float tensor
+    (b, 3, h, w) that is already preprocessed.
+
+    `preprocess`: a function, or an object with a `.preprocess` such as a Backbone.
+    `limit` counts good images. `workers`: processes; by default up to 4, or none for fewer than two batches.
+    `strict`: the first unreadable image is an ImageError instead of a FailedImage.
+    `progress`: a bar on stderr.
+
+    Raises ImageError if there is nothing to read, MissingExtraError for .tar shards without webdataset.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+    items = _list_source(source)
+    if shards := any(isinstance(item, str) and _is_shard(item) for item in items):
+        _require_webdataset()
+    if workers is None:
+        few = not shards and min(len(items), limit or len(items)) < 2 * batch_size
+        in_memory = not any(isinstance(item, str) for item in items)
+        workers = 0 if few or in_memory else min(os.cpu_count() or 1, 4)
+    found = None if isinstance(source, Tensor) else _find_preprocess(preprocess)
+    total = None if shards else len(items)
+    return Images(items, found, total, batch_size, limit, workers, strict, progress)
+
+
+def demo_photos() -> list[Path]:
+    """The bundled photos, public domain or CC0 (see demo_photos/SOURCES.md)."""
+    return sorted(Path(str(files("vitreg") / "demo_photos")).glob("*.jpg"))
+
+
+@dataclass(repr=False, eq=False)
+class Images:
+    """What `read_images` found. Each iteration reads everything again, in the same order and batches.
+
+    `total`: how many files were found, good or bad; None for .tar shards, which only reading can count.
+    """
+
+    _items: list[_Item]
+    _preprocess: Preprocess | None
+    total: int | None
+    batch_size: int
+    limit: int | None
+    workers: int
+    strict: bool
+    progress: bool
+    _failed: list[FailedImage] = field(default_factory=list, init=False)
+
+    @property
+    def failed(self) -> tuple[FailedImage, ...]:
+        """The unreadable images of the current or latest iteration."""
+        return tuple(self._failed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        failed: list[FailedImage] = []
+        self._failed = failed
+        with contextlib.closing(self._good_images(failed)) as images, _progress_bar(self.progress) as show:
+            wanted = itertools.islice(images, self.limit)
+            done = 0
+            while some := list(itertools.islice(wanted, self.batch_size)):
+                done += len(some)
+                left = self.total and self.total - len(failed)
+                show(done, min((n for n in (self.limit, left) if n is not None), default=None))
+                yield _to_batch(some)
+
+    def _good_images(self, failed: list[FailedImage]) -> Generator[tuple[str, Tensor], None, None]:
+        good = 0
+        with contextlib.closing(self._outcomes()) as outcomes:
+            for outcome in outcomes:
+                if not isinstance(outcome, FailedImage):
+                    good += 1
+                    yield outcome
+                    continue
+                failed.append(outcome)
+                if self.strict:
+                    raise ImageError(f"{outcome.path}: {outcome.reason}. Without strict it would be skipped.")
+        if not good:
+            first = "; ".join(f"{image.path}: {image.reason}" for image in failed[:3])
+            what = f"none of {len(failed)} images could be read: {first}" if failed else "no image found"
+            raise ImageError(f"{what}. Expected images that Pillow can read (.jpg, .png, .webp, ...).")
+
+    def _outcomes(self) -> Generator[_Outcome, None, None]:
+        try:
+            for stacks, entries in self._start_loader():
+                pixels = itertools.chain.from_iterable(stacks)
+                for entry in entries:
+                    yield entry if isinstance(entry, FailedImage) else (entry, next(pixels))
+        except RuntimeError as error:  # nothing of ours raises it: a worker was killed, or could not start
+            needs = (
+                "a preprocess that can be pickled (no lambda), and in a script `if __name__ == '__main__':`"
+            )
+            advice = f"Pass workers=0 to do without them. Where processes are not forked they need {needs}"
+            raise ImageError(f"the processes that read images failed: {_reason(error)}. {advice}.") from error
+
+    def _start_loader(self) -> Iterator[_Chunk]:
+        reader = _Reader(self._items, self._preprocess)
+        random = torch.Generator()  # else each iteration would draw from the caller's random numbers
+        with warnings.catch_warnings():
+            # More workers than cores, and (Python >= 3.12) a fork of a process with threads: both are meant.
+            # Workers run one torch thread each and take none of this process's locks.
+            warnings.simplefilter("ignore")
+            loader = DataLoader(reader, _CHUNK, num_workers=self.workers, collate_fn=_pack, generator=random)
+            try:
+                return iter(loader)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                raise RuntimeError(str(error)) from error
+
+
+# ---- From a source to a list of items
+
+
+def _list_source(source: Source) -> list[_Item]:
+    if isinstance(source, Tensor):
+        if source.ndim != 4 or source.shape[1] != 3 or not source.is_floating_point() or not len(source):
+            found = f"found a {source.dtype} tensor of shape {tuple(source.shape)}"
+            raise ImageError(f"{found}, but expected float (b, 3, h, w) that is already preprocessed.")
+        return [(f"image-{i}", row) for i, row in enumerate(source)]
+    parts = [source] if isinstance(source, str | Path | Image.Image) else source
+    if not len(parts):
+        raise ImageError("found an empty list, but expected paths or PIL images.")
+    items: list[_Item] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Image.Image):
+            items.append((f"image-{i}", part))
+        else:
+            items += _list_path(os.path.expanduser(part))
+    return items
+
+
+def _list_path(path: str) -> list[_Item]:
+    if os.path.isdir(path):
+        return _list_folder(path)
+    if os.path.exists(path):
+        return [*_list_text(path)] if path.lower().endswith(".txt") else [path]
+    if "{" in path:
+        _require_webdataset()
+        from braceexpand import braceexpand
+
+        with contextlib.suppress(ValueError):  # unbalanced: not meant as braces
+            if (pieces := list(braceexpand(path))) != [path]:
+                return [item for piece in pieces for item in _list_path(piece)]
+    if glob.has_magic(path):
+        return [*_images_or_shards(path, glob.glob(path, recursive=True))]
+    expected = "a folder, an image, a glob, a .txt list of paths or .tar shards"
+    raise ImageError(f"there is no file or folder {_printable(path)}. Expected {expected}.")
+
+
+def _list_folder(folder: str) -> list[_Item]:
+    found: list[str] = []
+    unreadable: list[_Item] = []
+    seen = set()  # real folders: a link may lead back up
+
+    def note(error: OSError) -> None:
+        unreadable.append(FailedImage(_printable(error.filename), _reason(error)))
+
+    for where, subfolders, names in os.walk(folder, onerror=note, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [os.path.join(where, name) for name in names]
+    return unreadable + ([*_images_or_shards(folder, found)] if found or not unreadable else [])
+
+
+def _images_or_shards(where: str, paths: list[str]) -> list[str]:
+    """The images among the paths, sorted; the .tar shards if there is no image."""
+    if chosen := sorted(filter(_is_image, paths)) or sorted(filter(_is_shard, paths)):
+        return chosen
+    empty = "is empty" if os.path.isdir(where) else "matches no file"
+    what = f"has {len(paths)} files, but none named like an image or .tar shard" if paths else empty
+    raise ImageError(f"{_printable(where)} {what}. Expected images (.jpg, .png, .webp, ...).")
+
+
+def _list_text(path: str) -> list[str]:
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as the system decodes names
+    lines = [line.strip() for line in text.split("\n")]
+    listed = [line for line in lines if line and not line.startswith("#")]
+    if not listed:
+        raise ImageError(f"{_printable(path)} lists no image. Expected one path per line.")
+    beside = [os.path.join(os.path.dirname(path), line) for line in listed]
+    pairs = zip(beside, listed, strict=True)
+    return [near if os.path.exists(near) or not os.path.exists(line) else line for near, line in pairs]
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    Image.init()
+    return frozenset(e for e, format in Image.registered_extensions().items() if format not in _NOT_PHOTOS)
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in _extensions() and not os.path.basename(path).startswith(".")
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith((".tar", ".tar.gz", ".tgz")) and not os.path.basename(path).startswith(".")
+
+
+def _require_webdataset() -> None:
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("webdataset", "webdataset") from error
+
+
+def _find_preprocess(given: Preprocess | HasPreprocess | None) -> Preprocess:
+    found = given.preprocess if isinstance(given, HasPreprocess) else given
+    if found is not None:
+        return found
+    missing = "no preprocess was given"
+    if given is not None:
+        missing = f"the {type(given).__name__} was wrapped without a preprocess"
+    how = "Pass a function (RGB PIL image -> float tensor (3, h, w)) to read_images, or to vitreg.wrap"
+    raise ImageError(f"{missing}. {how}.")
+
+
+# ---- From items to tensors, in worker processes
+
+
+class _Reader(IterableDataset[_Outcome]):
+    """Every item in order, or one worker's share of them; failures come out as data.
+
+    With n workers, each takes every n-th chunk. The loader asks the workers in turn, so the order stays.
+    Each worker streams all bytes of a shard and decodes its share: reading is cheap, decoding is not.
+    """
+
+    def __init__(self, items: list[_Item], preprocess: Preprocess | None) -> None:
+        self.items = items
+        self.preprocess = preprocess
+
+    def __iter__(self) -> Iterator[_Outcome]:
+        info = get_worker_info()
+        mine, n = (info.id, info.num_workers) if info else (0, 1)
+        members = (_shard_members(i) if isinstance(i, str) and _is_shard(i) else [i] for i in self.items)
+        for i, item in enumerate(itertools.chain.from_iterable(members)):
+            if i // _CHUNK % n == mine:
+                yield self._read(item)
+
+    def _read(self, item: _Item) -> _Outcome:
+        if isinstance(item, FailedImage):
+            return item
+        name, content = (_printable(item), item) if isinstance(item, str) else item
+        try:
+            pixels = content if isinstance(content, Tensor) else self._prepare(_decode(content))
+            return name, pixels.detach().cpu().float()
+        except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, MemoryError
+            return FailedImage(name, _reason(error))
+
+    def _prepare(self, image: Image.Image) -> Tensor:
+        assert self.preprocess is not None
+        try:
+            pixels = self.preprocess(image)
+        except Exception as error:
+            raise ImageError(f"the preprocess raised {type(error).__name__}: {error}") from error
+        if isinstance(pixels, Tensor) and pixels.is_floating_point() and pixels.shape[:-2] == (3,):
+            return pixels
+        is_tensor = isinstance(pixels, Tensor)
+        found = f"{pixels.dtype} {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
+        raise ImageError(f"the preprocess gave {found}, but expected a float tensor (3, h, w)")
+
+
+def _shard_members(path: str) -> Iterator[_Item]:
+    from webdataset.tariterators import tar_file_iterator
+
+    try:
+        with open(path, "rb") as stream:
+            for member in tar_file_iterator(stream, select_files=_is_image):
+                yield _printable(f"{path}/{member['fname']}"), member["data"]
+    except Exception as error:
+        yield FailedImage(_printable(path), f"the shard cannot be read any further: {_reason(error)}")
+
+
+def _decode(content: str | bytes | Image.Image) -> Image.Image:
+    """Any image -> RGB: upright, first frame, 8 bit, transparency on white."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about metadata, palettes and large sizes
+        if isinstance(content, Image.Image):
+            return _to_rgb(content)
+        if isinstance(content, str) and not stat.S_ISREG(os.stat(content).st_mode):
+            # To open a named pipe would wait forever.
+            raise ImageError("is a folder" if os.path.isdir(content) else "is not a regular file")
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+            if not file.read(1):
+                raise ImageError("the file is empty")
+            file.seek(0)
+            Image.init()  # a spawned worker has not met all formats yet
+            with Image.open(file, formats=[name for name in Image.OPEN if name not in _NOT_PHOTOS]) as image:
+                return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # a damaged EXIF block does not make the photo unreadable
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Deep grey -> 8 bit. White is 65535 (for floats the first of 1, 255, 65535 that fits) or the maximum."""
+    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    low, high = float(values.min()), float(values.max())
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
+    fitting = [(0.0, white) for white in whites if low >= 0 and high <= white]
+    black, white = [*fitting, (low, high)][0]
+    return Image.fromarray(np.rint((values - black) / max(white - black, 1e-9) * 255).astype(np.uint8))
+
+
+# ---- Back to this process
+
+
+def _pack(outcomes: list[_Outcome]) -> _Chunk:
+    """Images of one size stacked, to travel as one; and all names and failures in order."""
+    tensors = [outcome[1] for outcome in outcomes if not isinstance(outcome, FailedImage)]
+    stacks = [torch.stack(list(same)) for _, same in itertools.groupby(tensors, lambda pixels: pixels.shape)]
+    return stacks, [outcome if isinstance(outcome, FailedImage) else outcome[0] for outcome in outcomes]
+
+
+def _to_batch(images: list[tuple[str, Tensor]]) -> Batch:
+    first, shape = images[0][0], tuple(images[0][1].shape)
+    for name, pixels in images:
+        if pixels.shape != shape:
+            found = f"the preprocess gave {tuple(pixels.shape)} for {name}, but {shape} for {first}"
+            raise ImageError(
+                f"{found}. A batch needs one size: crop in the preprocess, or pass batch_size=1."
+            )
+    return Batch(torch.stack([pixels for _, pixels in images]), tuple(name for name, _ in images))
+
+
+def _reason(error: BaseException) -> str:
+    """One short line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or in a format that Pillow does not know"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    kind = "" if isinstance(error, OSError | ImageError) and text else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{text}".split())[:300]
+
+
+def _printable(path: str) -> str:
+    """The path with escapes for bytes that are not UTF-8 and for control characters."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+@contextlib.contextmanager
+def _progress_bar(shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """Gives a function of the images done and in all. No thread draws it: workers are forked meanwhile."""
+    columns = BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def show(done: int, total: int | None) -> None:
+            rate = f"{done / (bar.tasks[0].elapsed or 1):.0f}/s"
+            bar.update(task, completed=done, total=total, rate=rate, refresh=True)
+
+        yield show
