@@ -1,14 +1,19 @@
 """Shared fixtures. Shapes in vitreg's signatures are checked at run time while the tests run."""
 
 import os
+import tempfile
 from pathlib import Path
+
+# No test reaches a hub: what is loaded by a hub's name comes from a cache that the test fills.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="vitreg-hub-")
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
-_hook = install_import_hook("vitreg", "beartype.beartype")
+# The numeric tower: an int is a fine float.
+_hook = install_import_hook("vitreg", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 torch.set_num_threads(1)  # tests run in parallel processes instead
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -18,5 +23,5 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared() -> Path:
     """The folder of real models and photos that lies beside a checkout; absent elsewhere."""
     if not SHARED.is_dir():
-        pytest.skip(f"needs the real models and photos in {SHARED}")
+        pytest.skip(f"needs the real models and photos in {SHARED.name}/ beside the checkout")
     return SHARED

@@ -11,6 +11,7 @@ population of norms from the first (see threshold.py); a model without such a ga
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,7 +28,7 @@ from vitreg.images import Batch, Images
 from vitreg.models import Backbone
 from vitreg.statistics import EDGES, Collector, Statistics
 from vitreg.threshold import MIN_GAP, MIN_RATIO, Gap, quantile, widest_gap
-from vitreg.trace import trace, watch
+from vitreg.trace import trace
 
 # A value norm at outliers under this share of the others' is that of a sink that writes nothing.
 NOP_SINK = 0.5
@@ -150,11 +151,13 @@ class Diagnosis:
         lines = [
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
             f"places: {describe_places(self.position_frequency)}",
-            f"attention on outliers in the last block: {self.attention_to_outliers:.1%} (from {self.attention_queries})",
+            f"attention on outliers in the last block: {self.attention_to_outliers:.1%}"
+            f" (from {self.attention_queries})",
         ]
         if similar["outlier"] is not None and similar["normal"] is not None:
             lines.append(
-                f"likeness to neighbours (cosine): outliers {similar['outlier']:.2f}, others {similar['normal']:.2f}"
+                f"likeness to neighbours (cosine): outliers {similar['outlier']:.2f},"
+                f" others {similar['normal']:.2f}"
             )
         if self.sink:
             lines.append(f"kind of sink: {self.sink}")
@@ -174,34 +177,31 @@ def diagnose(
     The first `examples` images are kept for figures; everything else streams, so memory does not grow
     with their number. Raises ImageError without images, NonFiniteError for activations with NaN.
     """
-    statistics, layout, kept = _collect(vit, images, examples)
+    statistics, layout, kept = collect(vit, images, examples)
     failed = [asdict(f) for f in images.failed] if isinstance(images, Images) else []
     return _conclude(vit, layout, statistics, failed, kept)
 
 
-def _collect(
+def collect(
     vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples: int
 ) -> tuple[Statistics, TokenLayout, list[Example]]:
+    """The statistics of all images in one pass, their token layout, and the first few as examples."""
     collector: Collector | None = None
     kept: list[Example] = []
-    with evaluating(vit.model):
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(vit.model))
         for batch in images:
             pixels, names = (batch.pixels, batch.names) if isinstance(batch, Batch) else (batch, ())
             if collector is None:
                 layout = vit.layout_for(pixels)
                 collector = Collector(vit, Statistics.empty(vit, layout), layout)
+                stack.enter_context(collector.watching())
             elif vit.layout_for(pixels) != collector.layout:
                 raise ImageError(
                     f"images of {tuple(pixels.shape[2:])} pixels came after images with another patch grid"
                     f" ({collector.layout.grid}); diagnose one size at a time."
                 )
-            with watch(
-                vit,
-                on_embedding=collector.on_embedding,
-                on_block=collector.on_block,
-                on_attention=collector.on_attention,
-            ):
-                vit(pixels)
+            vit(pixels)
             if len(kept) < examples:
                 kept += _examples(vit, pixels[: examples - len(kept)], names, collector, len(kept))
     if collector is None:
@@ -393,12 +393,14 @@ def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None, thresh
     best = layers[detect]
     if threshold is not None:
         return (
-            f"{best.outlier_fraction:.2%} of patch tokens have norms {best.ratio:.0f}x the others' after block"
-            f" {detect} (above {threshold:.4g}, across an almost empty range {best.gap:.1f}x wide), from block {onset} on."
+            f"from block {onset} on, patch tokens form two populations. After block {detect},"
+            f" {best.outlier_fraction:.2%} have norms {best.ratio:.0f}x the others': above {threshold:.4g},"
+            f" across an almost empty range {best.gap:.1f}x wide."
         )
     tail = max(layers, key=lambda x: x.max_norm / x.median_norm)
     return (
-        f"in no layer do patch norms form a second population: the widest almost empty range is {best.gap:.2f}x"
+        f"in no layer do patch norms form a second population: the widest almost empty range is"
+        f" {best.gap:.2f}x"
         f" (artifacts: at least {MIN_GAP}x, and {MIN_RATIO:.0f}x the median beyond it); the largest norm is"
         f" {tail.max_norm / tail.median_norm:.1f}x the median (block {tail.layer})."
     )

@@ -69,9 +69,14 @@ class Backbone:
         """The token layout of a forward pass on these images."""
         return self.anatomy.layout((images.shape[-2], images.shape[-1]))
 
-    def with_model(self, model: nn.Module) -> "Backbone":
-        """The same backbone around another instance of the same model."""
-        return replace(self, model=model, forward=_forward_of(model))
+    def with_model(self, model: nn.Module, name: str) -> "Backbone":
+        """The same backbone around another instance of the same model (a copy with other weights)."""
+        if self.forward is not None and _forward_of(self.model) is None:
+            raise UnsupportedModelError(
+                "this backbone was wrapped with a `forward` of its own, which would still run the old model."
+                " Wrap the copy with wrap(copy, forward=...)."
+            )
+        return replace(self, model=model, name=name, forward=_forward_of(model))
 
 
 def wrap(
@@ -279,7 +284,7 @@ def _hf_vision_tower(module: nn.Module) -> nn.Module:
 
 
 class _HfPreprocess:
-    """A transformers image processor as a function of one image (a class, so that workers can unpickle it)."""
+    """A transformers image processor as a function of one image (a class: workers unpickle it)."""
 
     def __init__(self, processor: Any, overrides: dict[str, Any]) -> None:
         self.processor, self.overrides = processor, overrides
@@ -376,7 +381,7 @@ def _native_size(module: nn.Module) -> tuple[int, int]:
     if timm_size:
         return _pair(timm_size)
     if getattr(module, "pretrained_cfg", None):
-        return _pair(module.pretrained_cfg["input_size"][1:])  # type: ignore[index, union-attr]
+        return _pair(module.pretrained_cfg["input_size"][1:])  # type: ignore[index]
     for owner in (getattr(module, "config", None), module):
         size = getattr(owner, "image_size", None)
         if isinstance(size, int | tuple | list):

@@ -1,0 +1,5 @@
+"""`python -m vitreg` is the `vitreg` command."""
+
+from vitreg.cli import main
+
+main()

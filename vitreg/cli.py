@@ -1,0 +1,144 @@
+"""The command line: parse, call one public function, print or write.
+
+Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage. Progress goes to stderr, results to
+stdout. Heavy imports wait until a command runs, so that --help is instant.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitreg.errors import VitregError
+
+if TYPE_CHECKING:
+    from vitreg.diagnosis import Diagnosis
+
+app = typer.Typer(
+    name="vitreg",
+    help="Find, explain and remove attention artifacts in Vision Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL_HELP = (
+    "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format."
+)
+_IMAGES_HELP = "A folder, a file, a glob, a .txt list of paths, or webdataset .tar shards."
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import vitreg
+
+        typer.echo(f"vitreg {vitreg.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def diagnose(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... IMAGES",
+            help=f"MODEL: {_MODEL_HELP} Several models (checkpoints, sizes) are compared."
+            f" IMAGES: {_IMAGES_HELP}",
+        ),
+    ],
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1)] = 32,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="D", help="float32, bfloat16 or float16.")] = "float32",
+    random_weights: Annotated[
+        bool, typer.Option(help="Build without a download, to try things out.")
+    ] = False,
+    strict: Annotated[bool, typer.Option(help="Stop at the first image that cannot be read.")] = False,
+) -> None:
+    """Does a model have attention artifacts? Where, from which layer on, and what do they do?"""
+    import vitreg
+    from vitreg.output import check_writable
+
+    models, images = _split(inputs)
+    for path in (json_path, report):
+        if path is not None:
+            check_writable(path)  # before the work, so that none is lost
+    found: list[Diagnosis] = []
+    for model in models:
+        vit = vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        photos = vitreg.read_images(
+            images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
+        )
+        found.append(vitreg.diagnose(vit, photos))
+    typer.echo(str(found[0] if len(found) == 1 else vitreg.Emergence(found)))
+    _write(found, json_path, report)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the report goes.")] = Path(
+        "vitreg-demo"
+    ),
+) -> None:
+    """The whole story on a bundled example, offline: a phantom planted in a random-weight model."""
+    from vitreg.demo import run
+
+    run(out)
+
+
+def _split(inputs: list[str]) -> tuple[list[str], str]:
+    if len(inputs) < 2:
+        raise typer.BadParameter("expected a model and images: vitreg diagnose MODEL IMAGES")
+    return inputs[:-1], inputs[-1]
+
+
+def _write(found: "list[Diagnosis]", json_path: Path | None, report: Path | None) -> None:
+    from vitreg.emergence import Emergence
+    from vitreg.output import write_atomically
+    from vitreg.report import write_comparison, write_report
+
+    if json_path is not None:
+        result = found[0] if len(found) == 1 else Emergence(found)
+        write_atomically(json_path, json.dumps(result.to_json(), indent=1))
+        typer.echo(f"JSON: {json_path}")
+    if report is not None:
+        if len(found) == 1:
+            write_report(found[0], report)
+        else:
+            write_comparison(found, report)
+        typer.echo(f"report: {report}")
+
+
+def main() -> None:
+    """The `vitreg` command."""
+    warnings.filterwarnings("ignore", module=r"(timm|transformers|open_clip|torch|huggingface_hub)(\..*)?")
+    try:
+        app()
+    except VitregError as error:
+        sys.stderr.write(f"vitreg: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("vitreg: interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
