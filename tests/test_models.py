@@ -27,7 +27,12 @@ def timm_folder(tmp_path) -> Path:
     model = tiny_timm()
     folder = tmp_path / "timm-vit"
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    save_for_hf(model, folder, model_config={"architecture": "vit_tiny_patch16_224", "model_args": sizes}, safe_serialization=True)
+    save_for_hf(
+        model,
+        folder,
+        model_config={"architecture": "vit_tiny_patch16_224", "model_args": sizes},
+        safe_serialization=True,
+    )
     return folder
 
 
@@ -40,7 +45,10 @@ def hf_folder(tmp_path) -> Path:
     folder = tmp_path / "hf-dinov2"
     transformers.Dinov2Model(config).save_pretrained(folder)
     transformers.BitImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
     ).save_pretrained(folder)
     return folder
 
@@ -102,7 +110,12 @@ def test_the_vision_tower_of_a_multimodal_checkpoint(tmp_path):
 
 def test_classifier_checkpoints_keep_their_head(tmp_path):
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
     )
     config.num_labels = 7
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
@@ -145,9 +158,18 @@ def test_size_for_open_clip():
 
 def test_wrap_takes_a_timm_models_preprocessing_and_says_when_there_is_none():
     assert wrap(tiny_timm()).preprocess is not None
-    plain = wrap(transformers.ViTModel(transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )))
+    plain = wrap(
+        transformers.ViTModel(
+            transformers.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=32,
+                patch_size=8,
+            )
+        )
+    )
     assert plain.preprocess is None
     with pytest.raises(vitreg.ImageError, match="wrapped without"):
         vitreg.read_images([gradient_photo()], plain)
@@ -164,7 +186,9 @@ def test_dtype_and_images_of_another_dtype(timm_folder):
 def message(name: str, **kwargs) -> str:
     with pytest.raises(vitreg.VitregError) as caught:
         load(name, **kwargs)
-    assert isinstance(caught.value, vitreg.ModelLoadError | vitreg.UnsupportedModelError | vitreg.NonFiniteError)
+    assert isinstance(
+        caught.value, vitreg.ModelLoadError | vitreg.UnsupportedModelError | vitreg.NonFiniteError
+    )
     return str(caught.value)
 
 
@@ -212,7 +236,12 @@ def test_missing_and_unexpected_keys(library, timm_folder, hf_folder):
     said = message(str(folder))
     assert "does not fit" in said
     assert key in said
-    rewrite_weights(folder, lambda weights: weights.update({key: torch.ones(32 if library == "hf" else 128), "strange": torch.ones(1)}))
+    rewrite_weights(
+        folder,
+        lambda weights: weights.update(
+            {key: torch.ones(32 if library == "hf" else 128), "strange": torch.ones(1)}
+        ),
+    )
     assert "strange" in message(str(folder))
 
 

@@ -14,7 +14,9 @@ def histogram(norms: np.ndarray) -> torch.Tensor:
     return torch.bincount(_bin(torch.from_numpy(norms)), minlength=BINS)
 
 
-def two_populations(ratio: float, fraction: float, median: float, seed: int, count: int = 20000) -> np.ndarray:
+def two_populations(
+    ratio: float, fraction: float, median: float, seed: int, count: int = 20000
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
     high = int(fraction * count)
     normal = median * np.exp(rng.normal(0, 0.12, count - high))
@@ -23,7 +25,10 @@ def two_populations(ratio: float, fraction: float, median: float, seed: int, cou
 
 @settings(max_examples=60, deadline=None)
 @given(
-    ratio=st.floats(4, 60), fraction=st.floats(0.002, 0.2), median=st.floats(0.5, 500), seed=st.integers(0, 9999)
+    ratio=st.floats(4, 60),
+    fraction=st.floats(0.002, 0.2),
+    median=st.floats(0.5, 500),
+    seed=st.integers(0, 9999),
 )
 def test_a_second_population_is_found_with_its_share(ratio, fraction, median, seed):
     norms = two_populations(ratio, fraction, median, seed)

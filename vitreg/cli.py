@@ -58,6 +58,7 @@ def diagnose(
     report: Annotated[
         Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")
     ] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write the main figure.")] = None,
     size: Annotated[
         int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")
     ] = None,
@@ -78,7 +79,7 @@ def diagnose(
     from vitreg.output import check_writable
 
     models, images = _split(inputs)
-    for path in (json_path, report):
+    for path in (json_path, report, figure):
         if path is not None:
             check_writable(path)  # before the work, so that none is lost
     found: list[Diagnosis] = []
@@ -89,7 +90,7 @@ def diagnose(
         )
         found.append(vitreg.diagnose(vit, photos))
     typer.echo(str(found[0] if len(found) == 1 else vitreg.Emergence(found)))
-    _write(found, json_path, report)
+    _write(found, json_path, report, figure)
 
 
 @app.command()
@@ -110,15 +111,21 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
     return inputs[:-1], inputs[-1]
 
 
-def _write(found: "list[Diagnosis]", json_path: Path | None, report: Path | None) -> None:
+def _write(
+    found: "list[Diagnosis]", json_path: Path | None, report: Path | None, figure: Path | None
+) -> None:
     from vitreg.emergence import Emergence
     from vitreg.output import write_atomically
     from vitreg.report import write_comparison, write_report
+    from vitreg.style import png
 
+    result = found[0] if len(found) == 1 else Emergence(found)
     if json_path is not None:
-        result = found[0] if len(found) == 1 else Emergence(found)
         write_atomically(json_path, json.dumps(result.to_json(), indent=1))
         typer.echo(f"JSON: {json_path}")
+    if figure is not None:
+        write_atomically(figure, png(result.figure()))
+        typer.echo(f"figure: {figure}")
     if report is not None:
         if len(found) == 1:
             write_report(found[0], report)

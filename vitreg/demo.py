@@ -20,6 +20,7 @@ MODEL, LAYER = "timm:vit_small_patch16_224", 7
 def run(out: Path) -> None:
     """Diagnose a random model before and after artifacts are planted; print a table, write a report."""
     from vitreg.report import write_report
+    from vitreg.style import png
 
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
@@ -40,17 +41,8 @@ def run(out: Path) -> None:
     page = write_report(report, out / "report.html")
     console.print(f"report: {page}\nground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
     picture = out / "overview.png"
-    write_atomically(picture, png(report))
+    write_atomically(picture, png(report.figure()))
     console.print(f"picture: {picture}", highlight=False)
-
-
-def png(report: "vitreg.Diagnosis") -> bytes:
-    """The main figure as PNG bytes."""
-    import io
-
-    data = io.BytesIO()
-    report.figure().savefig(data, format="png", dpi=110)
-    return data.getvalue()
 
 
 def _table(clean: "vitreg.Diagnosis", report: "vitreg.Diagnosis") -> Table:

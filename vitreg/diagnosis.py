@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -245,9 +246,7 @@ def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndar
 def _conclude(
     vit: Backbone, layout: TokenLayout, s: Statistics, failed: list[dict[str, str]], kept: list[Example]
 ) -> Diagnosis:
-    for name, value in vars(s).items():
-        if isinstance(value, Tensor):
-            setattr(s, name, value.cpu())
+    s.to_cpu()
     gaps = [widest_gap(counts, EDGES) for counts in s.counts]
     layers = [_layer(layer, s, gaps, layout) for layer in range(len(gaps))]
     separated = [gap is not None and gap.separates for gap in gaps]
@@ -258,7 +257,6 @@ def _conclude(
     gap = gaps[detect]
     threshold = gap.threshold if gap and found else None
     onset = _onset(separated, detect) if found else None
-    sigma_fraction = _fraction_beyond(s.counts[detect], layers[detect].mean_plus_3_sigma)
     return Diagnosis(
         model=vit.name,
         images=s.images,
@@ -271,17 +269,17 @@ def _conclude(
         reason=_reason(layers, detect, onset, threshold),
         threshold=threshold,
         mean_plus_3_sigma=layers[detect].mean_plus_3_sigma,
-        mean_plus_3_sigma_fraction=sigma_fraction,
+        mean_plus_3_sigma_fraction=s.fraction_beyond(detect, layers[detect].mean_plus_3_sigma),
         detect_layer=detect,
         onset_layer=onset,
         outlier_fraction=layers[detect].outlier_fraction,
         outliers_per_image=layers[detect].outlier_fraction * layout.patches,
         attention_to_outliers=layers[-1].attention_to_outliers,
         attention_queries="CLS" if layout.prefix else "evenly spread patches",
-        position_frequency=_position_frequency(s, layout, detect, threshold),
-        neighbour_similarity=_neighbour_similarity(s, detect, threshold),
+        position_frequency=layout.as_grid(s.position_frequency(detect, threshold)).tolist(),
+        neighbour_similarity=s.neighbour_similarity(detect, threshold),
         sink=_sink(layers, detect) if found else None,
-        excess_dimensions=_excess_dimensions(s, detect) if found else [],
+        excess_dimensions=s.excess_dimensions(detect) if found else [],
         layers=layers,
         versions=versions(),
         statistics=s,
@@ -291,25 +289,24 @@ def _conclude(
 
 def _layer(layer: int, s: Statistics, gaps: list[Gap | None], layout: TokenLayout) -> LayerDiagnosis:
     counts, gap = s.counts[layer], gaps[layer]
-    total = int(counts.sum())
-    mean, square = (s.moments[layer] / total).tolist()
+    mean, deviation = s.norm_moments(layer)
     separates = gap is not None and gap.separates
     entering = gaps[layer - 1] if layer else None
     bound = entering.threshold if entering is not None and entering.separates else None
-    by_head = [_beyond(sums, bound) / s.images for sums in s.attention[layer]]
+    by_head = s.attention_beyond(layer, bound)
     return LayerDiagnosis(
         layer=layer,
         median_norm=quantile(counts, EDGES, 0.5),
         p99_norm=quantile(counts, EDGES, 0.99),
         max_norm=float(s.largest[layer]),
-        mean_plus_3_sigma=mean + 3 * max(square - mean**2, 0.0) ** 0.5,
+        mean_plus_3_sigma=mean + 3 * deviation,
         threshold=gap.threshold if gap is not None and separates else None,
         outlier_fraction=gap.fraction if gap is not None and separates else 0.0,
         gap=gap.width if gap else 1.0,
         ratio=gap.ratio if gap else 1.0,
         attention_to_outliers=sum(by_head) / len(by_head),
         attention_by_head=by_head,
-        value_norm_ratio=_ratio_beyond(s.values[layer], s.entering[layer], bound),
+        value_norm_ratio=s.value_norm_ratio(layer, bound),
         cls_norm=float(s.special[layer, 0]) / s.images if layout.prefix else None,
         register_norm=float(s.special[layer, 1]) / s.images if layout.registers else None,
     )
@@ -323,70 +320,15 @@ def _onset(separated: list[bool], detect: int) -> int:
     return onset
 
 
-def _beyond(per_bin: Tensor, threshold: float | None) -> float:
-    """The part of a per-bin sum that lies at or beyond a threshold (a bin edge)."""
-    return 0.0 if threshold is None else float(per_bin[EDGES[:-1] >= threshold].sum())
-
-
-def _mean_beyond(sums: Tensor, counts: Tensor, beyond: Tensor) -> float | None:
-    count = int(counts[beyond].sum())
-    return float(sums[beyond].sum()) / count if count else None
-
-
-def _ratio_beyond(sums: Tensor, counts: Tensor, threshold: float | None) -> float | None:
-    """Mean of a quantity at outliers over its mean elsewhere."""
-    if threshold is None:
-        return None
-    beyond = EDGES[:-1] >= threshold
-    inside, outside = _mean_beyond(sums, counts, beyond), _mean_beyond(sums, counts, ~beyond)
-    return inside / outside if inside is not None and outside else None
-
-
-def _fraction_beyond(counts: Tensor, value: float) -> float:
-    """Share of tokens in bins whose lower edge is at or above `value` (exact to one bin, 4%)."""
-    return float(counts[EDGES[:-1] >= value].sum()) / int(counts.sum())
-
-
-def _position_frequency(
-    s: Statistics, layout: TokenLayout, layer: int, threshold: float | None
-) -> list[list[float]]:
-    """Per grid cell, the share of images whose patch there is an outlier."""
-    beyond = EDGES[:-1] >= (threshold if threshold is not None else torch.inf)
-    frequency: list[list[float]] = layout.as_grid(
-        s.positions[layer][:, beyond].sum(1).double() / s.images
-    ).tolist()
-    return frequency
-
-
-def _neighbour_similarity(s: Statistics, layer: int, threshold: float | None) -> dict[str, float | None]:
-    beyond = EDGES[:-1] >= (threshold if threshold is not None else torch.inf)
-    sums, counts = s.similarity[layer], s.counts[layer]
-    if not sums.any():
-        return {"outlier": None, "normal": None}
-    return {"outlier": _mean_beyond(sums, counts, beyond), "normal": _mean_beyond(sums, counts, ~beyond)}
-
-
 def _sink(layers: list[LayerDiagnosis], detect: int) -> str | None:
-    """NOP or broadcast sink (arXiv 2606.08105), by the value norms in the first block that reads outliers."""
+    """NOP or broadcast sink (arXiv 2606.08105), by the median value norm of the blocks that read outliers."""
     ratios = [x.value_norm_ratio for x in layers[detect + 1 :] if x.value_norm_ratio is not None]
     if not ratios:
         return None
-    ratio = sorted(ratios)[len(ratios) // 2]
-    kind = (
-        "NOP sink: attended to, but writes little"
-        if ratio < NOP_SINK
-        else "broadcast sink: what it holds is read"
-    )
+    ratio = median(ratios)
+    nop = ratio < NOP_SINK
+    kind = "NOP sink: attended to, but writes little" if nop else "broadcast sink: what it holds is read"
     return f"{kind} (value norms {ratio:.2f}x those elsewhere)"
-
-
-def _excess_dimensions(s: Statistics, layer: int, most: int = 5) -> list[dict[str, int | float]]:
-    """The residual dimensions with most of the squared norm that outliers have and median patches lack."""
-    peaks = max(int(s.peaks[layer]), 1)
-    excess = (s.peak_energy[layer] / peaks - s.median_energy[layer] / s.images).clamp(min=0)
-    share = excess / excess.sum()
-    top = share.topk(min(most, len(share))).indices.tolist()
-    return [{"dimension": d, "share": float(share[d])} for d in top if share[d] >= 0.01]
 
 
 def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None, threshold: float | None) -> str:

@@ -9,7 +9,7 @@ pass. All sums add up, so partial statistics merge and the order of the images d
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
@@ -78,6 +78,64 @@ class Statistics:
                 self.largest = torch.maximum(mine, theirs)
             else:
                 mine += theirs
+
+    def to_cpu(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.cpu())
+
+    # -- questions, answered once the threshold is known -------------------------------------------
+
+    def norm_moments(self, layer: int) -> tuple[float, float]:
+        """Mean and standard deviation of patch norms."""
+        mean, square = (self.moments[layer] / self.counts[layer].sum()).tolist()
+        return mean, max(square - mean**2, 0.0) ** 0.5
+
+    def fraction_beyond(self, layer: int, norm: float) -> float:
+        """Share of patch tokens in bins at or above `norm` (exact to one bin, 4%)."""
+        return float(self.counts[layer][_beyond(norm)].sum()) / int(self.counts[layer].sum())
+
+    def position_frequency(self, layer: int, threshold: float | None) -> Float[Tensor, " p"]:
+        """Per grid cell, the share of images whose patch there is an outlier."""
+        return self.positions[layer][:, _beyond(threshold)].sum(1).double() / self.images
+
+    def neighbour_similarity(self, layer: int, threshold: float | None) -> dict[str, float | None]:
+        """Mean cosine to the neighbours of outliers and of the other patches (None: there are none)."""
+        sums, counts, beyond = self.similarity[layer], self.counts[layer], _beyond(threshold)
+        known = bool(sums.any())
+        return {
+            "outlier": _mean(sums, counts, beyond) if known else None,
+            "normal": _mean(sums, counts, ~beyond) if known else None,
+        }
+
+    def attention_beyond(self, layer: int, threshold: float | None) -> list[float]:
+        """Per head, the share of CLS-to-patch attention on tokens that enter the block as outliers."""
+        shares: list[float] = (self.attention[layer][:, _beyond(threshold)].sum(1) / self.images).tolist()
+        return shares
+
+    def value_norm_ratio(self, layer: int, threshold: float | None) -> float | None:
+        """Mean value norm of tokens that enter the block as outliers, over that of the others."""
+        sums, counts, beyond = self.values[layer], self.entering[layer], _beyond(threshold)
+        inside, outside = _mean(sums, counts, beyond), _mean(sums, counts, ~beyond)
+        return inside / outside if inside is not None and outside else None
+
+    def excess_dimensions(self, layer: int, most: int = 5) -> list[dict[str, int | float]]:
+        """The residual dimensions with most of the squared norm that outliers have beyond median patches."""
+        mean_peak = self.peak_energy[layer] / max(int(self.peaks[layer]), 1)
+        excess = (mean_peak - self.median_energy[layer] / self.images).clamp(min=0)
+        share = excess / excess.sum()
+        top = share.topk(min(most, len(share))).indices.tolist()
+        return [{"dimension": d, "share": float(share[d])} for d in top if share[d] >= 0.01]
+
+
+def _beyond(threshold: float | None) -> Bool[Tensor, " bins"]:
+    """The bins at or above a threshold (a bin edge); none of them for None."""
+    return EDGES[:-1] >= (torch.inf if threshold is None else threshold)
+
+
+def _mean(sums: Tensor, counts: Tensor, chosen: Tensor) -> float | None:
+    count = int(counts[chosen].sum())
+    return float(sums[chosen].sum()) / count if count else None
 
 
 class Collector:
