@@ -11,29 +11,26 @@ whatever the number of worker processes.
 
 import contextlib
 import glob
-import io
 import itertools
 import os
 import pickle
 import re
-import stat
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vitreg.decoding import decode, photo_extensions, reason
 from vitreg.errors import ImageError, MissingExtraError
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
@@ -70,8 +67,6 @@ _Outcome = tuple[str, Tensor] | FailedImage
 _Chunk = tuple[list[Tensor], list[str | FailedImage]]
 
 _CHUNK = 8  # images that travel together from a worker, in one shared memory file
-# Formats that Pillow cannot turn into pixels by itself. EPS is out also because it would run Ghostscript.
-_NOT_PHOTOS = {"EPS", "PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def read_images(
@@ -179,7 +174,7 @@ class Images:
                 "a preprocess that can be pickled (no lambda), and in a script `if __name__ == '__main__':`"
             )
             advice = f"Pass workers=0 to do without them. Where processes are not forked they need {needs}"
-            raise ImageError(f"the processes that read images failed: {_reason(error)}. {advice}.") from error
+            raise ImageError(f"the processes that read images failed: {reason(error)}. {advice}.") from error
 
     def _start_loader(self) -> Iterator[_Chunk]:
         reader = _Reader(self._items, self._preprocess)
@@ -240,7 +235,7 @@ def _list_folder(folder: str) -> list[_Item]:
     seen = set()  # real folders: a link may lead back up
 
     def note(error: OSError) -> None:
-        unreadable.append(FailedImage(_printable(error.filename), _reason(error)))
+        unreadable.append(FailedImage(_printable(error.filename), reason(error)))
 
     for where, subfolders, names in os.walk(folder, onerror=note, followlinks=True):
         if (real := os.path.realpath(where)) in seen:
@@ -272,14 +267,10 @@ def _list_text(path: str) -> list[str]:
     return [near if os.path.exists(near) or not os.path.exists(line) else line for near, line in pairs]
 
 
-@cache
-def _extensions() -> frozenset[str]:
-    Image.init()
-    return frozenset(e for e, format in Image.registered_extensions().items() if format not in _NOT_PHOTOS)
-
-
 def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in _extensions() and not os.path.basename(path).startswith(".")
+    return os.path.splitext(path)[1].lower() in photo_extensions() and not os.path.basename(path).startswith(
+        "."
+    )
 
 
 def _is_shard(path: str) -> bool:
@@ -331,10 +322,10 @@ class _Reader(IterableDataset[_Outcome]):
             return item
         name, content = (_printable(item), item) if isinstance(item, str) else item
         try:
-            pixels = content if isinstance(content, Tensor) else self._prepare(_decode(content))
+            pixels = content if isinstance(content, Tensor) else self._prepare(decode(content))
             return name, pixels.detach().cpu().float()
         except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, MemoryError
-            return FailedImage(name, _reason(error))
+            return FailedImage(name, reason(error))
 
     def _prepare(self, image: Image.Image) -> Tensor:
         assert self.preprocess is not None
@@ -357,46 +348,7 @@ def _shard_members(path: str) -> Iterator[_Item]:
             for member in tar_file_iterator(stream, select_files=_is_image):
                 yield _printable(f"{path}/{member['fname']}"), member["data"]
     except Exception as error:
-        yield FailedImage(_printable(path), f"the shard cannot be read any further: {_reason(error)}")
-
-
-def _decode(content: str | bytes | Image.Image) -> Image.Image:
-    """Any image -> RGB: upright, first frame, 8 bit, transparency on white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about metadata, palettes and large sizes
-        if isinstance(content, Image.Image):
-            return _to_rgb(content)
-        if isinstance(content, str) and not stat.S_ISREG(os.stat(content).st_mode):
-            # To open a named pipe would wait forever.
-            raise ImageError("is a folder" if os.path.isdir(content) else "is not a regular file")
-        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
-            if not file.read(1):
-                raise ImageError("the file is empty")
-            file.seek(0)
-            Image.init()  # a spawned worker has not met all formats yet
-            with Image.open(file, formats=[name for name in Image.OPEN if name not in _NOT_PHOTOS]) as image:
-                return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # a damaged EXIF block does not make the photo unreadable
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = _to_8bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_8bit(image: Image.Image) -> Image.Image:
-    """Deep grey -> 8 bit. White is 65535 (for floats the first of 1, 255, 65535 that fits) or the maximum."""
-    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-    low, high = float(values.min()), float(values.max())
-    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
-    fitting = [(0.0, white) for white in whites if low >= 0 and high <= white]
-    black, white = [*fitting, (low, high)][0]
-    return Image.fromarray(np.rint((values - black) / max(white - black, 1e-9) * 255).astype(np.uint8))
+        yield FailedImage(_printable(path), f"the shard cannot be read any further: {reason(error)}")
 
 
 # ---- Back to this process
@@ -418,15 +370,6 @@ def _to_batch(images: list[tuple[str, Tensor]]) -> Batch:
                 f"{found}. A batch needs one size: crop in the preprocess, or pass batch_size=1."
             )
     return Batch(torch.stack([pixels for _, pixels in images]), tuple(name for name, _ in images))
-
-
-def _reason(error: BaseException) -> str:
-    """One short line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or in a format that Pillow does not know"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    kind = "" if isinstance(error, OSError | ImageError) and text else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{text}".split())[:300]
 
 
 def _printable(path: str) -> str:
