@@ -175,6 +175,26 @@ def test_wrap_takes_a_timm_models_preprocessing_and_says_when_there_is_none():
         vitreg.read_images([gradient_photo()], plain)
 
 
+def test_an_encoder_inside_a_larger_model_is_run_as_the_caller_says():
+    class Captioner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.words = tiny_timm(), torch.nn.Embedding(5, 32)
+
+        def forward(self, pictures, words):
+            return self.encoder.forward_features(pictures).mean(1) + self.words(words)
+
+    model = Captioner().eval()
+    words = torch.tensor([3])
+    vit = wrap(model.encoder, forward=lambda images: model(images, words), image_size=32)
+    images = torch.rand(2, 3, 32, 32)
+    with vitreg.trace(vit) as t:
+        assert torch.equal(vit(images), model(images, words))
+    assert t.norms.shape == (2, 2, 17)
+    with pytest.raises(vitreg.UnsupportedModelError, match="Give vitreg the vision encoder itself"):
+        wrap(model, image_size=32)
+
+
 def test_dtype_and_images_of_another_dtype(timm_folder):
     vit = load(str(timm_folder), dtype="bfloat16")
     assert vit(torch.rand(1, 3, 32, 32)).dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """The command line: parse, call one public function, print or write.
 
 Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage. Progress goes to stderr, results to
-stdout. Heavy imports wait until a command runs, so that --help is instant.
+stdout.
 """
 
 import json

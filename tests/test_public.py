@@ -1,0 +1,76 @@
+"""What a newcomer meets first: the public names, the README's example, the demo."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from test_models import tiny_timm
+
+import vitreg
+import vitreg.errors
+from vitreg.demo import run
+from vitreg.images import demo_photos
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_exists_and_says_what_it_is():
+    for name in vitreg.__all__:
+        assert getattr(vitreg, name).__doc__, name
+    assert vitreg.__all__ == sorted(vitreg.__all__, key=lambda name: (name[0].islower(), name))
+
+
+def test_every_error_is_public_and_drawn_in_the_tree():
+    errors = [x for x in vars(vitreg.errors).values() if isinstance(x, type) and issubclass(x, Exception)]
+    for error in errors:
+        assert issubclass(error, vitreg.VitregError)
+        assert error.__name__ in vitreg.__all__
+        assert error.__name__ in (vitreg.errors.__doc__ or "")
+
+
+def test_optional_and_heavy_libraries_wait_until_they_are_used():
+    heavy = ("timm", "transformers", "open_clip", "torchvision", "matplotlib", "webdataset")
+    code = f"import sys, vitreg.cli; print([m for m in {heavy} if m in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_the_readmes_example_runs(monkeypatch, tmp_path):
+    """The example as printed, with a small model and the bundled photos in place of what it names."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 15
+    small = vitreg.wrap(tiny_timm(depth=12))
+    read = vitreg.read_images
+    monkeypatch.setattr(vitreg, "load", lambda name: small)
+    monkeypatch.setattr(vitreg, "read_images", lambda source, vit: read(demo_photos(), vit))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
+
+
+def test_the_readmes_file_map_names_every_module():
+    tree = README[README.index("## Where things are") :]
+    for path in (ROOT / "vitreg").glob("*.py"):
+        if not path.name.startswith("__"):
+            assert path.name in tree, f"{path.name} is not in the README's file map"
+
+
+def test_the_demo_tells_the_whole_story(tmp_path, capsys):
+    run(tmp_path / "out")
+    said = capsys.readouterr().out
+    found = re.search(r"(\d+) of (\d+) planted patches found, (\d+) false alarms", said)
+    assert found[1] == found[2] != "0"
+    assert found[3] == "0"
+    assert "no artifacts" in said
+    assert "phantom" in (tmp_path / "out/report.html").read_text().lower()
+    with open(tmp_path / "out/overview.png", "rb") as picture:
+        assert matplotlib.image.imread(picture).std() > 0.1
+
+
+@pytest.mark.parametrize("script", ["install", "demo", "check"])
+def test_scripts_are_executable(script):
+    assert (ROOT / "scripts" / script).stat().st_mode & 0o111
