@@ -28,6 +28,11 @@ Forward = Callable[[Tensor], Any]
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
 _PASS_AN_ANATOMY = "Pass an Anatomy to override."
+NO_ATTENTION_SEEN = (
+    "made no attention call that can be seen. If the model computes attention step by step, select a fused"
+    " kernel: model.set_attn_implementation('sdpa') in transformers, timm.layers.set_fused_attn(True) before"
+    " building in timm. Attention that is no scaled dot product is not supported"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Anatomy:
     `blocks` is the dotted path of the block stack, `down_projection` the path within a block of the
     MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
     whose output is the patch grid before positions are added (None: not found, and what needs it is
-    left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe.
+    left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
+    are given must agree with it.
     """
 
     blocks: str
@@ -114,10 +120,10 @@ def find_anatomy(
     Raises UnsupportedModelError with the reason for a model that is not a plain Vision Transformer,
     NonFiniteError for weights with NaN or infinity.
     """
-    _refuse_compiled(model)
+    refuse_compiled(model)
     _refuse_non_finite(model)
     stack = given.blocks if given else _find_block_stack(model)
-    probe = _Probe(model, stack, image_size)
+    probe = _Probe(model, stack, image_size, given.patch_embedding if given else None)
     probe.run(forward)
     probe.check_stream()
     anatomy = given or Anatomy(
@@ -135,26 +141,42 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: "_Probe") -> Anatomy:
     """The anatomy with its counts filled in; an error where it contradicts the probe."""
     layout = anatomy.layout(probe.image_size)
     if layout.tokens != probe.tokens:
+        height, width = probe.image_size
         raise UnsupportedModelError(
-            f"expected {layout.tokens} tokens ({layout}) for {probe.image_size[0]}x{probe.image_size[1]} pixels,"
+            f"expected {layout.tokens} tokens ({layout}) for {height}x{width} pixels,"
             f" found {probe.tokens} in the blocks. Correct the Anatomy, or switch token dropping off."
         )
-    downs = anatomy.down_projections(model)
-    if len(downs) != probe.depth or any(down.out_features != probe.width for down in downs):
+    linears = [_part(block, anatomy.down_projection) for block in probe.blocks]
+    if not all(isinstance(linear, nn.Linear) and linear.out_features == probe.width for linear in linears):
         raise UnsupportedModelError(
             f"expected a linear layer to width {probe.width} at {anatomy.down_projection!r} in each of"
-            f" {probe.depth} blocks, found {[tuple(d.weight.shape) for d in downs]}."
+            f" {probe.depth} blocks, found {linears[0]}. Correct the Anatomy."
         )
-    return replace(
-        anatomy,
-        depth=probe.depth,
-        width=probe.width,
-        neurons=downs[0].in_features,
-        heads=probe.heads(),
-    )
+    probe.check_embedding(anatomy.patch_embedding, layout)
+    neurons = anatomy.down_projections(model)[0].in_features
+    measured = replace(anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=probe.heads())
+    for name in ("depth", "width", "neurons", "heads"):
+        stated, found = getattr(anatomy, name), getattr(measured, name)
+        if stated not in (0, found):
+            raise UnsupportedModelError(
+                f"expected {name} {stated}, found {found}. Correct the Anatomy, or leave {name} out: it is"
+                " measured."
+            )
+    return measured
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path that an Anatomy names."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"expected a module at {path!r} in {type(module).__name__}, found none. Correct the Anatomy."
+        ) from error
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where torch.compile would run a graph past every hook."""
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if compiled:
@@ -229,10 +251,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class _Probe:
     """One watched forward pass over two different noise images, and what it showed."""
 
-    def __init__(self, model: nn.Module, stack: str, image_size: tuple[int, int]) -> None:
-        self.model, self.image_size = model, image_size
-        self.blocks = list(model.get_submodule(stack).children())
+    def __init__(
+        self, model: nn.Module, stack: str, image_size: tuple[int, int], embedding: str | None = None
+    ) -> None:
+        self.model, self.image_size, self.embedding = model, image_size, embedding
+        self.blocks = list(_part(model, stack).children())
         self.depth = len(self.blocks)
+        if not self.blocks:
+            raise UnsupportedModelError(f"expected blocks in {stack!r}, found none. Correct the Anatomy.")
         self.inputs: list[Tensor | None] = []
         self.outputs: list[Tensor | None] = []
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
@@ -254,9 +280,9 @@ class _Probe:
                 if not self.inputs:
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} could not run on images of shape"
-                        f" {tuple(images.shape)} ({type(error).__name__}: {_one_line(error)}). Give vitreg the"
-                        " vision encoder itself (of a larger model, its vision tower), a matching size, or"
-                        " a `forward` that says how to call it."
+                        f" {tuple(images.shape)} ({type(error).__name__}: {_one_line(error)}). Give vitreg"
+                        " the vision encoder itself (of a larger model, its vision tower), a matching size,"
+                        " or a `forward` that says how to call it."
                     ) from error
                 if len(self.outputs) < self.depth:
                     raise
@@ -276,7 +302,7 @@ class _Probe:
             if isinstance(module, nn.Linear):
                 yield module.register_forward_hook(self._saw_linear(name))
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear) or name == self.embedding:
                 yield module.register_forward_hook(self._saw_feature(name))
 
     def _enter(self, index: int) -> Any:
@@ -297,9 +323,9 @@ class _Probe:
         return hook
 
     def _saw_feature(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if not self.inputs:
-                self.features.append((name, tuple(output.shape)))
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not self.inputs and (found := first_tensor(output)) is not None:
+                self.features.append((name, tuple(found.shape)))
 
         return hook
 
@@ -403,20 +429,38 @@ class _Probe:
     def patch_embedding(self) -> str | None:
         return self._grid()[0]
 
+    def check_embedding(self, path: str | None, layout: TokenLayout) -> None:
+        """What an Anatomy says of the patch embedding must be what the probe saw of it."""
+        if path is None:
+            return
+        _part(self.model, path)
+        seen = [shape[2:] if len(shape) == 4 else shape[1:2] for name, shape in self.features if name == path]
+        if layout.grid not in seen and (layout.patches,) not in seen:
+            raise UnsupportedModelError(
+                f"expected {path!r} to embed {layout.grid[0]}x{layout.grid[1]} patches before block 0, found"
+                f" {seen[-1] if seen else 'no call of it'}. Correct the Anatomy."
+            )
+
     def _grid(self) -> tuple[str | None, tuple[int, int]]:
         """The last feature map before block 0 with as many cells as there are patches, and its grid."""
         patches = self.tokens - self.constant_tokens()
-        maps = [(name, s) for name, s in self.features if len(s) == 4 and s[2] * s[3] == patches]
-        if maps:
-            name, shape = maps[-1]
-            return name, (shape[2], shape[3])
+        maps = [(name, (s[2], s[3])) for name, s in self.features if len(s) == 4]
+        fitting = [(name, grid) for name, grid in maps if grid[0] * grid[1] == patches]
+        if fitting:
+            return fitting[-1]
         height, width = self.image_size
+        flat = [name for name, s in self.features if len(s) == 3 and s[1] == patches]
+        if maps and not flat:
+            rows, columns = maps[-1][1]
+            raise self._unsupported(
+                f"of the {rows}x{columns} cells of {maps[-1][0]!r} only {patches} enter them as patch tokens."
+                " Token dropping and merging are not supported: switch them off"
+            )
         rows = round((patches * height / width) ** 0.5)
         if rows * (patches // max(rows, 1)) != patches:
             raise self._unsupported(
                 f"{patches} patch tokens do not fill a grid over an image of {height}x{width} pixels"
             )
-        flat = [name for name, s in self.features if len(s) == 3 and s[1] == patches]
         return (flat[-1] if flat else None), (rows, patches // rows)
 
     def heads(self) -> int:
@@ -424,12 +468,7 @@ class _Probe:
         for index in range(self.depth):
             shapes = [shape for block, shape in self.attention if block == index]
             if not shapes:
-                raise self._unsupported(
-                    f"block {index} made no attention call that can be seen. If the model computes attention"
-                    " step by step, select a fused kernel: model.set_attn_implementation('sdpa') in"
-                    " transformers, timm.layers.set_fused_attn(True) before building in timm. Attention"
-                    " that is no scaled dot product is not supported"
-                )
+                raise self._unsupported(f"block {index} {NO_ATTENTION_SEEN}")
             if len(shapes) > 1:
                 raise self._unsupported(f"block {index} computes attention {len(shapes)} times, not once")
             if len(shapes[0]) != 4 or shapes[0][0] != 2 or shapes[0][2] != self.tokens:

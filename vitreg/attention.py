@@ -6,7 +6,9 @@
 `F.scaled_dot_product_attention` gets the real q, k and v (after rotary positions and q/k norm),
 and `nn.MultiheadAttention` goes through `F.multi_head_attention_forward`, so a `TorchFunctionMode`
 that catches these two sees every library. The model's own result is returned untouched, and a mode
-is seen by the thread that entered it and by no other.
+is seen by the thread that entered it and by no other. (`nn.MultiheadAttention` alone notices any mode: in
+evaluation without gradients it then leaves its fused inference kernel for the one that it trains with,
+which rounds differently in the last bits.)
 """
 
 import inspect
@@ -21,51 +23,57 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitreg.errors import UnsupportedModelError
+
 
 class AttentionCall(ABC):
     """One attention: what its queries, keys and values are, computed only when asked for.
 
-    Shapes: `q` (b, h, n, c), `k` and `v` (b, h, n, c), c channels per head. Grouped keys and values
+    Shapes: `q` (b, h, n, c), `k` and `v` (b, h, n, c), c channels per head (windowed models have other
+    leading axes). Grouped keys and values
     are repeated to one per query head.
     """
 
     scale: float | None
     mask: Tensor | None
     causal: bool
+    tokens: int  # queries
 
     @property
     @abstractmethod
-    def q(self) -> Float[Tensor, "b h n c"]: ...
+    def q(self) -> Float[Tensor, "*b h n c"]: ...
 
     @property
     @abstractmethod
-    def k(self) -> Float[Tensor, "b h m c"]: ...
+    def k(self) -> Float[Tensor, "*b h m c"]: ...
 
     @property
     @abstractmethod
-    def v(self) -> Float[Tensor, "b h m e"]: ...
+    def v(self) -> Float[Tensor, "*b h m e"]: ...
 
-    def queries(self, index: Tensor | slice) -> Float[Tensor, "b h r c"]:
+    def queries(self, index: Tensor | slice) -> Float[Tensor, "*b h r c"]:
         """The queries of some tokens only."""
-        return self.q[:, :, index]
+        return self.q[..., index, :]
 
-    def rows(self, index: Tensor | slice) -> Float[Tensor, "b h r m"]:
+    def rows(self, index: Tensor | slice) -> Float[Tensor, "*b h r m"]:
         """Attention rows of the query tokens `index`, each summing to 1 over keys, in float32.
 
         O(r * n): the n x n map is never built unless all rows are asked for.
         """
-        q, k = self.queries(index), self.k
+        q, k = self.queries(index).float(), self.k.float()
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        logits = (q @ k.transpose(-2, -1)).float() * scale
+        with torch.autocast(q.device.type, enabled=False):  # it would round the logits, as no kernel does
+            logits = q @ k.transpose(-2, -1) * scale
         return (logits + self._bias(index, k.shape[-2], logits)).softmax(-1)
 
     def _bias(self, index: Tensor | slice, keys: int, logits: Tensor) -> Tensor | float:
         bias: Tensor | float = 0.0
         if self.mask is not None:
-            mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., index, :]
+            mask = torch.atleast_2d(self.mask)
+            mask = mask if mask.shape[-2] == 1 else mask[..., index, :]
             bias = logits.new_zeros(()).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         if self.causal:
-            allowed = torch.ones(keys, keys, dtype=torch.bool, device=logits.device).tril()[index]
+            allowed = torch.ones(self.tokens, keys, dtype=torch.bool, device=logits.device).tril()[index]
             bias = logits.new_zeros(()).masked_fill(~allowed, -torch.inf) + bias
         return bias
 
@@ -86,22 +94,23 @@ class _SdpaCall(AttentionCall):
     ) -> None:
         self._q, self._k, self._v = query, key, value
         self.mask, self.causal, self.scale = attn_mask, is_causal, scale
+        self.tokens = query.shape[-2]
 
     @property
-    def q(self) -> Float[Tensor, "b h n c"]:
+    def q(self) -> Float[Tensor, "*b h n c"]:
         return self._q
 
     @property
-    def k(self) -> Float[Tensor, "b h m c"]:
+    def k(self) -> Float[Tensor, "*b h m c"]:
         return self._per_query_head(self._k)
 
     @property
-    def v(self) -> Float[Tensor, "b h m e"]:
+    def v(self) -> Float[Tensor, "*b h m e"]:
         return self._per_query_head(self._v)
 
     def _per_query_head(self, x: Tensor) -> Tensor:
-        groups = self._q.shape[1] // x.shape[1]
-        return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+        groups = self._q.shape[-3] // x.shape[-3]
+        return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
 
 
 _MHA_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -121,6 +130,7 @@ class _MultiheadCall(AttentionCall):
         bound.apply_defaults()
         self._args = bound.arguments
         self._heads: int = self._args["num_heads"]
+        self.tokens = self._args["query"].shape[0]
         self.causal = bool(self._args["is_causal"]) and self._args["attn_mask"] is None
         self.mask = self._merged_mask()
 
@@ -144,6 +154,12 @@ class _MultiheadCall(AttentionCall):
         return ignored.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else ignored + mask
 
     def _project(self, source: str, part: int, index: Tensor | slice = slice(None)) -> Tensor:
+        added = [name for name in ("bias_k", "static_k") if self._args[name] is not None]
+        if added or self._args["add_zero_attn"]:
+            raise UnsupportedModelError(
+                f"attention over keys that are no tokens ({', '.join(added) or 'add_zero_attn'}) is not"
+                " supported."
+            )
         x: Tensor = self._args[source][index]
         if self._args["use_separate_proj_weight"]:
             weight = self._args[("q_proj_weight", "k_proj_weight", "v_proj_weight")[part]]
@@ -153,19 +169,19 @@ class _MultiheadCall(AttentionCall):
         y = F.linear(x, weight, None if bias is None else bias.chunk(3)[part])
         return y.unflatten(-1, (self._heads, -1)).permute(1, 2, 0, 3)  # (n, b, h, c) -> (b, h, n, c)
 
-    def queries(self, index: Tensor | slice) -> Float[Tensor, "b h r c"]:
+    def queries(self, index: Tensor | slice) -> Float[Tensor, "*b h r c"]:
         return self._project("query", 0, index)
 
     @cached_property
-    def q(self) -> Float[Tensor, "b h n c"]:
+    def q(self) -> Float[Tensor, "*b h n c"]:
         return self._project("query", 0)
 
     @cached_property
-    def k(self) -> Float[Tensor, "b h m c"]:
+    def k(self) -> Float[Tensor, "*b h m c"]:
         return self._project("key", 1)
 
     @cached_property
-    def v(self) -> Float[Tensor, "b h m e"]:
+    def v(self) -> Float[Tensor, "*b h m e"]:
         return self._project("value", 2)
 
 

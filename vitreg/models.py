@@ -9,6 +9,7 @@ This is the only file that knows libraries.
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -382,10 +383,13 @@ def _native_size(module: nn.Module) -> tuple[int, int]:
         return _pair(timm_size)
     if getattr(module, "pretrained_cfg", None):
         return _pair(module.pretrained_cfg["input_size"][1:])  # type: ignore[index]
-    for owner in (getattr(module, "config", None), module):
+    config: Any = getattr(module, "config", None)
+    for owner in (config, module):
         size = getattr(owner, "image_size", None)
         if isinstance(size, int | tuple | list):
             return _pair(size)
+    if hasattr(config, "num_patches"):  # SigLIP 2 takes any size; its own is the square of its positions
+        return _pair(config.patch_size * math.isqrt(config.num_patches))
     return (224, 224)
 
 

@@ -36,7 +36,6 @@ class Statistics:
     similarity: Tensor  # (l, k) summed cosine to the grid neighbours, after the patch embedding
     attention: Tensor  # (l, h, k) summed share of CLS-to-patch attention, by the norm entering layer l
     values: Tensor  # (l, k) summed value norms, by the norm entering layer l
-    entering: Tensor  # (l, k) patch tokens by the norm entering layer l
     largest: Tensor  # (l,) largest patch norm
     moments: Tensor  # (l, 2) sums of patch norms and of their squares
     special: Tensor  # (l, 2) summed norms of CLS, and the mean over registers
@@ -59,7 +58,6 @@ class Statistics:
             similarity=zeros(depth, BINS),
             attention=zeros(depth, heads, BINS),
             values=zeros(depth, BINS),
-            entering=zeros(depth, BINS, dtype=torch.int64),
             largest=zeros(depth),
             moments=zeros(depth, 2),
             special=zeros(depth, 2),
@@ -115,7 +113,7 @@ class Statistics:
 
     def value_norm_ratio(self, layer: int, threshold: float | None) -> float | None:
         """Mean value norm of tokens that enter the block as outliers, over that of the others."""
-        sums, counts, beyond = self.values[layer], self.entering[layer], _beyond(threshold)
+        sums, counts, beyond = self.values[layer], self.counts[layer - 1], _beyond(threshold)
         inside, outside = _mean(sums, counts, beyond), _mean(sums, counts, ~beyond)
         return inside / outside if inside is not None and outside else None
 
@@ -210,11 +208,10 @@ class Collector:
         if self._bins is None:  # layer 0: no block has written yet
             return
         s = self.statistics
-        for head in range(shares.shape[1]):
-            s.attention[layer, head] += _binned(self._bins, shares[:, head])
+        bins = self._bins.flatten().expand(shares.shape[1], -1)
+        s.attention[layer].scatter_add_(1, bins, shares.transpose(0, 1).flatten(1).double())
         value_norms = torch.linalg.vector_norm(call.v[:, :, patches], dim=(1, 3), dtype=torch.float32)
         s.values[layer] += _binned(self._bins, value_norms)
-        s.entering[layer] += torch.bincount(self._bins.flatten(), minlength=BINS)
 
 
 def query_tokens(layout: TokenLayout) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import Anatomy, TokenLayout, first_tensor
+from vitreg.anatomy import NO_ATTENTION_SEEN, Anatomy, TokenLayout, first_tensor, refuse_compiled
 from vitreg.attention import AttentionCall, intercept
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
@@ -32,6 +32,7 @@ AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
 class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     """While entered, hand what each block computes to functions, in order, for this thread only.
 
+    on_start()                          a forward pass enters block 0
     on_embedding(patches (b, p, d))     the patch embedding, before positions, where the model has one
     on_block(layer, residual (b, n, d)) the residual stream after block `layer`
     on_neurons(layer, a (b, n, f))      the input of the MLP's down-projection
@@ -41,25 +42,34 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     backward pass recomputes (gradient checkpointing) is not handed out a second time.
     """
 
+    _thread: int | None = None  # the one that entered
+
     def __init__(
         self,
         vit: Backbone,
         *,
+        on_start: Callable[[], None] | None = None,
         on_embedding: Callable[[Tensor], None] | None = None,
         on_block: Callable[[int, Tensor], None] | None = None,
         on_neurons: Callable[[int, Tensor], None] | None = None,
         on_attention: Callable[[int, AttentionCall], None] | None = None,
     ) -> None:
         self._vit = vit
-        self._on_embedding, self._on_block = on_embedding, on_block
+        self._on_start, self._on_embedding, self._on_block = on_start, on_embedding, on_block
         self._on_neurons, self._on_attention = on_neurons, on_attention
         self._inside: int | None = None
+        self._attended = False  # by the block that is running
         self._stack = ExitStack()
         self.layout = vit.layout  # of the latest pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a watched model carries the hooks along: they lead to a watch that sees nothing."""
+        return object.__new__, (watch,)
 
     def __enter__(self) -> "watch":
         self._thread = threading.get_ident()
         model, anatomy = self._vit.model, self._vit.anatomy
+        refuse_compiled(model)
         downs = anatomy.down_projections(model)
         hooks: list[Any] = []
         for layer, block in enumerate(anatomy.block_modules(model)):
@@ -84,23 +94,28 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _entered(self, layer: int, module: nn.Module, args: Any) -> None:
         if self._ours():
-            self._inside = layer
+            self._inside, self._attended = layer, False
+            if layer == 0 and self._on_start:
+                self._on_start()
 
     def _left(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._ours():
-            self._inside = None
-            residual = first_tensor(output)
-            if self._on_block and residual is not None:
-                if layer == 0:
-                    self._check(residual.shape[1])
-                self._on_block(layer, residual.detach())
+        residual = first_tensor(output)
+        if not self._ours() or residual is None:
+            return
+        self._inside = None
+        self._check(layer, residual.shape[1])
+        if self._on_block:
+            self._on_block(layer, residual.detach())
 
-    def _check(self, tokens: int) -> None:
+    def _check(self, layer: int, tokens: int) -> None:
         if tokens != self.layout.tokens:
             raise UnsupportedModelError(
-                f"found {tokens} tokens in the blocks, but {self.layout} makes {self.layout.tokens}. Patch"
-                " dropping and token merging are not supported: switch them off (model.eval())."
+                f"found {tokens} tokens after block {layer}, but {self.layout} makes {self.layout.tokens}."
+                " Token dropping, merging and packing are not supported: switch them off (model.eval())."
+                " For images of another size, wrap the model with that image_size."
             )
+        if self._on_attention and not self._attended:
+            raise UnsupportedModelError(f"block {layer} {NO_ATTENTION_SEEN}.")
 
     def _neurons(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._ours() and self._on_neurons:
@@ -109,7 +124,6 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     def _embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if not self._ours():
             return
-        self.layout = self._vit.layout
         if output.dim() == 4:
             self.layout = replace(self.layout, grid=(output.shape[2], output.shape[3]))
             output = output.flatten(2).transpose(1, 2)
@@ -118,6 +132,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _attention(self, call: AttentionCall) -> None:
         if self._inside is not None and self._ours() and self._on_attention:
+            self._attended = True
             with torch.no_grad():
                 self._on_attention(self._inside, call)
 
@@ -156,6 +171,7 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
         self._record: dict[str, dict[int, Tensor]] = {}
         self._watch = watch(
             vit,
+            on_start=self._forget,
             on_embedding=partial(self._put, "embedding", 0) if embedding else None,
             on_block=self._block,
             on_neurons=self._keep_neurons if neurons else None,
@@ -181,12 +197,21 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
         record = self.__dict__.get("_record", {})
         if name == "embedding" and name in record:
             return record[name][0]
-        if name in record:
-            return torch.stack([record[name][layer] for layer in self.layers])
-        raise AttributeError(
-            f"this trace has no {name!r}: it holds {sorted(record) or 'nothing yet'}. Ask for it in trace(...)"
-            " and run the model inside the with block."
-        )
+        if name not in record:
+            raise AttributeError(
+                f"this trace has no {name!r}: it holds {sorted(record) or 'nothing yet'}. Ask for it in"
+                " trace(...) and run the model inside the with block."
+            )
+        missing = [layer for layer in self.layers if layer not in record[name]]
+        if missing:
+            raise AttributeError(
+                f"this trace has no {name!r} of layers {missing}: the latest forward pass did not reach them."
+            )
+        return torch.stack([record[name][layer] for layer in self.layers])
+
+    def _forget(self) -> None:
+        """A new pass begins: drop the last one, before it takes memory beside the new, or mixes with it."""
+        self._record = {name: kept for name, kept in self._record.items() if name == "embedding"}
 
     def _put(self, name: str, layer: int, value: Tensor) -> None:
         self._record.setdefault(name, {})[layer] = value
