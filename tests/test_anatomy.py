@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg import Anatomy, NonFiniteError, TokenLayout, UnsupportedModelError
-from vitreg.anatomy import evaluating, first_tensor
+from vitreg.probe import evaluating, first_tensor
 
 # -- token layouts ---------------------------------------------------------------------------------
 

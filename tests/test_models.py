@@ -139,6 +139,22 @@ def test_hf_preprocessing_is_the_processors_own(hf_folder):
     assert torch.equal(load(str(hf_folder)).preprocess(gradient_photo()), expected)
 
 
+def test_siglip_2_gets_whole_images_although_its_processor_cuts_patches(tmp_path):
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        patch_size=8,
+        num_patches=16,
+    )
+    transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
+    transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
+    vit = load(str(tmp_path))
+    photos = vitreg.read_images([gradient_photo()], vit)
+    assert vitreg.diagnose(vit, photos).grid == (4, 4)
+
+
 def test_size_resamples_positions_as_the_library_does(timm_folder, hf_folder):
     vit = load(str(timm_folder), size=48)
     assert vit.layout.grid == (6, 6)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitreg
-from vitreg.anatomy import TokenLayout, evaluating
+from vitreg.anatomy import TokenLayout
 from vitreg.diagnosis import collect
+from vitreg.probe import evaluating
 from vitreg.statistics import EDGES, neighbour_similarity
 
 VIT = CATALOG["timm dinov2 registers"].backbone()

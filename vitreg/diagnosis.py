@@ -23,10 +23,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from vitreg.anatomy import TokenLayout, evaluating
+from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
 from vitreg.images import Batch, Images
 from vitreg.models import Backbone
+from vitreg.probe import evaluating
 from vitreg.statistics import EDGES, Collector, Statistics
 from vitreg.threshold import MIN_GAP, MIN_RATIO, Gap, quantile, widest_gap
 from vitreg.trace import trace

@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import Anatomy, Forward, TokenLayout, find_anatomy
+from vitreg.anatomy import Anatomy, TokenLayout, find_anatomy
 from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError, VitregError
+from vitreg.probe import Forward
 
 Preprocess = Callable[[PIL.Image.Image], Tensor]
 Size = int | tuple[int, int]
@@ -302,6 +303,8 @@ def _hf_preprocess(
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception:  # no preprocessor_config.json, or no such repository
         return _plain_preprocess(native) if random_weights else None
+    if hasattr(processor, "max_num_patches"):  # SigLIP 2 cuts patches itself; `_run_on_patches` wants images
+        return _plain_preprocess(native, processor.image_mean, processor.image_std)
     return _HfPreprocess(processor, _hf_size(processor, size) if size else {})
 
 
@@ -315,10 +318,13 @@ def _hf_size(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": {"shortest_edge": round(min(size) * shortest / crop["height"])}, "crop_size": exact}
 
 
-def _plain_preprocess(size: tuple[int, int]) -> Preprocess:
+def _plain_preprocess(size: tuple[int, int], mean: Any = _HALF, std: Any = _HALF) -> Preprocess:
+    """Resize, crop the centre, normalise."""
     from timm.data import create_transform
 
-    transform: Preprocess = create_transform((3, *size), is_training=False, mean=_HALF, std=_HALF)
+    transform: Preprocess = create_transform(
+        (3, *size), is_training=False, mean=mean, std=std, crop_pct=1.0, interpolation="bicubic"
+    )
     return transform
 
 

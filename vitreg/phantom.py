@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import evaluating
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
+from vitreg.probe import evaluating
 from vitreg.sinks import make_sinks
 from vitreg.trace import trace
 

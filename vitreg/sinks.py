@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import evaluating
 from vitreg.attention import AttentionCall
 from vitreg.models import Backbone
+from vitreg.probe import evaluating
 from vitreg.trace import watch
 
 # How much more attention a typical query gives a marked token than another one on average.

@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import NO_ATTENTION_SEEN, Anatomy, TokenLayout, first_tensor, refuse_compiled
+from vitreg.anatomy import Anatomy, TokenLayout, refuse_compiled
 from vitreg.attention import AttentionCall, intercept
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
+from vitreg.probe import NO_ATTENTION_SEEN, first_tensor
 
 AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
 
