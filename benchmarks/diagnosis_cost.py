@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
-from vitreg.anatomy import evaluating
+from vitreg.probe import evaluating
 
 
 class Noise:
