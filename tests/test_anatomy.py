@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from catalog import CATALOG, SMALL, images, timm_model
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 import vitreg
@@ -110,16 +112,17 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             depths=(2, 2),
             num_heads=(2, 4),
         ),
-        r"SwinTransformer .*found 2 blocks, but block 0 takes a 4-dimensional input \(2, 16, 16, 16\)."
+        r"SwinTransformer .*found 2 stages of several blocks, but block 0 takes a 4-dimensional input"
+        r" \(3, 16, 16, 16\)."
         r" Windowed and convolutional models cannot carry extra tokens",
     ),
     "hf swin": (
         hf_swin,
-        r"SwinModel .*the residual stream changes from \(2, 256, 16\) to \(2, 64, 32\). Hierarchical",
+        r"SwinModel .*the residual stream changes from \(3, 256, 16\) to \(3, 64, 32\). Hierarchical",
     ),
     "sam": (
         small("samvit_base_patch16", global_attn_indexes=(2,), window_size=2),
-        r"VisionTransformerSAM .*4-dimensional input \(2, 4, 4, 32\)",
+        r"VisionTransformerSAM .*4-dimensional input \(3, 4, 4, 32\)",
     ),
     "pvt": (
         timm_plain("pvt_v2_b0", embed_dims=(8, 16, 32, 64), num_heads=(1, 2, 4, 8)),
@@ -136,28 +139,45 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "mixer": (
         timm_plain("mixer_s16_224", img_size=64),
-        r"MlpMixer .*block 0 made no attention call",
+        r"MlpMixer .*block 0 made no call of scaled-dot-product attention",
     ),
-    "xcit": (small("xcit_nano_12_p16_224"), r"Xcit .*made no attention call .* no scaled dot product"),
-    "cait": (small("cait_xxs24_224"), r"Cait .*made no attention call .* no scaled dot product"),
+    "xcit": (
+        small("xcit_nano_12_p16_224"),
+        r"Xcit .*no call of scaled-dot-product attention.* Other kinds",
+    ),
+    "cait": (small("cait_xxs24_224"), r"Cait .*no call of scaled-dot-product attention.* Other kinds"),
     "differential attention": (
         small("vit_dpwee_patch16_reg1_gap_256"),
         r"block 0 computes attention 2 times, not once",
     ),
-    "parallel blocks": (small("vit_small_patch16_18x2_224"), r"block 0 has 2 MLPs \(ffns.0.mlp.fc2, ffns.1"),
+    "parallel blocks": (small("vit_small_patch16_18x2_224"), r"block 0 computes attention 2 times"),
+    "hierarchical attention": (
+        timm_plain("caformer_s18"),
+        r"MetaFormer .*outside them .* self-attention over \[4\] tokens, not 16. Hierarchical",
+    ),
+    "fused output": (
+        lambda: VisionTransformer(
+            img_size=64,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            block_fn=partial(ParallelScalingBlock, fuse_out_proj=True),
+        ),
+        r"attention and MLP share '.*', their only linear layer to the width",
+    ),
     "masked autoencoder": (
         hf("ViTMAEModel", "ViTMAEConfig"),
-        r"of the 4x4 cells of '.*projection' only 4 enter .*Token dropping and merging are not supported",
+        r"the same image gives them other tokens each time. Random masks",
     ),
     "tokens behind the patches": (
         hf("YolosModel", "YolosConfig", image_size=[64, 64], num_detection_tokens=2),
-        r"tokens that do not depend on the image are at \[0, 17, 18\], not in front of the patches",
+        r"3 do not depend on the image \(number 0, 17, 18\) and are not in front of the patches",
     ),
     "packed images": (
         hf("PixtralVisionModel", "PixtralVisionConfig"),
-        r"block 0 takes an input of shape \(1, 32, 32\) for 2 images, not \(b, n, d\)",
+        r"input of shape \(1, 48, 32\) for 3 images, not \(b, n, d\)",
     ),
-    "sequence first": (SequenceFirst, r"input of shape \(16, 2, 32\) for 2 images.*Use the batch-first form"),
+    "sequence first": (SequenceFirst, r"input of shape \(16, 3, 32\) for 3 images.*Use the batch-first form"),
     "a whole CLIP": (
         hf(
             "CLIPModel",
@@ -207,19 +227,22 @@ def test_step_by_step_attention_is_refused_in_timm() -> None:
     model = module()
     for block in model.get_submodule("blocks"):
         block.attn.fused_attn = False
-    refused(model, r"block 0 made no attention call .*timm.layers.set_fused_attn\(True\)")
+    refused(model, r"block 0 no call of scaled-dot-product attention.*timm.layers.set_fused_attn\(True\)")
 
 
 def test_step_by_step_attention_is_refused_in_transformers() -> None:
     model = module("hf dinov2")
     model.set_attn_implementation("eager")
-    refused(model, r"block 0 made no attention call .*model.set_attn_implementation\('sdpa'\)")
+    refused(
+        model,
+        r"block 0 no call of scaled-dot-product attention.*model.set_attn_implementation\('sdpa'\)",
+    )
 
 
 def test_one_block_with_step_by_step_attention_is_refused() -> None:
     model = module()
     model.get_submodule("blocks.2.attn").fused_attn = False
-    refused(model, "block 2 made no attention call")
+    refused(model, "block 2 made no call of scaled-dot-product attention")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -241,7 +264,7 @@ def test_large_finite_weights_are_not_damaged() -> None:
 
 def test_the_wrong_image_size_is_named() -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"could not run on images of shape \(2, 3, 64, 64\).*matching"
+        UnsupportedModelError, match=r"could not run on images of shape \(3, 3, 64, 64\).*matching"
     ):
         vitreg.wrap(module(), image_size=64)
 

@@ -227,7 +227,8 @@ def test_step_by_step_attention_is_refused(name: str) -> None:
     with (
         vitreg.trace(vit, attention="cls"),
         pytest.raises(
-            UnsupportedModelError, match=r"block \d made no attention call .*set_attn_implementation"
+            UnsupportedModelError,
+            match=r"block \d made no call of scaled-dot-product attention.*set_attn",
         ),
     ):
         vit(images(vit))

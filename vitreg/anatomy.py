@@ -103,7 +103,7 @@ class Anatomy:
 def find_anatomy(
     model: nn.Module, forward: Forward, image_size: tuple[int, int], given: Anatomy | None = None
 ) -> Anatomy:
-    """Find the parts of `model`, or check those of `given`, by one forward pass on two noise images.
+    """Find the parts of `model`, or check those of `given`, by one forward pass on noise images.
 
     `forward` runs the model on (b, 3, h, w) images; it may run a larger model that contains `model`.
     Raises UnsupportedModelError with the reason for a model that is not a plain Vision Transformer,
@@ -115,6 +115,7 @@ def find_anatomy(
     probe = Probe(model, stack, image_size, given.patch_embedding if given else None)
     probe.run(forward)
     probe.check_stream()
+    heads = probe.heads()
     anatomy = given or Anatomy(
         blocks=stack,
         down_projection=probe.down_projection(),
@@ -123,10 +124,10 @@ def find_anatomy(
         patch_size=probe.patch_size(),
         patch_embedding=probe.patch_embedding(),
     )
-    return _measured(anatomy, model, probe)
+    return _measured(anatomy, model, probe, heads)
 
 
-def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe) -> Anatomy:
+def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> Anatomy:
     """The anatomy with its counts filled in; an error where it contradicts the probe."""
     layout = anatomy.layout(probe.image_size)
     if layout.tokens != probe.tokens:
@@ -143,7 +144,7 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe) -> Anatomy:
         )
     probe.check_embedding(anatomy.patch_embedding, layout.grid)
     neurons = anatomy.down_projections(model)[0].in_features
-    measured = replace(anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=probe.heads())
+    measured = replace(anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads)
     for name in ("depth", "width", "neurons", "heads"):
         stated, found = getattr(anatomy, name), getattr(measured, name)
         if stated not in (0, found):

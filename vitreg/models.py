@@ -275,13 +275,14 @@ def _hf_pretrained(transformers: Any, name: str, config: Any) -> nn.Module:
 
 def _hf_vision_tower(module: nn.Module) -> nn.Module:
     """The part of a (perhaps multimodal) model that takes pixels."""
-    if getattr(module, "main_input_name", None) == "pixel_values" and not hasattr(module, "language_model"):
-        return module
     for part in module.modules():
-        if getattr(part, "main_input_name", None) == "pixel_values" and part is not module:
+        if (
+            hasattr(part, "config")
+            and next(iter(inspect.signature(part.forward).parameters), "") == "pixel_values"
+        ):
             return part
     raise UnsupportedModelError(
-        f"{type(module).__name__} has no part that takes pixel_values: no vision encoder."
+        f"{type(module).__name__} has no part that takes pixel_values first: no vision encoder."
     )
 
 
@@ -340,7 +341,8 @@ def _forward_of(module: nn.Module) -> Forward | None:
 
 def _run_on_patches(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
     """SigLIP 2 (NaFlex) takes flattened patches, their mask and the grid of each image."""
-    patch: int = module.config.patch_size  # type: ignore[union-attr, assignment]
+    config: Any = module.config
+    patch: int = getattr(config, "vision_config", config).patch_size
     b, _, h, w = images.shape
     rows, columns = h // patch, w // patch
     cells = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (b, 3, rows, columns, patch, patch)
@@ -384,9 +386,10 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _native_size(module: nn.Module) -> tuple[int, int]:
     """The image size that a model's own configuration names, or 224."""
-    timm_size = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    if timm_size:
-        return _pair(timm_size)
+    for part in module.modules():
+        timm_size = getattr(getattr(part, "patch_embed", None), "img_size", None)
+        if timm_size:
+            return _pair(timm_size)
     if getattr(module, "pretrained_cfg", None):
         return _pair(module.pretrained_cfg["input_size"][1:])  # type: ignore[index]
     config: Any = getattr(module, "config", None)

@@ -1,6 +1,6 @@
-"""One watched forward pass over two different noise images, and what it shows of a model's parts.
+"""One watched forward pass over noise images, and what it shows of a model's parts.
 
-What is the same for both images is a prefix token; what attention receives tells the heads; the linear
+What is the same for different images is a prefix token; what attention receives tells the heads; the linear
 layer that leads back to the width is the MLP's down-projection.
 """
 
@@ -19,10 +19,11 @@ Forward = Callable[[Tensor], Any]
 
 PASS_AN_ANATOMY = "Pass an Anatomy to override."
 NO_ATTENTION_SEEN = (
-    "made no attention call that can be seen. If the model computes attention step by step, select a fused"
+    "made no call of scaled-dot-product attention. If it computes such attention step by step, select a fused"
     " kernel: model.set_attn_implementation('sdpa') in transformers, timm.layers.set_fused_attn(True) before"
-    " building in timm. Attention that is no scaled dot product is not supported"
+    " building in timm. Other kinds of attention, or none, are not supported"
 )
+IMAGES = 3  # of a probe: two different ones, and the first again
 
 
 def part(module: nn.Module, path: str) -> nn.Module:
@@ -60,7 +61,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Probe:
-    """One watched forward pass over two different noise images, and what it showed."""
+    """One watched forward pass over two noise images and the first again, and what it showed."""
 
     def __init__(
         self, model: nn.Module, stack: str, image_size: tuple[int, int], embedding: str | None = None
@@ -75,7 +76,9 @@ class Probe:
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
         self.called: list[tuple[str, tuple[int, ...]]] = []  # linear layers of block 0, in order
         self.features: list[tuple[str, tuple[int, ...]]] = []  # outputs before block 0, in order
+        self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
         self._inside: int | None = None
+        self._running = False
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -102,10 +105,12 @@ class Probe:
     def _noise(self) -> Tensor:
         parameter = next(self.model.parameters())
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(2, 3, *self.image_size, generator=generator) * 2 - 1
+        images = torch.rand(2, 3, *self.image_size, generator=generator)[[0, 1, 0]] * 2 - 1
         return images.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
 
     def _hooks(self) -> Iterator[Any]:
+        yield self.model.register_forward_pre_hook(lambda module, args: self._run(True))
+        yield self.model.register_forward_hook(lambda module, args, output: self._run(False))
         for index, block in enumerate(self.blocks):
             yield block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
             yield block.register_forward_hook(self._leave)
@@ -140,15 +145,21 @@ class Probe:
 
         return hook
 
+    def _run(self, running: bool) -> None:
+        self._running = running
+
     def _saw_attention(self, call: AttentionCall) -> None:
+        shape = tuple(call.q.shape)
         if self._inside is not None:
-            self.attention.append((self._inside, tuple(call.q.shape)))
+            self.attention.append((self._inside, shape))
+        elif self._running and call.tokens == call.k.shape[-2] > 1:
+            self.elsewhere.append(shape)
 
     # -- concluding ------------------------------------------------------------------------------
 
     @property
     def stream(self) -> Tensor:
-        """The residual stream that enters block 0, (2, n, d)."""
+        """The residual stream that enters block 0, (IMAGES, n, d)."""
         found = self.inputs[0]
         assert found is not None
         return found
@@ -164,7 +175,7 @@ class Probe:
     def check_stream(self) -> None:
         """Every block must map one (b, n, d) stream to another of the same shape, once per pass."""
         if not self.inputs:
-            raise self._unsupported("block 0 was never called by the model's forward pass")
+            raise self._unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
         shapes = [None if x is None else tuple(x.shape) for x in (*self.inputs, *self.outputs)]
         first = shapes[0]
         if first is None or len(first) == 4:
@@ -172,10 +183,15 @@ class Probe:
                 f"block 0 takes {'no tensor' if first is None else f'a 4-dimensional input {first}'}."
                 " Windowed and convolutional models cannot carry extra tokens"
             )
-        if len(first) != 3 or first[0] != 2:
+        if len(first) != 3 or first[0] != IMAGES:
+            batch_second = len(first) == 3 and first[1] == IMAGES
             raise self._unsupported(
-                f"block 0 takes an input of shape {first} for 2 images, not (b, n, d). Use the batch-first"
-                " form of the model"
+                f"block 0 takes an input of shape {first} for {IMAGES} images, not (b, n, d)."
+                + (
+                    " Use the batch-first form of the model"
+                    if batch_second
+                    else " Models that split an image into windows or several views are not supported"
+                )
             )
         changed = next((shape for shape in shapes if shape != first), None)
         if changed:
@@ -185,22 +201,32 @@ class Probe:
             )
         if len(self.inputs) != self.depth or len(self.outputs) != self.depth:
             raise self._unsupported(f"a forward pass calls them {len(self.inputs)} times")
+        others = {shape for shape in self.elsewhere if shape[-2] != self.tokens}
+        if others:
+            raise self._unsupported(
+                f"outside them the model computes self-attention over {sorted(s[-2] for s in others)} tokens,"
+                f" not {self.tokens}. Hierarchical models have no fixed patch tokens"
+            )
         if not self.stream.isfinite().all():
             raise NonFiniteError("the input of block 0 holds NaN or infinity for a noise image.")
+        if not bool(_equal_tokens(self.stream[0], self.stream[2]).all()):
+            raise self._unsupported(
+                "the same image gives them other tokens each time. Random masks and shuffles are not"
+                " supported: switch them off, or give vitreg the encoder alone"
+            )
 
     def constant_tokens(self) -> int:
         """Tokens that are the same for both images; they must come first (prefix, then registers)."""
-        one, other = self.stream.float()
-        # Equal up to rounding, which may differ between images of one batch in some kernels.
-        scale = one.abs().amax(-1) + other.abs().amax(-1)
-        constant = (one - other).abs().amax(-1) <= 1e-4 * scale
+        constant = _equal_tokens(self.stream[0], self.stream[1])
         count = int(constant.sum())
         if count == self.tokens:
             raise self._unsupported("their input does not depend on the image")
         if not bool(constant[:count].all()):
+            places = constant.nonzero().flatten().tolist()
+            named = ", ".join(map(str, places[:3])) + (", ..." if count > 3 else "")
             raise self._unsupported(
-                f"the tokens that do not depend on the image are at {constant.nonzero().flatten().tolist()},"
-                " not in front of the patches"
+                f"of their tokens {count} do not depend on the image (number {named}) and are not in front of"
+                " the patches"
             )
         return count
 
@@ -216,12 +242,18 @@ class Probe:
         ]
         if not names:
             raise self._unsupported(
-                f"block 0 has no MLP: no linear layer leads to its width {self.width} from another"
+                f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",
+                PASS_AN_ANATOMY,
+            )
+        if sum(isinstance(x, nn.Linear) and x.out_features == self.width for x in linears.values()) == 1:
+            raise self._unsupported(
+                f"attention and MLP share {names[0]!r}, their only linear layer to the width, so that its"
+                " input is not the neurons alone"
             )
         if len(names) > 1:
             names = [name for name in names if not self._is_attention_output(linears, name)]
         if len(names) != 1:
-            raise self._unsupported(f"block 0 has {len(names)} MLPs ({', '.join(names)}), not one", hint="")
+            raise self._unsupported(f"block 0 has {len(names)} MLPs ({', '.join(names)}), not one")
         return names[0]
 
     def _is_attention_output(self, linears: dict[str, nn.Module], name: str) -> bool:
@@ -261,7 +293,7 @@ class Probe:
             return fitting[-1]
         height, width = self.image_size
         flat = [name for name, s in self.features if len(s) == 3 and s[1] == patches]
-        if maps and not flat:
+        if maps and not flat and patches < maps[-1][1][0] * maps[-1][1][1]:
             rows, columns = maps[-1][1]
             raise self._unsupported(
                 f"of the {rows}x{columns} cells of {maps[-1][0]!r} only {patches} enter them as patch tokens."
@@ -279,25 +311,40 @@ class Probe:
         for index in range(self.depth):
             shapes = [shape for block, shape in self.attention if block == index]
             if not shapes:
-                raise self._unsupported(f"block {index} {NO_ATTENTION_SEEN}", hint="")
+                raise self._unsupported(f"block {index} {NO_ATTENTION_SEEN}")
             if len(shapes) > 1:
-                raise self._unsupported(
-                    f"block {index} computes attention {len(shapes)} times, not once", hint=""
-                )
-            if len(shapes[0]) != 4 or shapes[0][0] != 2 or shapes[0][2] != self.tokens:
+                raise self._unsupported(f"block {index} computes attention {len(shapes)} times, not once")
+            if len(shapes[0]) != 4 or shapes[0][0] != IMAGES or shapes[0][2] != self.tokens:
                 raise self._unsupported(
                     f"attention in block {index} has queries of shape {shapes[0]}, not (b, heads,"
-                    f" {self.tokens} tokens, channels). Windowed models cannot carry extra tokens",
-                    hint="",
+                    f" {self.tokens} tokens, channels). Windowed models cannot carry extra tokens"
                 )
         return self.attention[0][1][1]
 
-    def _unsupported(self, reason: str, hint: str = PASS_AN_ANATOMY) -> UnsupportedModelError:
+    def _unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
         kind = type(self.model).__name__
+        found = "stages of several blocks" if _holds_blocks(self.blocks[0]) else "blocks"
         return UnsupportedModelError(
-            f"{kind} is not a Vision Transformer that vitreg can read: found {self.depth} blocks, but"
+            f"{kind} is not a Vision Transformer that vitreg can read: found {self.depth} {found}, but"
             f" {reason}. {hint}".rstrip()
         )
+
+
+def _equal_tokens(one: Tensor, other: Tensor) -> Tensor:
+    """Which tokens are equal, up to rounding, which in some kernels differs within a batch."""
+    one, other = one.float(), other.float()
+    scale = one.abs().amax(-1) + other.abs().amax(-1)
+    return (one - other).abs().amax(-1) <= 1e-4 * scale
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module of the stack is itself a stage: a list of things with attention and an MLP."""
+    for child_stack in module.modules():
+        if isinstance(child_stack, nn.ModuleList | nn.Sequential) and len(child_stack) > 1:
+            linears = [sum(isinstance(x, nn.Linear) for x in child.modules()) for child in child_stack]
+            if min(linears) >= 4:  # q, k, v (or all in one), out, up, down
+                return True
+    return False
 
 
 def _one_line(error: Exception) -> str:
