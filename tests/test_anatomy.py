@@ -227,7 +227,9 @@ def test_step_by_step_attention_is_refused_in_timm() -> None:
     model = module()
     for block in model.get_submodule("blocks"):
         block.attn.fused_attn = False
-    refused(model, r"block 0 no call of scaled-dot-product attention.*timm.layers.set_fused_attn\(True\)")
+    refused(
+        model, r"block 0 made no call of scaled-dot-product attention.*timm.layers.set_fused_attn\(True\)"
+    )
 
 
 def test_step_by_step_attention_is_refused_in_transformers() -> None:
@@ -235,7 +237,7 @@ def test_step_by_step_attention_is_refused_in_transformers() -> None:
     model.set_attn_implementation("eager")
     refused(
         model,
-        r"block 0 no call of scaled-dot-product attention.*model.set_attn_implementation\('sdpa'\)",
+        r"block 0 made no call of scaled-dot-product attention.*model.set_attn_implementation\('sdpa'\)",
     )
 
 
