@@ -15,6 +15,8 @@ from timm.models._hub import save_for_hf
 import vitreg
 from vitreg.models import load, wrap
 
+SMALL_HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
 
 def tiny_timm(**kwargs):
     torch.manual_seed(0)
@@ -99,24 +101,15 @@ def test_random_weights_need_no_download_and_are_the_same_each_time(name):
 
 
 def test_the_vision_tower_of_a_multimodal_checkpoint(tmp_path):
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.CLIPConfig(
-        text_config=small, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=16
-    )
+    vision = SMALL_HF | {"image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=SMALL_HF, vision_config=vision, projection_dim=16)
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     vit = load(str(tmp_path))
     assert (vit.anatomy.prefix, vit.layout.grid, vit.anatomy.width) == (1, (4, 4), 32)
 
 
 def test_classifier_checkpoints_keep_their_head(tmp_path):
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
+    config = transformers.ViTConfig(**SMALL_HF, image_size=32, patch_size=8)
     config.num_labels = 7
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     assert load(str(tmp_path))(torch.rand(1, 3, 32, 32)).logits.shape == (1, 7)
@@ -140,14 +133,7 @@ def test_hf_preprocessing_is_the_processors_own(hf_folder):
 
 
 def test_siglip_2_gets_whole_images_although_its_processor_cuts_patches(tmp_path):
-    config = transformers.Siglip2VisionConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        patch_size=8,
-        num_patches=16,
-    )
+    config = transformers.Siglip2VisionConfig(**SMALL_HF, patch_size=8, num_patches=16)
     transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
     transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
     vit = load(str(tmp_path))
@@ -167,6 +153,17 @@ def test_size_resamples_positions_as_the_library_does(timm_folder, hf_folder):
     hf(torch.rand(1, 3, 42, 42))
 
 
+def test_size_for_models_that_interpolate_on_request(tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(**SMALL_HF, image_size=32, patch_size=8)).save_pretrained(
+        tmp_path
+    )
+    vit = load(str(tmp_path), size=48)
+    images = torch.rand(1, 3, 48, 48)
+    expected = vit.model(images, interpolate_pos_encoding=True).last_hidden_state
+    assert vit.layout.grid == (6, 6)
+    assert torch.equal(vit(images).last_hidden_state, expected)
+
+
 def test_size_for_open_clip():
     vit = load("open_clip:ViT-S-32-alt", size=96, random_weights=True)
     assert (vit.layout.grid, vit.preprocess(gradient_photo()).shape) == ((3, 3), (3, 96, 96))
@@ -174,18 +171,7 @@ def test_size_for_open_clip():
 
 def test_wrap_takes_a_timm_models_preprocessing_and_says_when_there_is_none():
     assert wrap(tiny_timm()).preprocess is not None
-    plain = wrap(
-        transformers.ViTModel(
-            transformers.ViTConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                image_size=32,
-                patch_size=8,
-            )
-        )
-    )
+    plain = wrap(transformers.ViTModel(transformers.ViTConfig(**SMALL_HF, image_size=32, patch_size=8)))
     assert plain.preprocess is None
     with pytest.raises(vitreg.ImageError, match="wrapped without"):
         vitreg.read_images([gradient_photo()], plain)

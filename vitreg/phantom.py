@@ -59,7 +59,7 @@ class Phantom:
 
     def marked(self, images: Float[Tensor, "b 3 h w"]) -> Bool[Tensor, "b gh gw"]:
         """The ground truth for any images: the patches that the planted neurons mark."""
-        x = _mlp_inputs(self.vit, images, self.layer)
+        x = _mlp_inputs(self.vit, _Mlp(self.vit, self.layer), images)
         layout = self.vit.layout_for(images)
         return layout.as_grid((x[:, layout.patch_slice] @ self.read + self.bias) >= 0.5)
 
@@ -107,7 +107,8 @@ def plant(
             mlp.plant(chosen, read, bias, write, gate=1)
         marked = [phantom.marked(batch) for batch in batches]  # decided before the block writes
         achieved = _set_norm(phantom, mlp, batches, marked, norm)
-        listens = make_sinks(planted, batches[0], marked[0], layer + 1)
+        richest = max(range(len(batches)), key=lambda i: int(marked[i].sum()))
+        listens = make_sinks(planted, batches[richest], marked[richest], layer + 1)
     return replace(phantom, rate=float(torch.cat(marked).float().mean()), norm=achieved, listens=listens)
 
 
@@ -129,6 +130,7 @@ class _Mlp:
     """The linear layers of one block's MLP: those that lead up to the neurons, and the one down."""
 
     def __init__(self, vit: Backbone, layer: int) -> None:
+        self.layer = layer
         block = vit.anatomy.block_modules(vit.model)[layer]
         self.down = vit.anatomy.down_projections(vit.model)[layer]
         self.ups = _up_projections(block, vit.anatomy.down_projection, self.down)
@@ -175,10 +177,10 @@ def _shared_parents(one: str, other: str) -> int:
     )
 
 
-def _mlp_inputs(vit: Backbone, images: Tensor, layer: int) -> Float[Tensor, "b n d"]:
+def _mlp_inputs(vit: Backbone, mlp: _Mlp, images: Tensor) -> Float[Tensor, "b n d"]:
     """What enters the MLP of a block, in float32."""
     seen: list[Tensor] = []
-    hook = _Mlp(vit, layer).ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         with evaluating(vit.model):
             vit(images)
@@ -195,7 +197,7 @@ def _fit_read(vit: Backbone, mlp: _Mlp, batches: list[Tensor], rate: float) -> t
     decides no patch.
     """
     layout = vit.layout_for(batches[0])
-    tokens = torch.cat([_mlp_inputs(vit, batch, _layer_of(vit, mlp)) for batch in batches])
+    tokens = torch.cat([_mlp_inputs(vit, mlp, batch) for batch in batches])
     patches = tokens[:, layout.patch_slice].flatten(0, 1)
     others = tokens[:, : layout.patch_slice.start].flatten(0, 1)
     flatness = torch.cat([-_information(batch, layout.grid) for batch in batches]).flatten().to(patches)
@@ -216,10 +218,6 @@ def _fit_read(vit: Backbone, mlp: _Mlp, batches: list[Tensor], rate: float) -> t
     return direction / ramp, float(0.5 - boundary / ramp)
 
 
-def _layer_of(vit: Backbone, mlp: _Mlp) -> int:
-    return next(i for i, down in enumerate(vit.anatomy.down_projections(vit.model)) if down is mlp.down)
-
-
 def _information(images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b p"]:
     """Standard deviation of the pixels of each patch."""
     height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
@@ -231,14 +229,9 @@ def _idle_neurons(
     vit: Backbone, mlp: _Mlp, images: Tensor, count: int, generator: torch.Generator
 ) -> list[int]:
     """Neurons, drawn from the quarter that writes least, whose loss the model hardly notices."""
-    seen: list[Tensor] = []
-    hook = mlp.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        with evaluating(vit.model):
-            vit(images)
-    finally:
-        hook.remove()
-    written = seen[0].float().abs().mean((0, 1)) * mlp.down.weight.detach().float().norm(dim=0)
+    with evaluating(vit.model), trace(vit, neurons=True, layers=[mlp.layer]) as t:
+        vit(images)
+    written = t.neurons[0].float().abs().mean((0, 1)) * mlp.down.weight.detach().float().norm(dim=0)
     idle = written.argsort()[: max(len(written) // 4, count)].cpu()
     return idle[torch.randperm(len(idle), generator=generator)[:count]].tolist()
 
