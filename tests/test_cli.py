@@ -1,6 +1,7 @@
 """The command line: results on stdout, one line and exit code 1 for our own errors, nothing half-written."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_as_a_process(model, photos):
 
 def test_unknown_model(run, photos):
     fails(run("diagnose", "timm:vit_tiny_patch16_24", photos), "no model", "Did you mean")
+
+
+def test_what_libraries_log_does_not_bury_the_message(run, photos, monkeypatch):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        logging.getLogger("huggingface_hub").warning("Retrying in 1s [Retry 1/5].")
+        logging.getLogger().error("Failed to download")
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    logging.basicConfig(force=True)  # as a library does that logs through the root
+    fails(run("diagnose", "timm:vit_tiny_patch16_224", photos), "couldn't connect", "give a local folder")
 
 
 def test_folder_without_a_model(run, photos):

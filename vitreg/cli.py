@@ -5,12 +5,14 @@ stdout.
 """
 
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from vitreg.errors import VitregError
 
@@ -84,7 +86,8 @@ def diagnose(
             check_writable(path)  # before the work, so that none is lost
     found: list[Diagnosis] = []
     for model in models:
-        vit = vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        with Console(stderr=True).status(f"loading {model}"):
+            vit = vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
         photos = vitreg.read_images(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
         )
@@ -137,6 +140,8 @@ def _write(
 def main() -> None:
     """The `vitreg` command."""
     warnings.filterwarnings("ignore", module=r"(timm|transformers|open_clip|torch|huggingface_hub)(\..*)?")
+    # What libraries log (a hub's retries, say) would bury our one line; what matters comes as an error.
+    logging.disable(logging.ERROR)
     try:
         app()
     except VitregError as error:
@@ -145,6 +150,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("vitreg: interrupted\n")
         sys.exit(130)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":
