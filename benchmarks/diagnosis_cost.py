@@ -130,7 +130,8 @@ def main() -> None:
     for size in args.sizes:
         for name, seconds, ratio in measure_time(args, size):
             table.add_row(f"{size} px", name, f"{seconds:.3f}", f"{ratio:.3f}")
-    console.print(table)
+    if args.sizes:
+        console.print(table)
     few, many = args.memory
     if many:
         low, high = peak_memory(args, few), peak_memory(args, many)

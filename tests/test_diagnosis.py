@@ -65,6 +65,39 @@ def test_attention_share_is_that_of_tokens_entering_as_outliers():
     assert report.attention_queries == "CLS"
 
 
+def test_attention_and_values_count_what_enters_a_block_not_what_leaves_it():
+    vit = spiked([1 + 7])
+    vit.model.blocks[2].register_forward_hook(lambda module, args, x: spike(x, [1 + 7], -500.0))
+    batch = images(vit, 8)
+    last = vitreg.diagnose(vit, [batch]).layers[2]
+    with torch.no_grad(), vitreg.trace(vit, attention="cls", qkv=True) as t:
+        vit(batch)
+    patches = t.layout.patch_slice
+    share = t.attention[2, :, :, 0, patches]
+    values = t.v[2][:, :, patches].norm(dim=(1, 3))
+    elsewhere = torch.arange(20) != 7
+    assert last.outlier_fraction == 0
+    expected = float((share[..., 7] / share.sum(-1)).mean())
+    assert last.attention_to_outliers == pytest.approx(expected, rel=1e-4)
+    expected = float(values[:, 7].mean() / values[:, elsewhere].mean())
+    assert last.value_norm_ratio == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_without_outliers_do_not_blur_the_excess_dimensions():
+    vit = CATALOG["timm vit"].backbone()
+
+    def spike_one_image(module, args, x):
+        x = x.clone()
+        x[0, 8, 3] += 200.0
+        return x
+
+    vit.model.blocks[1].register_forward_hook(spike_one_image)
+    report = vitreg.diagnose(vit, [images(vit, 16)])
+    assert report.outliers_per_image == pytest.approx(1 / 16)
+    assert report.excess_dimensions[0]["dimension"] == 3
+    assert report.excess_dimensions[0]["share"] > 0.95
+
+
 def test_without_cls_some_patches_are_asked():
     vit = CATALOG["timm siglip"].backbone()
     report = vitreg.diagnose(vit, [images(vit, 4)])
