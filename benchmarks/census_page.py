@@ -154,7 +154,7 @@ def examples(group: list[Result], count: int = 4) -> list[str]:
 
 def general(reason: str) -> str:
     """A reason without the names, shapes and counts of one model."""
-    reason = re.sub(r"^.*?found \d+ blocks, but ", "", reason)
+    reason = re.sub(r"^.*?found \d+ (blocks|stages of several blocks), but ", "", reason)
     reason = re.sub(
         r" (?:Pass an Anatomy|Give vitreg the vision encoder itself|You can install).*$", "", reason
     )
@@ -162,5 +162,7 @@ def general(reason: str) -> str:
     reason = re.sub(r"^((?:\w+Error: )?)[A-Z]\w+ (could not|has no|requires)", r"\1the model \2", reason)
     reason = re.sub(r"\((?!\d+D)[\w., ]*\d[\w., ]*\)|\[[\d, ]+\]?", "(...)", reason)
     reason = re.sub(r"'[\w.]*[.\d][\w.]*'", "(...)", reason)
-    reason = re.sub(r"\d+\.\d+|\b\d+x\d+\b|\b\d+(?= times| MLPs|,|$)|(?<=only )\d+", "N", reason)
+    reason = re.sub(
+        r"\d+\.\d+|\b\d+x\d+\b|\b\d+(?= times| MLPs| do not|,|$)|(?<=only |, not )\d+", "N", reason
+    )
     return reason.replace("|", " ").strip(" .")

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parallel blocks": (small("vit_small_patch16_18x2_224"), r"block 0 computes attention 2 times"),
     "hierarchical attention": (
         timm_plain("caformer_s18"),
-        r"MetaFormer .*outside them .* self-attention over \[4\] tokens, not 16. Hierarchical",
+        r"MetaFormer .*outside them .* self-attention over \[4\] tokens, not 16. Hierarchical models",
     ),
     "fused output": (
         lambda: VisionTransformer(

@@ -205,7 +205,8 @@ class Probe:
         if others:
             raise self._unsupported(
                 f"outside them the model computes self-attention over {sorted(s[-2] for s in others)} tokens,"
-                f" not {self.tokens}. Hierarchical models have no fixed patch tokens"
+                f" not {self.tokens}. Hierarchical models and those with a decoder are not supported; of the"
+                " latter, give vitreg the encoder alone"
             )
         if not self.stream.isfinite().all():
             raise NonFiniteError("the input of block 0 holds NaN or infinity for a noise image.")
