@@ -163,6 +163,6 @@ def general(reason: str) -> str:
     reason = re.sub(r"\((?!\d+D)[\w., ]*\d[\w., ]*\)|\[[\d, ]+\]?", "(...)", reason)
     reason = re.sub(r"'[\w.]*[.\d][\w.]*'", "(...)", reason)
     reason = re.sub(
-        r"\d+\.\d+|\b\d+x\d+\b|\b\d+(?= times| MLPs| do not|,|$)|(?<=only |, not )\d+", "N", reason
+        r"\d+\.\d+|\b\d+x\d+\b|\b\d+(?= times| MLPs| do not|,|$)|(?<=only )\d+|(?<=, not )\d+", "N", reason
     )
     return reason.replace("|", " ").strip(" .")
