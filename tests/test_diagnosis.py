@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from catalog import CATALOG, images
+from test_models import tiny_timm
 
 import vitreg
 from vitreg.diagnosis import describe_places
@@ -121,6 +122,12 @@ def test_no_images_and_mixed_sizes():
         vitreg.diagnose(vit, [])
     with pytest.raises(vitreg.ImageError, match="one size at a time"):
         vitreg.diagnose(vit, [torch.rand(2, 3, 32, 40), torch.rand(2, 3, 40, 40)])
+
+
+def test_the_size_named_is_that_of_the_images():
+    vit = vitreg.wrap(tiny_timm(dynamic_img_size=True))
+    report = vitreg.diagnose(vit, [torch.rand(2, 3, 40, 48)])
+    assert (vit.image_size, report.image_size, report.grid) == ((32, 32), (40, 48), (5, 6))
 
 
 def test_overflow_names_the_block_and_the_way_out():

@@ -12,14 +12,14 @@ place that turns this into indices.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
-from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, part
+from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
 
@@ -82,10 +82,10 @@ class Anatomy:
     registers: int
     patch_size: tuple[int, int]
     patch_embedding: str | None = None
-    depth: int = field(default=0)
-    width: int = field(default=0)
-    neurons: int = field(default=0)
-    heads: int = field(default=0)
+    depth: int = 0
+    width: int = 0
+    neurons: int = 0
+    heads: int = 0
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
@@ -98,6 +98,10 @@ class Anatomy:
         """The token layout of a forward pass on images of (height, width) pixels."""
         grid = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
         return TokenLayout(self.prefix, self.registers, grid)
+
+    def pixels(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the images whose patches fill a grid."""
+        return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
 
 
 def find_anatomy(
@@ -189,11 +193,7 @@ def _find_block_stack(model: nn.Module) -> str:
 def _is_stack(module: nn.Module) -> bool:
     children = list(module.children())
     one_class = len({type(child) for child in children}) == 1
-    return len(children) >= 2 and one_class and all(len(_linears(child)) >= 2 for child in children)
-
-
-def _linears(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    return len(children) >= 2 and one_class and all(count_linears(child) >= 2 for child in children)
 
 
 def _count_registers(model: nn.Module, constant_tokens: int) -> int:

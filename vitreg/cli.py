@@ -15,9 +15,11 @@ import typer
 from rich.console import Console
 
 from vitreg.errors import VitregError
+from vitreg.models import SCHEMES
 
 if TYPE_CHECKING:
     from vitreg.diagnosis import Diagnosis
+    from vitreg.emergence import Emergence
 
 app = typer.Typer(
     name="vitreg",
@@ -27,9 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL_HELP = (
-    "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format."
-)
 _IMAGES_HELP = "A folder, a file, a glob, a .txt list of paths, or webdataset .tar shards."
 
 
@@ -50,7 +49,7 @@ def diagnose(
         list[str],
         typer.Argument(
             metavar="MODEL... IMAGES",
-            help=f"MODEL: {_MODEL_HELP} Several models (checkpoints, sizes) are compared."
+            help=f"MODEL: {SCHEMES}. Several models (checkpoints, sizes) are compared."
             f" IMAGES: {_IMAGES_HELP}",
         ),
     ],
@@ -92,8 +91,9 @@ def diagnose(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
         )
         found.append(vitreg.diagnose(vit, photos))
-    typer.echo(str(found[0] if len(found) == 1 else vitreg.Emergence(found)))
-    _write(found, json_path, report, figure)
+    result = found[0] if len(found) == 1 else vitreg.Emergence(found)
+    typer.echo(str(result))
+    _write(result, json_path, report, figure)
 
 
 @app.command()
@@ -115,14 +115,13 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
 
 
 def _write(
-    found: "list[Diagnosis]", json_path: Path | None, report: Path | None, figure: Path | None
+    result: "Diagnosis | Emergence", json_path: Path | None, report: Path | None, figure: Path | None
 ) -> None:
     from vitreg.emergence import Emergence
     from vitreg.output import write_atomically
     from vitreg.report import write_comparison, write_report
     from vitreg.style import png
 
-    result = found[0] if len(found) == 1 else Emergence(found)
     if json_path is not None:
         write_atomically(json_path, json.dumps(result.to_json(), indent=1))
         typer.echo(f"JSON: {json_path}")
@@ -130,10 +129,10 @@ def _write(
         write_atomically(figure, png(result.figure()))
         typer.echo(f"figure: {figure}")
     if report is not None:
-        if len(found) == 1:
-            write_report(found[0], report)
+        if isinstance(result, Emergence):
+            write_comparison(result.diagnoses, report)
         else:
-            write_comparison(found, report)
+            write_report(result, report)
         typer.echo(f"report: {report}")
 
 

@@ -262,7 +262,7 @@ def _conclude(
         model=vit.name,
         images=s.images,
         failed_images=failed,
-        image_size=vit.image_size,
+        image_size=vit.anatomy.pixels(layout.grid),
         grid=layout.grid,
         prefix_tokens=layout.prefix,
         register_tokens=layout.registers,

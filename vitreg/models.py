@@ -28,7 +28,7 @@ from vitreg.probe import Forward
 Preprocess = Callable[[PIL.Image.Image], Tensor]
 Size = int | tuple[int, int]
 
-_SCHEMES = (
+SCHEMES = (
     "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format"
 )
 _HALF = (0.5, 0.5, 0.5)
@@ -154,8 +154,8 @@ def _builder(name: str) -> Builder:
     if folder.is_dir():
         return _folder_builder(folder)
     if folder.exists():
-        raise ModelLoadError(f"{name} is a file; expected {_SCHEMES}.")
-    raise ModelLoadError(f"no model {name!r}: it is no folder, and a name is {_SCHEMES}.")
+        raise ModelLoadError(f"{name} is a file; expected {SCHEMES}.")
+    raise ModelLoadError(f"no model {name!r}: it is no folder, and a name is {SCHEMES}.")
 
 
 def _folder_builder(folder: Path) -> Builder:

@@ -36,6 +36,10 @@ def part(module: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
+def count_linears(module: nn.Module) -> int:
+    return sum(isinstance(child, nn.Linear) for child in module.modules())
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor of what enters or leaves a block: the residual stream, by every library's habit."""
     if isinstance(value, Tensor):
@@ -340,12 +344,9 @@ def _equal_tokens(one: Tensor, other: Tensor) -> Tensor:
 
 def _holds_blocks(module: nn.Module) -> bool:
     """Whether a module of the stack is itself a stage: a list of things with attention and an MLP."""
-    for child_stack in module.modules():
-        if isinstance(child_stack, nn.ModuleList | nn.Sequential) and len(child_stack) > 1:
-            linears = [sum(isinstance(x, nn.Linear) for x in child.modules()) for child in child_stack]
-            if min(linears) >= 4:  # q, k, v (or all in one), out, up, down
-                return True
-    return False
+    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    # Four linear layers at least: q, k, v (or all in one), out, up, down.
+    return any(min(map(count_linears, stack)) >= 4 for stack in stacks)
 
 
 def _one_line(error: Exception) -> str:

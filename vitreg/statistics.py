@@ -16,6 +16,7 @@ from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
 from vitreg.models import Backbone
+from vitreg.threshold import MIN_RATIO
 from vitreg.trace import token_norms, watch
 
 BINS_PER_OCTAVE = 16
@@ -195,7 +196,7 @@ class Collector:
         s, rows = self.statistics, torch.arange(len(norms), device=norms.device)
         median, middle = norms.median(1)
         peak, top = norms.max(1)
-        far = peak > 3 * median
+        far = peak > MIN_RATIO * median
         s.median_energy[layer] += residual[rows, middle].double().square().sum(0)
         s.peak_energy[layer] += residual[rows, top][far].double().square().sum(0)
         s.peaks[layer] += far.sum()
