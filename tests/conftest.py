@@ -19,6 +19,12 @@ torch.set_num_threads(1)  # tests run in parallel processes instead
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random weights are the same in every run: a test passes or fails, it is not drawn."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and photos that lies beside a checkout; absent elsewhere."""
