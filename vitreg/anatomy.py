@@ -73,7 +73,8 @@ class Anatomy:
     MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
-    are given must agree with it.
+    are given must agree with it. `masked`, also measured, says whether attention has a mask or a positional
+    bias.
     """
 
     blocks: str
@@ -86,6 +87,7 @@ class Anatomy:
     width: int = 0
     neurons: int = 0
     heads: int = 0
+    masked: bool = False
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
@@ -148,7 +150,9 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> A
         )
     probe.check_embedding(anatomy.patch_embedding, layout.grid)
     neurons = anatomy.down_projections(model)[0].in_features
-    measured = replace(anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads)
+    measured = replace(
+        anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads, masked=probe.masked
+    )
     for name in ("depth", "width", "neurons", "heads"):
         stated, found = getattr(anatomy, name), getattr(measured, name)
         if stated not in (0, found):

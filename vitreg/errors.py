@@ -5,6 +5,7 @@
     ├── UnsupportedModelError   a model whose parts cannot be found, or that cannot be watched
     ├── NonFiniteError          NaN or infinity in weights or activations
     ├── ImageError              no readable image, or (with strict) one that is not
+    ├── FixError                a fix that does not fit the model, is damaged, or is applied out of order
     ├── OutputError             a result that cannot be written
     └── MissingExtraError       an optional library that is not installed
 
@@ -31,6 +32,10 @@ class NonFiniteError(VitregError):
 
 class ImageError(VitregError):
     """No image could be read, or one could not and `strict` was asked for."""
+
+
+class FixError(VitregError):
+    """A fix does not fit the model, its saved folder is damaged, or it is applied or undone out of order."""
 
 
 class OutputError(VitregError):

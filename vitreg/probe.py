@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreg.attention import AttentionCall, intercept
+from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 
 Forward = Callable[[Tensor], Any]
@@ -80,6 +81,7 @@ class Probe:
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
         self.called: list[tuple[str, tuple[int, ...]]] = []  # linear layers of block 0, in order
         self.features: list[tuple[str, tuple[int, ...]]] = []  # outputs before block 0, in order
+        self.masked = False  # attention in the blocks has a mask or positional bias
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
         self._inside: int | None = None
         self._running = False
@@ -92,6 +94,7 @@ class Probe:
             for hook in self._hooks():
                 stack.callback(hook.remove)
             stack.enter_context(intercept(self._saw_attention))
+            stack.enter_context(bare(self.model))
             try:
                 forward(images)
             except Exception as error:
@@ -156,6 +159,7 @@ class Probe:
         shape = tuple(call.q.shape)
         if self._inside is not None:
             self.attention.append((self._inside, shape))
+            self.masked |= call.mask is not None
         elif self._running and call.tokens == call.k.shape[-2] > 1:
             self.elsewhere.append(shape)
 

@@ -1,0 +1,182 @@
+"""Change what blocks compute, and carry extra tokens from block to block, with nothing visible outside.
+
+A block is changed by giving the instance a subclass of its own class (as PyTorch's parametrizations and
+FSDP do): state-dict keys and shapes stay, `torch.compile` notices, and each replica of nn.DataParallel
+runs its own weights, which a `forward` replaced on the instance would not. What a fix carries beside the
+residual stream (registers, say) goes in at the start of a block and comes out at its end.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from inspect import signature
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vitreg.errors import UnsupportedModelError
+
+Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+T = TypeVar("T")
+
+
+class BlockEdit(ABC):
+    """What a fix does to one block. Threads share it, so it holds nothing of any one pass.
+
+    `inserted` counts the tokens that it puts before the patches while the block runs.
+    """
+
+    inserted: int = 0
+
+    @abstractmethod
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The residual stream (b, n, d) after the block, given the one before it.
+
+        `inner(x, args, kwargs)` runs the block as it was without this edit; `args` and `kwargs` are what
+        the model passes along with the stream.
+        """
+
+
+class Carry(Generic[T]):
+    """What one block hands to the next beside the residual stream, for one fix on one model.
+
+    Kept per thread. Where gradients are recorded it is also kept with the tensor that it belongs to, for
+    gradient checkpointing calls a block again, in any order, on the tensor that it was given before.
+    """
+
+    def __init__(self) -> None:
+        self._latest = _Latest()
+        self._of: Any = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Carry, ()  # a copied or saved model starts with empty hands
+
+    def take(self, layer: int, x: Tensor) -> T | None:
+        """What the block before `layer` left; None if it left nothing, or did not run."""
+        if _recomputing():
+            if x not in self._of:
+                raise UnsupportedModelError(
+                    "a fixed block is computed again on a tensor that it did not see: reentrant gradient"
+                    " checkpointing. Use use_reentrant=False."
+                )
+            return self._of[x]
+        latest = self._latest
+        value, latest.value = latest.value, None
+        return value if latest.layer == layer - 1 else None
+
+    def leave(self, layer: int, y: Tensor, value: T) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._of[y] = value
+        if not _recomputing():
+            self._latest.layer, self._latest.value = layer, value
+
+
+class _Latest(threading.local):
+    layer: int = -1
+    value: Any = None
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is computing this again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# -- installing ------------------------------------------------------------------------------------
+
+_EDITS = "_vitreg_edits"
+
+
+def edits_of(block: nn.Module) -> list[BlockEdit]:
+    """The edits of a block, the outermost first."""
+    edits: list[BlockEdit] = block.__dict__.get(_EDITS, [])
+    return edits
+
+
+def install(block: nn.Module, edit: BlockEdit) -> None:
+    """Put an edit inside those that the block already has."""
+    _set(block, [*edits_of(block), edit])
+
+
+def uninstall(block: nn.Module, edit: BlockEdit) -> None:
+    """Take the innermost edit out again; with the last one the block is what it was."""
+    *rest, innermost = edits_of(block)
+    assert innermost is edit, "edits leave in reverse order"
+    _set(block, rest)
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """The model without its edits, for as long as one looks at it."""
+    installed = {module: edits for module in model.modules() if (edits := edits_of(module))}
+    try:
+        for block in installed:
+            _set(block, [])
+        yield
+    finally:
+        for block, edits in installed.items():
+            _set(block, edits)
+
+
+def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
+    before = edits_of(block)
+    if edits and not before:
+        block.__class__ = _editable(type(block))
+    elif before and not edits:
+        block.__class__ = type(block).__mro__[1]
+    more = sum(edit.inserted for edit in edits) - sum(edit.inserted for edit in before)
+    for module in block.modules():
+        # Rotary attention leaves the first tokens unrotated, as many as this integer says.
+        if isinstance(module.__dict__.get("num_prefix_tokens"), int):
+            module.num_prefix_tokens += more
+    if edits:
+        block.__dict__[_EDITS] = edits  # a new list: a shallow replica keeps the one that it was made with
+    else:
+        block.__dict__.pop(_EDITS, None)
+
+
+@cache
+def _editable(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a block's class that runs its edits."""
+    stream = next(name for name in signature(base.forward).parameters if name != "self")
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x, args = (args[0], args[1:]) if args else (kwargs.pop(stream), ())
+        beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
+
+        def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+            edits = self.__dict__[_EDITS]
+            if depth < len(edits):
+
+                def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
+                    return run(depth + 1, x, args, kwargs)
+
+                y: Tensor = edits[depth].run(self, inner, x, args, kwargs)
+                return y
+            output = base.forward(self, x, *args, **kwargs)
+            if isinstance(output, Tensor):
+                return output
+            beside.append(output[1:])
+            first: Tensor = output[0]
+            return first
+
+        y = run(0, x, args, kwargs)
+        return (y, *beside[0]) if beside else y
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _restore, (base,), self.__dict__
+
+    body = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _restore(base: type[nn.Module]) -> nn.Module:
+    return base.__new__(_editable(base))

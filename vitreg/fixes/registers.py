@@ -1,0 +1,171 @@
+"""Test-time registers (Jiang et al., Algorithm 2): move register neurons' activation to extra tokens.
+
+    fix = TestTimeRegisters(neurons)
+    with fix.applied_to(vit):
+        vit(images)
+
+Per image and per neuron, the largest activation over the tokens goes to the register, and the other
+tokens get none. The register is carried inside the blocks: outside nobody ever sees an extra token.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.carry import BlockEdit, Carry, Inner
+from vitreg.fixes.base import Fix, first_patch
+from vitreg.fixes.inside import Inside
+from vitreg.models import Backbone
+from vitreg.probe import evaluating
+
+
+@dataclass(frozen=True)
+class TestTimeRegisters(Fix):
+    """Algorithm 2 of Jiang et al., and its variations.
+
+    registers    extra tokens, behind the model's own prefix and registers
+    share        "copy": each register gets every neuron; "split": the neurons are dealt out among them
+    initial      what a register holds when it enters: "zero" (the paper), "mean" of the patches there,
+                 "random" (normal, the patches' deviation), "prenorm" (what the norm before the blocks
+                 makes of a zero token; zero without one)
+    entry        the 0-based block before which registers enter
+    peak         the largest "signed" activation (the paper) or the "absolute" largest
+    peak_over    "tokens" (all of them, the paper) or "patches"
+    scale        factor on what is moved
+    left         what stays behind: "zero" (the paper), "mean" of a normal patch, or "own" where a token's
+                 activation is not that of an outlier
+    keep_prefix  leave the activations of CLS and trained registers as they are
+    """
+
+    __test__ = False  # pytest: no test class
+    type: ClassVar[str] = "registers"
+    registers: int = 1
+    share: Literal["copy", "split"] = "copy"
+    initial: Literal["zero", "mean", "random", "prenorm"] = "zero"
+    entry: int = 0
+    peak: Literal["signed", "absolute"] = "signed"
+    peak_over: Literal["tokens", "patches"] = "tokens"
+    scale: float = 1.0
+    left: Literal["zero", "mean", "own"] = "zero"
+    keep_prefix: bool = False
+
+    def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
+        carry: Carry[Tensor] = Carry()
+        value = _initial_value(self, vit)
+        layers = range(self.entry, vit.anatomy.depth)
+        return {layer: _Edit(self, vit, layer, carry, value) for layer in layers}
+
+
+class _Edit(BlockEdit):
+    """Registers in, the block with its neurons' activation moved, registers out."""
+
+    def __init__(
+        self, fix: TestTimeRegisters, vit: Backbone, layer: int, carry: Carry[Tensor], value: Tensor
+    ) -> None:
+        self.fix, self.layer, self.carry, self.value = fix, layer, carry, value
+        self.inserted = fix.registers
+        self.start = first_patch(vit, layer)
+        self.down = vit.anatomy.down_projection
+        self.masked = vit.anatomy.masked
+        self.neurons = fix.neurons.tensors(layer)
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        start, stop = self.start, self.start + self.inserted
+        if self.inserted:
+            registers = None if self.layer == self.fix.entry else self.carry.take(self.layer, x)
+            if registers is None:
+                registers = self._enter(x)
+            x = torch.cat([x[:, :start], registers, x[:, start:]], 1)
+        if self.neurons is None and not (self.masked and self.inserted):
+            y = inner(x, args, kwargs)
+        else:
+            with Inside(block, self.down, self._move, start, self.inserted):
+                y = inner(x, args, kwargs)
+        if not self.inserted:
+            return y
+        out = torch.cat([y[:, :start], y[:, stop:]], 1)
+        self.carry.leave(self.layer, out, y[:, start:stop])
+        return out
+
+    def _move(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
+        """Algorithm 2: each neuron's peak to the registers, per image; what is left behind elsewhere."""
+        fix, (start, stop) = self.fix, (self.start, self.start + self.inserted)
+        index = self.neurons.index.to(activation.device)
+        values = activation.index_select(-1, index)  # (b, n, k)
+        moved = self._left_behind(values)
+        if fix.keep_prefix:
+            moved[:, :start] = values[:, :start]
+        if self.inserted:
+            peak = self._peak(values[:, stop:] if fix.peak_over == "patches" else values) * fix.scale
+            moved[:, start:stop] = peak * self._shares(peak)
+        return activation.index_copy(-1, index, moved)
+
+    def _peak(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b 1 k"]:
+        if self.fix.peak == "signed":
+            return values.amax(1, keepdim=True)
+        return values.gather(1, values.abs().argmax(1, keepdim=True))
+
+    def _left_behind(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
+        if self.fix.left == "zero":
+            return torch.zeros_like(values)
+        normal = self.neurons.normal.to(values)
+        if self.fix.left == "mean":
+            return normal.expand_as(values).clone()
+        threshold = self.neurons.threshold.to(values)
+        return torch.where((values - normal).abs() < threshold, values, normal)
+
+    def _shares(self, like: Tensor) -> Tensor | float:
+        """(r, k): which register gets which neuron."""
+        if self.fix.share == "copy":
+            return 1.0
+        registers = torch.arange(self.inserted, device=like.device)[:, None]
+        neurons = torch.arange(like.shape[-1], device=like.device)
+        return (neurons % self.inserted == registers).to(like.dtype)
+
+    def _enter(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
+        shape = (len(x), self.inserted, x.shape[2])
+        patches = x[:, self.start :]
+        if self.fix.initial == "mean":
+            return patches.mean(1, keepdim=True).expand(shape)
+        if self.fix.initial == "random":
+            return self.value.to(x) * patches.std((1, 2), keepdim=True)
+        return self.value.to(x).expand(shape)
+
+
+def _initial_value(fix: TestTimeRegisters, vit: Backbone) -> Float[Tensor, "r d"]:
+    """What the registers hold when they enter, where it is the same for every image."""
+    zeros = torch.zeros(fix.registers, vit.anatomy.width)
+    if fix.initial == "random":
+        return torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0))
+    if fix.initial == "prenorm" and (norm := _norm_before_blocks(vit)) is not None:
+        with torch.no_grad():
+            return norm(zeros.to(vit.device, vit.dtype)).float().cpu()
+    return zeros
+
+
+def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
+    """The module whose output enters block 0 and is normalised: CLIP's norm before its blocks."""
+    made: list[tuple[nn.Module, Tensor]] = []
+    entered: list[Tensor] = []
+
+    def saw(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not entered:
+            made.append((module, output))
+
+    hooks = [
+        module.register_forward_hook(saw)
+        for module in vit.model.modules()
+        if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
+    ]
+    block = vit.anatomy.block_modules(vit.model)[0]
+    hooks.append(block.register_forward_pre_hook(lambda module, args: entered.append(args[0])))
+    try:
+        with evaluating(vit.model):
+            vit(torch.zeros(1, 3, *vit.image_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next((module for module, output in made if output.data_ptr() == entered[0].data_ptr()), None)

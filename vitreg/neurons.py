@@ -1,0 +1,318 @@
+"""Find the MLP neurons that make the outliers: the register neurons of Jiang et al.
+
+    report = diagnose(vit, photos)
+    neurons = find_register_neurons(vit, photos, report)
+    print(neurons)                    # block 7: 417 ...
+
+A neuron's activation is the input of its MLP's down-projection. One pass after the diagnosis, which ends
+at the layer where outliers are told apart; what is kept does not grow with the number of images.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vitreg.diagnosis import Diagnosis
+from vitreg.errors import FixError, ImageError
+from vitreg.images import Batch
+from vitreg.models import Backbone
+from vitreg.probe import evaluating
+from vitreg.trace import token_norms, watch
+
+Method = Literal["contrast", "paper"]
+
+# A neuron that is silent has |activation| under this; one that is not silent on half of the tokens does
+# ordinary work and is no register neuron (the sparsity filter).
+SILENT, MIN_SILENT_SHARE = 0.5, 0.5
+# Normal tokens looked at per image, spread evenly: their mean needs no more.
+SAMPLED_TOKENS = 64
+# Activations that one pass may hold at a time, in bytes.
+HELD = 1 << 30
+# How many of the best neurons are kept with their scores.
+RANKED = 256
+
+
+@dataclass(frozen=True)
+class RegisterNeuron:
+    """One neuron and the evidence. Activations are means over tokens, signed; `silent` is a share of tokens."""
+
+    layer: int
+    index: int
+    score: float = float("nan")
+    at_outliers: float = float("nan")
+    elsewhere: float = float("nan")
+    silent: float = float("nan")
+
+
+@dataclass(frozen=True)
+class NeuronTensors:
+    """The neurons of one layer as tensors (k,): indices, the mean activation of normal tokens, and how far
+    from it a token's own activation may be before it is an outlier's."""
+
+    index: Tensor
+    normal: Tensor
+    threshold: Tensor
+
+
+@dataclass(frozen=True)
+class RegisterNeurons:
+    """What `find_register_neurons` found: the chosen neurons, the best first, and the evidence.
+
+    `ranking` holds the best candidates, chosen or not; `search` the (count, share of outliers that is left)
+    pairs that were tried to find the count; `threshold` is the norm that makes an outlier at `detect_layer`.
+    """
+
+    chosen: tuple[RegisterNeuron, ...]
+    ranking: tuple[RegisterNeuron, ...] = field(default=(), repr=False)
+    method: str = "given"
+    top_layer: int | None = None
+    detect_layer: int | None = None
+    threshold: float | None = None
+    images: int = 0
+    search: tuple[tuple[int, float], ...] = ()
+    reached: bool = True
+
+    @staticmethod
+    def of(neurons: Mapping[int, Sequence[int]]) -> "RegisterNeurons":
+        """Neurons known from elsewhere, {layer: indices}; without evidence."""
+        return RegisterNeurons(
+            tuple(RegisterNeuron(int(layer), int(i)) for layer in sorted(neurons) for i in neurons[layer])
+        )
+
+    @cached_property
+    def by_layer(self) -> dict[int, list[int]]:
+        """{layer: indices}, as a fix edits them."""
+        ordered = sorted(self.chosen, key=lambda neuron: neuron.layer)
+        return {
+            layer: [neuron.index for neuron in group]
+            for layer, group in groupby(ordered, key=lambda neuron: neuron.layer)
+        }
+
+    @property
+    def top_k(self) -> int:
+        return len(self.chosen)
+
+    def best(self, count: int) -> "RegisterNeurons":
+        """The same search with another number of neurons chosen."""
+        from dataclasses import replace
+
+        return replace(self, chosen=self.ranking[:count])
+
+    def tensors(self, layer: int) -> NeuronTensors | None:
+        """The neurons of one layer, ready to edit with; None if there are none."""
+        here = [neuron for neuron in self.chosen if neuron.layer == layer]
+        if not here:
+            return None
+        normal = torch.tensor([neuron.elsewhere for neuron in here])
+        reach = torch.tensor([abs(neuron.at_outliers - neuron.elsewhere) / 2 for neuron in here])
+        return NeuronTensors(torch.tensor([neuron.index for neuron in here]), normal, reach)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "neurons": {str(layer): indices for layer, indices in self.by_layer.items()},
+            "scores": [asdict(neuron) for neuron in self.ranking or self.chosen],
+            "method": self.method,
+            "top_k": self.top_k,
+            "onset_layer": self.top_layer,
+            "detect_layer": self.detect_layer,
+            "threshold": self.threshold,
+            "images": self.images,
+            "search": [list(pair) for pair in self.search],
+            "reached": self.reached,
+        }
+
+    def __str__(self) -> str:
+        if not self.chosen:
+            return "no register neurons"
+        layers = [f"block {layer}: {', '.join(map(str, found))}" for layer, found in self.by_layer.items()]
+        return "\n".join(layers)
+
+
+def find_register_neurons(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    report: Diagnosis,
+    *,
+    method: Method = "contrast",
+    top_k: int | Literal["auto"] = "auto",
+    top_layer: int | None = None,
+    target: float = 0.05,
+) -> RegisterNeurons:
+    """The neurons that make the outliers of a diagnosis, and how many of them to edit.
+
+    `images` are the diagnosis' own, or others of the same size. Only blocks up to `top_layer` (default: the
+    onset layer) are searched. Scores, per neuron:
+
+    - "paper" (Jiang et al., Algorithm 1): |activation| at outlier positions, mean over the positions of an
+      image, then over images.
+    - "contrast": the same less the mean |activation| elsewhere, of neurons that are silent on at least half
+      of the tokens.
+
+    `top_k="auto"` takes the smallest count (by doubling, then bisection) that leaves at most `target` of the
+    outliers when they are moved to a test-time register. Raises FixError for a diagnosis without artifacts.
+    """
+    if not report.has_artifacts or report.threshold is None or report.onset_layer is None:
+        raise FixError("the diagnosis found no artifacts, so no neuron makes them: there is nothing to fix.")
+    top = report.onset_layer if top_layer is None else top_layer
+    if not 0 <= top <= report.detect_layer:
+        raise ValueError(f"top_layer={top}: expected 0 to the detect layer, {report.detect_layer}.")
+    sums = _Sums(vit, top, report.detect_layer, report.threshold)
+    kept = sums.run(vit, images)
+    ranking = sums.ranked(method)
+    found = RegisterNeurons((), ranking, method, top, report.detect_layer, report.threshold, sums.images)
+    if top_k != "auto":
+        return found.best(top_k)
+    return _searched(vit, kept, found, target)
+
+
+class _Enough(Exception):  # noqa: N818 - no error: the pass has shown what it was run for
+    pass
+
+
+class _Sums:
+    """Sums over images of what neurons do at outliers and elsewhere, (l, f), in float64."""
+
+    def __init__(self, vit: Backbone, top: int, detect: int, threshold: float) -> None:
+        self._top, self._detect, self._threshold = top, detect, threshold
+
+        def zeros() -> Tensor:
+            return torch.zeros(top + 1, vit.anatomy.neurons, dtype=torch.float64, device=vit.device)
+
+        self.outlier, self.outlier_signed = zeros(), zeros()
+        self.normal, self.normal_signed, self.silent = zeros(), zeros(), zeros()
+        self.images = self.with_outliers = 0
+        self._held: dict[int, Tensor] = {}
+
+    def run(self, vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], keep: int = 64) -> list[Tensor]:
+        """Add all images; returns the first `keep` of them."""
+        kept: list[Tensor] = []
+        with evaluating(vit.model), watch(vit, on_block=self._block, on_neurons=self._neurons) as self._watch:
+            for batch in images:
+                pixels = batch.pixels if isinstance(batch, Batch) else batch
+                if sum(map(len, kept)) < keep:
+                    kept.append(pixels[: keep - sum(map(len, kept))])
+                for part in pixels.split(self._at_once(vit, pixels)):
+                    run_until(vit, part)
+        if not self.images:
+            raise ImageError("there are no images to search; expected at least one batch.")
+        return kept
+
+    def _at_once(self, vit: Backbone, pixels: Tensor) -> int:
+        tokens = vit.layout_for(pixels).tokens
+        size = tokens * vit.anatomy.neurons * (self._top + 1) * vit.dtype.itemsize
+        return max(HELD // size, 1)
+
+    def _neurons(self, layer: int, activation: Tensor) -> None:
+        if layer <= self._top:
+            self._held[layer] = activation
+
+    def _block(self, layer: int, residual: Tensor) -> None:
+        if layer == self._detect:
+            patches = self._watch.layout.patch_slice
+            self._add(token_norms(residual[:, patches]) >= self._threshold)
+            raise _Enough
+
+    def _add(self, outliers: Bool[Tensor, "b p"]) -> None:
+        each = outliers.sum(1)
+        self.images += len(outliers)
+        self.with_outliers += int((each > 0).sum())
+        # Mean over an image's outliers, then over images: each outlier weighs one over their number.
+        weights = (outliers / each.clamp(min=1)[:, None])[outliers].double()
+        stride = max(outliers.shape[1] // SAMPLED_TOKENS, 1)
+        normal = ~outliers[:, ::stride]
+        for layer, activation in self._held.items():
+            patches = activation[:, -outliers.shape[1] :]
+            at = patches[outliers].double()
+            self.outlier[layer] += weights @ at.abs()
+            self.outlier_signed[layer] += weights @ at
+            few = patches[:, ::stride].float()
+            some = few[normal].abs()
+            self.normal[layer] += some.sum(0)
+            self.normal_signed[layer] += few[normal].sum(0)
+            self.silent[layer] += (few.abs() < SILENT).sum((0, 1))
+        self.sampled_normal = getattr(self, "sampled_normal", 0) + int(normal.sum())
+        self.sampled = getattr(self, "sampled", 0) + normal.numel()
+        self._held.clear()
+
+    def ranked(self, method: Method) -> tuple[RegisterNeuron, ...]:
+        at = self.outlier / max(self.with_outliers, 1)
+        signed = self.outlier_signed / max(self.with_outliers, 1)
+        normal, elsewhere = self.normal / self.sampled_normal, self.normal_signed / self.sampled_normal
+        silent = self.silent / self.sampled
+        score = at
+        if method == "contrast":
+            score = torch.where(silent >= MIN_SILENT_SHARE, at - normal, -torch.inf)
+        best = score.flatten().topk(min(RANKED, int((score > -torch.inf).sum()))).indices.tolist()
+        pairs = [divmod(place, score.shape[1]) for place in best]
+        return tuple(
+            RegisterNeuron(
+                layer, index, *(float(x[layer, index]) for x in (score, signed, elsewhere, silent))
+            )
+            for layer, index in pairs
+        )
+
+
+def run_until(vit: Backbone, images: Tensor) -> None:
+    """A forward pass that a watcher may end, once it has seen what it wants, by raising _Enough."""
+    try:
+        vit(images)
+    except _Enough:
+        pass
+
+
+def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, target: float) -> RegisterNeurons:
+    """The smallest count that leaves at most `target` of the outliers: doubling, then bisection."""
+    from vitreg.fixes.registers import TestTimeRegisters
+
+    before = count_outliers(vit, images, found)
+    tried: dict[int, float] = {}
+
+    def left(count: int) -> float:
+        if count not in tried:
+            with TestTimeRegisters(found.best(count)).applied_to(vit):
+                tried[count] = count_outliers(vit, images, found) / max(before, 1)
+        return tried[count]
+
+    return _smallest(found, left, target, tried)
+
+
+def _smallest(
+    found: RegisterNeurons, left: Callable[[int], float], target: float, tried: dict[int, float]
+) -> RegisterNeurons:
+    from dataclasses import replace
+
+    low, high, most = 0, 1, len(found.ranking)
+    while left(high) > target and high < most:
+        low, high = high, min(2 * high, most)
+    reached = left(high) <= target
+    if not reached:  # the best that was seen, and the fewest of equals
+        high = min(tried, key=lambda count: (tried[count], count))
+        low = high - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(middle) <= target else (middle, high)
+    search = tuple(sorted(tried.items()))
+    return replace(found.best(high), search=search, reached=reached)
+
+
+def count_outliers(vit: Backbone, images: Iterable[Tensor], found: RegisterNeurons) -> int:
+    """Patches beyond the threshold at the detect layer."""
+    count = 0
+
+    def block(layer: int, residual: Tensor) -> None:
+        nonlocal count
+        if layer == found.detect_layer:
+            norms = token_norms(residual[:, seen.layout.patch_slice])
+            count += int((norms >= found.threshold).sum())
+            raise _Enough
+
+    with evaluating(vit.model), watch(vit, on_block=block) as seen:
+        for batch in images:
+            run_until(vit, batch)
+    return count
