@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from pkgutil import iter_modules
 
 # No test reaches a hub: what is loaded by a hub's name comes from a cache that the test fills.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,8 +13,14 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# The numeric tower: an int is a fine float.
-_hook = install_import_hook("vitreg", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Not inside patched forwards: torch.compile would have to trace through the checks.
+PATCHED = {"arrangement", "carry", "fixes"}
+PACKAGE = Path(__file__).resolve().parents[1] / "vitreg"
+_hook = install_import_hook(
+    [f"vitreg.{module.name}" for module in iter_modules([str(PACKAGE)]) if module.name not in PATCHED],
+    # The numeric tower: an int is a fine float.
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 torch.set_num_threads(1)  # tests run in parallel processes instead
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -1,9 +1,12 @@
 """vitreg: find, explain and remove attention artifacts in Vision Transformers."""
 
 from vitreg.anatomy import Anatomy, TokenLayout
+from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.emergence import Emergence
 from vitreg.errors import (
+    FixError,
+    FixWarning,
     ImageError,
     MissingExtraError,
     ModelLoadError,
@@ -12,34 +15,73 @@ from vitreg.errors import (
     UnsupportedModelError,
     VitregError,
 )
+from vitreg.fixes import (
+    Applied,
+    AttentionBias,
+    Fix,
+    Fork,
+    ShiftAverage,
+    ShiftSink,
+    TestTimeRegisters,
+    TokenSplitting,
+    applied,
+    load_fix,
+    save_fix,
+)
 from vitreg.images import Batch, Images, read_images
 from vitreg.models import Backbone, load, wrap
+from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
+from vitreg.noop import NoopTest, noop_test
 from vitreg.phantom import Phantom, plant
 from vitreg.trace import trace, watch
+from vitreg.verdict import Verdict
+from vitreg.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Anatomy",
+    "Applied",
+    "AttentionBias",
     "Backbone",
     "Batch",
+    "Cure",
     "Diagnosis",
     "Emergence",
+    "Fix",
+    "FixError",
+    "FixWarning",
+    "Fork",
     "ImageError",
     "Images",
     "MissingExtraError",
     "ModelLoadError",
     "NonFiniteError",
+    "NoopTest",
     "OutputError",
     "Phantom",
+    "RegisterNeuron",
+    "RegisterNeurons",
+    "ShiftAverage",
+    "ShiftSink",
+    "TestTimeRegisters",
     "TokenLayout",
+    "TokenSplitting",
     "UnsupportedModelError",
+    "Verdict",
     "VitregError",
+    "applied",
     "diagnose",
+    "find_cure",
+    "find_register_neurons",
     "load",
+    "load_fix",
+    "noop_test",
     "plant",
     "read_images",
+    "save_fix",
     "trace",
+    "verify",
     "watch",
     "wrap",
 ]

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
 
@@ -117,6 +118,11 @@ def find_anatomy(
     """
     refuse_compiled(model)
     _refuse_non_finite(model)
+    with bare(model):
+        return _found(model, forward, image_size, given)
+
+
+def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], given: Anatomy | None) -> Anatomy:
     stack = given.blocks if given else _find_block_stack(model)
     probe = Probe(model, stack, image_size, given.patch_embedding if given else None)
     probe.run(forward)

@@ -79,7 +79,7 @@ class AttentionCall(ABC):
         return bias
 
 
-class _SdpaCall(AttentionCall):
+class SdpaCall(AttentionCall):
     """A call of F.scaled_dot_product_attention."""
 
     def __init__(
@@ -117,7 +117,7 @@ class _SdpaCall(AttentionCall):
 _MHA_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
-class _MultiheadCall(AttentionCall):
+class MultiheadCall(AttentionCall):
     """A call of F.multi_head_attention_forward, whose arguments come before the in-projection.
 
     Queries, keys and values are projected again here, each only when asked for: reading one row
@@ -198,7 +198,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - used as a verb, like torch.n
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._seen(_SdpaCall(*args, **kwargs))
+            self._seen(SdpaCall(*args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            self._seen(_MultiheadCall(*args, **kwargs))
+            self._seen(MultiheadCall(*args, **kwargs))
         return func(*args, **kwargs)

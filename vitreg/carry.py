@@ -44,35 +44,42 @@ class BlockEdit(ABC):
 class Carry(Generic[T]):
     """What one block hands to the next beside the residual stream, for one fix on one model.
 
-    Kept per thread. Where gradients are recorded it is also kept with the tensor that it belongs to, for
-    gradient checkpointing calls a block again, in any order, on the tensor that it was given before.
+    Kept per thread. Where gradients are recorded, what a block took is also kept with the tensor that it took
+    it for: gradient checkpointing calls the block again on that tensor, in any order.
     """
 
     def __init__(self) -> None:
-        self._latest = _Latest()
+        self._forward, self._again = _Latest(), _Latest()
         self._of: Any = WeakTensorKeyDictionary()
+
+    @property
+    def latest(self) -> T | None:
+        """What the last block left in this thread's latest pass."""
+        return self._forward.value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Carry, ()  # a copied or saved model starts with empty hands
 
     def take(self, layer: int, x: Tensor) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""
-        if _recomputing():
-            if x not in self._of:
-                raise UnsupportedModelError(
-                    "a fixed block is computed again on a tensor that it did not see: reentrant gradient"
-                    " checkpointing. Use use_reentrant=False."
-                )
+        again = _recomputing()
+        if again and x in self._of:
             return self._of[x]
-        latest = self._latest
-        value, latest.value = latest.value, None
-        return value if latest.layer == layer - 1 else None
+        latest = self._again if again else self._forward
+        value, latest.value = (latest.value if latest.layer == layer - 1 else None), None
+        if again and value is None:
+            raise UnsupportedModelError(
+                "a fixed block is computed again on a tensor that it did not see: reentrant gradient"
+                " checkpointing. Use use_reentrant=False."
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._of[x] = value
+        return value
 
-    def leave(self, layer: int, y: Tensor, value: T) -> None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._of[y] = value
-        if not _recomputing():
-            self._latest.layer, self._latest.value = layer, value
+    def leave(self, layer: int, value: T) -> None:
+        """Hand a value to the block after `layer`, on whatever tensor it will be called."""
+        latest = self._again if _recomputing() else self._forward
+        latest.layer, latest.value = layer, value
 
 
 class _Latest(threading.local):
@@ -94,6 +101,15 @@ def edits_of(block: nn.Module) -> list[BlockEdit]:
     """The edits of a block, the outermost first."""
     edits: list[BlockEdit] = block.__dict__.get(_EDITS, [])
     return edits
+
+
+def inserted_tokens(block: nn.Module) -> int:
+    """How many tokens the edits of a block put before the patches while it runs."""
+    return _inserted(edits_of(block))
+
+
+def _inserted(edits: list[BlockEdit]) -> int:
+    return sum(edit.inserted for edit in edits)
 
 
 def install(block: nn.Module, edit: BlockEdit) -> None:
@@ -127,7 +143,7 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
         block.__class__ = _editable(type(block))
     elif before and not edits:
         block.__class__ = type(block).__mro__[1]
-    more = sum(edit.inserted for edit in edits) - sum(edit.inserted for edit in before)
+    more = _inserted(edits) - _inserted(before)
     for module in block.modules():
         # Rotary attention leaves the first tokens unrotated, as many as this integer says.
         if isinstance(module.__dict__.get("num_prefix_tokens"), int):

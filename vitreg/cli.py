@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from vitreg.cure import Kind
 from vitreg.errors import VitregError
 from vitreg.models import SCHEMES
+from vitreg.neurons import Method
 
 if TYPE_CHECKING:
     from vitreg.diagnosis import Diagnosis
     from vitreg.emergence import Emergence
+    from vitreg.models import Backbone
 
 app = typer.Typer(
     name="vitreg",
@@ -43,6 +46,20 @@ def _root(
         raise typer.Exit
 
 
+# Options that several commands share.
+Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
+Size = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")]
+Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1)]
+Workers = Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")]
+Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")]
+Dtype = Annotated[str, typer.Option(metavar="D", help="float32, bfloat16 or float16.")]
+RandomWeights = Annotated[bool, typer.Option(help="Build without a download, to try things out.")]
+Strict = Annotated[bool, typer.Option(help="Stop at the first image that cannot be read.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{SCHEMES}.")]
+Photos = Annotated[str, typer.Argument(metavar="IMAGES", help=_IMAGES_HELP)]
+
+
 @app.command()
 def diagnose(
     inputs: Annotated[
@@ -53,40 +70,28 @@ def diagnose(
             f" IMAGES: {_IMAGES_HELP}",
         ),
     ],
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")
-    ] = None,
+    json_path: Json = None,
     report: Annotated[
         Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write the main figure.")] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1)] = 32,
-    workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")] = None,
-    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="D", help="float32, bfloat16 or float16.")] = "float32",
-    random_weights: Annotated[
-        bool, typer.Option(help="Build without a download, to try things out.")
-    ] = False,
-    strict: Annotated[bool, typer.Option(help="Stop at the first image that cannot be read.")] = False,
+    size: Size = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+    strict: Strict = False,
 ) -> None:
     """Does a model have attention artifacts? Where, from which layer on, and what do they do?"""
     import vitreg
-    from vitreg.output import check_writable
 
     models, images = _split(inputs)
-    for path in (json_path, report, figure):
-        if path is not None:
-            check_writable(path)  # before the work, so that none is lost
+    _check_writable(json_path, report, figure)
     found: list[Diagnosis] = []
     for model in models:
-        with Console(stderr=True).status(f"loading {model}"):
-            vit = vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        vit = _load(model, size, random_weights, device, dtype)
         photos = vitreg.read_images(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
         )
@@ -94,6 +99,92 @@ def diagnose(
     result = found[0] if len(found) == 1 else vitreg.Emergence(found)
     typer.echo(str(result))
     _write(result, json_path, report, figure)
+
+
+@app.command()
+def fix(
+    model: Model,
+    images: Photos,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="The folder that the fix is saved in.")
+    ],
+    kind: Annotated[
+        Kind, typer.Option("--type", help="Which fix; auto: the one that suits the model.")
+    ] = "auto",
+    method: Annotated[Method, typer.Option(help="How neurons are scored.")] = "contrast",
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many neurons; default: as few as suffice.")
+    ] = None,
+    recursive: Annotated[bool, typer.Option(help="Find, fix, and find again.")] = False,
+    json_path: Json = None,
+    size: Size = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+    strict: Strict = False,
+) -> None:
+    """Find the neurons that make the artifacts, build the fix that suits the model, verify and save it."""
+    import vitreg
+    from vitreg.output import write_atomically
+
+    _check_writable(json_path, out.parent / f"{out.name}.json")
+    vit = _load(model, size, random_weights, device, dtype)
+    photos = vitreg.read_images(
+        images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
+    )
+    cure = vitreg.find_cure(
+        vit,
+        photos,
+        kind=kind,
+        method=method,
+        top_k=top_k or "auto",
+        recursive=recursive,
+        progress=_say,
+    )
+    typer.echo(str(cure))
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(cure.to_json(), indent=1))
+        typer.echo(f"JSON: {json_path}")
+    if cure.fix is None:
+        typer.echo("nothing was written: there is nothing to fix.")
+    else:
+        typer.echo(f"fix: {cure.save(out, vit=vit)}")
+
+
+@app.command()
+def verify(
+    model: Model,
+    fix: Annotated[str, typer.Argument(metavar="FIX", help="A folder that `vitreg fix` saved, or a hub id.")],
+    images: Photos,
+    controls: Annotated[bool, typer.Option(help="Run the controls too.")] = True,
+    json_path: Json = None,
+    size: Size = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+    strict: Strict = False,
+) -> None:
+    """Does a fix help? The same images before and after, against controls."""
+    import vitreg
+    from vitreg.output import write_atomically
+
+    _check_writable(json_path)
+    loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
+    vit = _load(model, size, random_weights, device, dtype)
+    photos = vitreg.read_images(
+        images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
+    )
+    verdict = vitreg.verify(vit, loaded, photos, controls=controls, progress=_say)
+    typer.echo(str(verdict))
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(verdict.to_json(), indent=1))
+        typer.echo(f"JSON: {json_path}")
 
 
 @app.command()
@@ -106,6 +197,28 @@ def demo(
     from vitreg.demo import run
 
     run(out)
+
+
+def _load(
+    model: str, size: int | None, random_weights: bool, device: str, dtype: str
+) -> "Backbone":
+    import vitreg
+
+    with Console(stderr=True).status(f"loading {model}"):
+        return vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+
+
+def _say(stage: str) -> None:
+    sys.stderr.write(f"{stage}\n")
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Before the work, so that none is lost."""
+    from vitreg.output import check_writable
+
+    for path in paths:
+        if path is not None:
+            check_writable(path)
 
 
 def _split(inputs: list[str]) -> tuple[list[str], str]:

@@ -9,6 +9,9 @@
     ├── OutputError             a result that cannot be written
     └── MissingExtraError       an optional library that is not installed
 
+    UserWarning
+    └── FixWarning              a fix that was made for other weights, or saved with more than is known here
+
 Each message says what was found, what was expected, and what to do.
 The command line turns a VitregError into one line and exit code 1; anything else is a bug.
 """
@@ -47,3 +50,7 @@ class MissingExtraError(VitregError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed. Install it with: pip install 'vitreg[{extra}]'")
+
+
+class FixWarning(UserWarning):
+    """A fix was made for other weights, or its saved folder holds what this version does not know."""

@@ -9,7 +9,7 @@ at the layer where outliers are told apart; what is kept does not grow with the 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitreg.diagnosis import Diagnosis
 from vitreg.errors import FixError, ImageError
+from vitreg.fingerprint import Fingerprint
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
@@ -38,9 +39,13 @@ HELD = 1 << 30
 RANKED = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RegisterNeuron:
-    """One neuron and the evidence. Activations are means over tokens, signed; `silent` is a share of tokens."""
+    """One neuron and the evidence.
+
+    Activations are means over tokens, signed; `silent` is a share of tokens. `threshold`, where it was
+    measured, is the activation beyond which (below which, if outliers are negative) it marks a token.
+    """
 
     layer: int
     index: int
@@ -48,15 +53,24 @@ class RegisterNeuron:
     at_outliers: float = float("nan")
     elsewhere: float = float("nan")
     silent: float = float("nan")
+    threshold: float = float("nan")
+
+    def __eq__(self, other: object) -> bool:
+        # By their text: evidence that is missing is NaN, which is not equal to itself.
+        return isinstance(other, RegisterNeuron) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash((self.layer, self.index))
 
 
 @dataclass(frozen=True)
 class NeuronTensors:
-    """The neurons of one layer as tensors (k,): indices, the mean activation of normal tokens, and how far
-    from it a token's own activation may be before it is an outlier's."""
+    """The neurons of one layer as tensors (k,): indices, the mean activation of normal tokens, how far from
+    it a token's own activation may be before it is an outlier's, and the activation that marks a token."""
 
     index: Tensor
     normal: Tensor
+    reach: Tensor
     threshold: Tensor
 
 
@@ -65,11 +79,12 @@ class RegisterNeurons:
     """What `find_register_neurons` found: the chosen neurons, the best first, and the evidence.
 
     `ranking` holds the best candidates, chosen or not; `search` the (count, share of outliers that is left)
-    pairs that were tried to find the count; `threshold` is the norm that makes an outlier at `detect_layer`.
+    pairs that were tried to find the count; `threshold` is the norm that makes an outlier at `detect_layer`;
+    `fingerprint` tells the model.
     """
 
     chosen: tuple[RegisterNeuron, ...]
-    ranking: tuple[RegisterNeuron, ...] = field(default=(), repr=False)
+    ranking: tuple[RegisterNeuron, ...] = field(default=(), repr=False, compare=False)
     method: str = "given"
     top_layer: int | None = None
     detect_layer: int | None = None
@@ -77,6 +92,7 @@ class RegisterNeurons:
     images: int = 0
     search: tuple[tuple[int, float], ...] = ()
     reached: bool = True
+    fingerprint: Fingerprint | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def of(neurons: Mapping[int, Sequence[int]]) -> "RegisterNeurons":
@@ -98,10 +114,12 @@ class RegisterNeurons:
     def top_k(self) -> int:
         return len(self.chosen)
 
+    def with_more(self, neurons: Sequence[RegisterNeuron]) -> "RegisterNeurons":
+        """These and others, from another search."""
+        return replace(self, chosen=(*self.chosen, *neurons))
+
     def best(self, count: int) -> "RegisterNeurons":
         """The same search with another number of neurons chosen."""
-        from dataclasses import replace
-
         return replace(self, chosen=self.ranking[:count])
 
     def tensors(self, layer: int) -> NeuronTensors | None:
@@ -111,7 +129,8 @@ class RegisterNeurons:
             return None
         normal = torch.tensor([neuron.elsewhere for neuron in here])
         reach = torch.tensor([abs(neuron.at_outliers - neuron.elsewhere) / 2 for neuron in here])
-        return NeuronTensors(torch.tensor([neuron.index for neuron in here]), normal, reach)
+        threshold = torch.tensor([neuron.threshold for neuron in here])
+        return NeuronTensors(torch.tensor([neuron.index for neuron in here]), normal, reach, threshold)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -165,13 +184,16 @@ def find_register_neurons(
     sums = _Sums(vit, top, report.detect_layer, report.threshold)
     kept = sums.run(vit, images)
     ranking = sums.ranked(method)
-    found = RegisterNeurons((), ranking, method, top, report.detect_layer, report.threshold, sums.images)
+    found = RegisterNeurons(
+        (), ranking, method, top, report.detect_layer, report.threshold, sums.images,
+        fingerprint=Fingerprint.of(vit),
+    )  # fmt: skip
     if top_k != "auto":
         return found.best(top_k)
     return _searched(vit, kept, found, target)
 
 
-class _Enough(Exception):  # noqa: N818 - no error: the pass has shown what it was run for
+class Enough(Exception):  # noqa: N818 - no error: the pass has shown what it was run for
     pass
 
 
@@ -210,13 +232,13 @@ class _Sums:
 
     def _neurons(self, layer: int, activation: Tensor) -> None:
         if layer <= self._top:
-            self._held[layer] = activation
+            self._held[layer] = activation[:, self._watch.inner.patch_slice]
 
     def _block(self, layer: int, residual: Tensor) -> None:
         if layer == self._detect:
             patches = self._watch.layout.patch_slice
             self._add(token_norms(residual[:, patches]) >= self._threshold)
-            raise _Enough
+            raise Enough
 
     def _add(self, outliers: Bool[Tensor, "b p"]) -> None:
         each = outliers.sum(1)
@@ -226,8 +248,7 @@ class _Sums:
         weights = (outliers / each.clamp(min=1)[:, None])[outliers].double()
         stride = max(outliers.shape[1] // SAMPLED_TOKENS, 1)
         normal = ~outliers[:, ::stride]
-        for layer, activation in self._held.items():
-            patches = activation[:, -outliers.shape[1] :]
+        for layer, patches in self._held.items():
             at = patches[outliers].double()
             self.outlier[layer] += weights @ at.abs()
             self.outlier_signed[layer] += weights @ at
@@ -259,10 +280,10 @@ class _Sums:
 
 
 def run_until(vit: Backbone, images: Tensor) -> None:
-    """A forward pass that a watcher may end, once it has seen what it wants, by raising _Enough."""
+    """A forward pass that a watcher may end, once it has seen what it wants, by raising Enough."""
     try:
         vit(images)
-    except _Enough:
+    except Enough:
         pass
 
 
@@ -285,8 +306,6 @@ def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, targe
 def _smallest(
     found: RegisterNeurons, left: Callable[[int], float], target: float, tried: dict[int, float]
 ) -> RegisterNeurons:
-    from dataclasses import replace
-
     low, high, most = 0, 1, len(found.ranking)
     while left(high) > target and high < most:
         low, high = high, min(2 * high, most)
@@ -310,7 +329,7 @@ def count_outliers(vit: Backbone, images: Iterable[Tensor], found: RegisterNeuro
         if layer == found.detect_layer:
             norms = token_norms(residual[:, seen.layout.patch_slice])
             count += int((norms >= found.threshold).sum())
-            raise _Enough
+            raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=block) as seen:
         for batch in images:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
@@ -178,11 +179,11 @@ def _shared_parents(one: str, other: str) -> int:
 
 
 def _mlp_inputs(vit: Backbone, mlp: _Mlp, images: Tensor) -> Float[Tensor, "b n d"]:
-    """What enters the MLP of a block, in float32."""
+    """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
     seen: list[Tensor] = []
     hook = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
-        with evaluating(vit.model):
+        with evaluating(vit.model), bare(vit.model):
             vit(images)
     finally:
         hook.remove()

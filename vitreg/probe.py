@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vitreg.attention import AttentionCall, intercept
-from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 
 Forward = Callable[[Tensor], Any]
@@ -94,7 +93,6 @@ class Probe:
             for hook in self._hooks():
                 stack.callback(hook.remove)
             stack.enter_context(intercept(self._saw_attention))
-            stack.enter_context(bare(self.model))
             try:
                 forward(images)
             except Exception as error:

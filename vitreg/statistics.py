@@ -146,17 +146,17 @@ class Collector:
         self.shares: list[Tensor] = []  # of the latest batch, (b, p) per layer
         self._bins: Tensor | None = None
         self._similarity: Tensor | None = None
-        self._queries = query_tokens(layout).to(vit.device)
 
     def watching(self) -> watch:
         """A context in which every forward pass is added."""
-        return watch(
+        self._watch = watch(
             self.vit,
             on_start=self._start,
             on_embedding=self._embedding,
             on_block=self._block,
             on_attention=self._attention,
         )
+        return self._watch
 
     def _start(self) -> None:
         self.norms, self.shares, self._bins = [], [], None
@@ -202,8 +202,9 @@ class Collector:
         s.peaks[layer] += far.sum()
 
     def _attention(self, layer: int, call: AttentionCall) -> None:
-        patches = self.layout.patch_slice
-        rows = call.rows(self._queries)[..., patches]  # (b, h, r, p)
+        inner = self._watch.inner
+        patches = inner.patch_slice
+        rows = call.rows(query_tokens(inner).to(self.vit.device))[..., patches]  # (b, h, r, p)
         shares = (rows / rows.sum(-1, keepdim=True)).mean(2)
         self.shares.append(shares.mean(1))
         if self._bins is None:  # layer 0: no block has written yet

@@ -22,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import Anatomy, TokenLayout, refuse_compiled
+from vitreg.arrangement import in_order, shown
 from vitreg.attention import AttentionCall, intercept
+from vitreg.carry import edits_of
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.probe import NO_ATTENTION_SEEN, first_tensor
@@ -38,6 +40,9 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     on_block(layer, residual (b, n, d)) the residual stream after block `layer`
     on_neurons(layer, a (b, n, f))      the input of the MLP's down-projection
     on_attention(layer, call)           q, k, v and rows of attention, computed on demand
+
+    Tokens are those of `layout`; in neurons and attention, which are inside the blocks, those of `inner`: a
+    fix may carry more registers there, which stand behind the model's own.
 
     Hooks are installed on entering and removed on leaving; the model's results are untouched. What a
     backward pass recomputes (gradient checkpointing) is not handed out a second time.
@@ -62,6 +67,23 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         self._attended = False  # by the block that is running
         self._stack = ExitStack()
         self.layout = vit.layout  # of the latest pass
+        self._blocks = vit.anatomy.block_modules(vit.model)
+        self._inner: dict[int, TokenLayout] = {}  # per layer, where it is not `layout`
+        self._layer = 0  # that runs, or ran last
+
+    @property
+    def inner(self) -> TokenLayout:
+        """The layout of neurons and attention in the block that runs, or ran last."""
+        return self.inside(self._layer)
+
+    @property
+    def edited(self) -> bool:
+        """Whether a fix is applied, so that there may be more tokens inside the blocks."""
+        return any(map(edits_of, self._blocks))
+
+    def inside(self, layer: int) -> TokenLayout:
+        """The layout of neurons and attention in one block of the latest pass."""
+        return self._inner.get(layer, self.layout)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a watched model carries the hooks along: they lead to a watch that sees nothing."""
@@ -73,7 +95,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         refuse_compiled(model)
         downs = anatomy.down_projections(model)
         hooks: list[Any] = []
-        for layer, block in enumerate(anatomy.block_modules(model)):
+        for layer, block in enumerate(self._blocks):
             hooks.append(block.register_forward_pre_hook(partial(self._entered, layer)))
             hooks.append(block.register_forward_hook(partial(self._left, layer)))
             if self._on_neurons:
@@ -95,7 +117,8 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _entered(self, layer: int, module: nn.Module, args: Any) -> None:
         if self._ours():
-            self._inside, self._attended = layer, False
+            self._inside, self._attended, self._layer = layer, False, layer
+            self._inner.pop(layer, None)
             if layer == 0 and self._on_start:
                 self._on_start()
 
@@ -120,7 +143,14 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _neurons(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._ours() and self._on_neurons:
-            self._on_neurons(layer, args[0].detach())
+            activation = in_order(args[0].detach())
+            self._saw_tokens(layer, activation.shape[1])
+            self._on_neurons(layer, activation)
+
+    def _saw_tokens(self, layer: int, tokens: int) -> None:
+        if edits_of(self._blocks[layer]):
+            more = tokens - self.layout.tokens
+            self._inner[layer] = replace(self.layout, registers=self.layout.registers + more)
 
     def _embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if not self._ours():
@@ -134,6 +164,8 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     def _attention(self, call: AttentionCall) -> None:
         if self._inside is not None and self._ours() and self._on_attention:
             self._attended = True
+            call = shown(call)
+            self._saw_tokens(self._inside, call.tokens)
             with torch.no_grad():
                 self._on_attention(self._inside, call)
 
@@ -150,6 +182,8 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
     embedding   the patch embedding before positions -> `t.embedding` (b, p, d)
     layers      the 0-based layers to record (default all); the l axis follows this order
 
+    Tokens n are those of `t.layout`; of neurons, attention, q, k and v those of `t.inner`, which counts the
+    registers that a fix carries inside the blocks (and attention="registers" has their rows).
     Reading what was not asked for, or before a forward pass, is an AttributeError that says so.
     """
 
@@ -178,7 +212,7 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
             on_neurons=self._keep_neurons if neurons else None,
             on_attention=self._attention if attention is not None or qkv else None,
         )
-        if attention is not None:
+        if attention is not None and not (attention == "registers" and self._watch.edited):
             _query_index(attention, vit.layout)  # a wrong request is an error before the forward pass
 
     def __enter__(self) -> "trace":
@@ -192,6 +226,11 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
     def layout(self) -> TokenLayout:
         """The token layout of the recorded pass."""
         return self._watch.layout
+
+    @property
+    def inner(self) -> TokenLayout:
+        """The token layout inside the recorded blocks (of the last of them, should they differ)."""
+        return self._watch.inside(self.layers[-1])
 
     def __getattr__(self, name: str) -> Tensor:
         # Only called for names that are not attributes yet: the recorded tensors.
@@ -207,6 +246,11 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
         if missing:
             raise AttributeError(
                 f"this trace has no {name!r} of layers {missing}: the latest forward pass did not reach them."
+            )
+        if len({record[name][layer].shape for layer in self.layers}) > 1:
+            raise AttributeError(
+                f"this trace's {name!r} has other tokens in some layers than in others: the fix on this model"
+                f" carries none through the first blocks. Ask for fewer of the layers {self.layers}."
             )
         return torch.stack([record[name][layer] for layer in self.layers])
 
@@ -233,7 +277,7 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
         if layer not in self.layers:
             return
         if self._rows is not None:
-            self._put("attention", layer, call.rows(_query_index(self._rows, self.layout)))
+            self._put("attention", layer, call.rows(_query_index(self._rows, self._watch.inner)))
         if self._qkv:
             for name in ("q", "k", "v"):
                 self._put(name, layer, getattr(call, name).detach())

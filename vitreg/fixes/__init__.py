@@ -1,6 +1,23 @@
 """Cures for attention artifacts: each is a small frozen object that is applied to a model and undone."""
 
+from vitreg.fixes.artifact import load_fix, save_fix
+from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.fixes.base import Applied, Fix, applied
 from vitreg.fixes.registers import TestTimeRegisters
+from vitreg.fixes.shift_average import ShiftAverage
+from vitreg.fixes.shifting import ShiftSink
+from vitreg.fixes.splitting import Fork, TokenSplitting
 
-__all__ = ["Applied", "Fix", "TestTimeRegisters", "applied"]
+__all__ = [
+    "Applied",
+    "AttentionBias",
+    "Fix",
+    "Fork",
+    "ShiftAverage",
+    "ShiftSink",
+    "TestTimeRegisters",
+    "TokenSplitting",
+    "applied",
+    "load_fix",
+    "save_fix",
+]

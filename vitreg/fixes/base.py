@@ -14,12 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import nn
 
-from vitreg.anatomy import Anatomy
-from vitreg.carry import BlockEdit, edits_of, install, uninstall
+from vitreg.carry import BlockEdit, inserted_tokens, install, uninstall
 from vitreg.errors import FixError
 from vitreg.models import Backbone, wrap
 from vitreg.neurons import RegisterNeurons
@@ -29,7 +29,7 @@ _FIXES = "_vitreg_fixes"
 
 @dataclass(frozen=True)
 class Fix(ABC):
-    """A cure for attention artifacts. `neurons` are those that it edits (a mapping {layer: indices} will do)."""
+    """A cure for attention artifacts. `neurons` are those that it edits ({layer: indices} will do)."""
 
     type: ClassVar[str]
     neurons: RegisterNeurons
@@ -46,10 +46,10 @@ class Fix(ABC):
         """Change the model in place until `undo()` of what is returned.
 
         Raises FixError where the model has another geometry than the one the fix was made for, or where
-        this fix is already applied.
+        this fix is already applied; warns (FixWarning) where it has other weights.
         """
         vit = backbone_of(model)
-        self.check(vit.anatomy)
+        self.check(vit)
         if any(handle.fix == self for handle in applied(vit.model)):
             raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
         handle = Applied(self, vit, self.edits(vit))
@@ -71,14 +71,47 @@ class Fix(ABC):
         self.apply(twin)
         return twin
 
-    def check(self, anatomy: Anatomy) -> None:
-        """Raise FixError for neurons that a model of this anatomy does not have."""
+    def check(self, vit: Backbone) -> None:
+        """Raise FixError for a model of another geometry, warn (FixWarning) about one with other weights."""
+        if self.neurons.fingerprint is not None:
+            self.neurons.fingerprint.check(vit)
+        anatomy = vit.anatomy
         for layer, indices in self.neurons.by_layer.items():
             if not 0 <= layer < anatomy.depth or not all(0 <= i < anatomy.neurons for i in indices):
                 raise FixError(
                     f"the fix edits neurons {list(indices)[:5]} of block {layer}, but the model has"
                     f" {anatomy.depth} blocks of {anatomy.neurons} neurons. It was made for another model."
                 )
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        vit: Backbone | None = None,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Save as a small folder that `load_fix` reads: see `vitreg.fixes.artifact.save_fix`."""
+        from vitreg.fixes.artifact import save_fix
+
+        return save_fix(self, folder, vit=vit, evidence=evidence)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        vit: Backbone | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        token: str | None = None,
+        private: bool = False,
+        commit_message: str = "A fix for attention artifacts, by vitreg",
+    ) -> str:
+        """Save into a repository of the Hugging Face hub: see `vitreg.fixes.hub.push_fix`."""
+        from vitreg.fixes.hub import push_fix
+
+        return push_fix(
+            self, repo_id, vit=vit, evidence=evidence, token=token, private=private,
+            commit_message=commit_message,
+        )  # fmt: skip
 
 
 class Applied:
@@ -87,6 +120,15 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
+
+    @property
+    def carried(self) -> Any:
+        """What came out of the last block in this thread's latest pass: registers (b, r, d), or a Fork.
+
+        None before a pass, and for a fix that carries nothing.
+        """
+        carry = getattr(next(reversed(self.edits.values()), None), "carry", None)
+        return None if carry is None else carry.latest
 
     def install(self) -> None:
         blocks = list(self._stack.children())
@@ -121,11 +163,23 @@ def backbone_of(model: nn.Module | Backbone) -> Backbone:
     if isinstance(model, Backbone):
         return model
     original: nn.Module = getattr(model, "_orig_mod", model)
-    return wrap(original)
+    with uncompiled(original):
+        return wrap(original)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """The model without what `module.compile()` made of its parts, for as long as one looks inside."""
+    name = "_compiled_call_impl"
+    compiled = {module: module.__dict__.pop(name) for module in model.modules() if name in module.__dict__}
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module.__dict__[name] = call
 
 
 def first_patch(vit: Backbone, layer: int) -> int:
     """Index of the first patch token inside a block, behind what fixes applied earlier insert there."""
     block = vit.anatomy.block_modules(vit.model)[layer]
-    inserted = sum(edit.inserted for edit in edits_of(block))
-    return vit.anatomy.prefix + vit.anatomy.registers + inserted
+    return vit.anatomy.prefix + vit.anatomy.registers + inserted_tokens(block)

@@ -18,8 +18,8 @@ class Inside(TorchFunctionMode):
     """Entered around a block's own forward, in one thread, gone with it whatever happens.
 
     `edit` maps the activations of the block's neurons to others, out of place. Where `inserted` tokens
-    stand at `start` that the model does not know of, positional biases and masks are widened for them: a
-    bias of 0, and masked for them is what is masked for every other token.
+    stand at `start` that the model does not know of (those of fixes further out included), positional biases
+    and masks are widened for them: a bias of 0, and masked for them is what is masked for every other token.
     """
 
     def __init__(
@@ -34,9 +34,8 @@ class Inside(TorchFunctionMode):
         self, func, types, args=(), kwargs=None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and args[1] is self._weight and self._edit is not None:
-            self._pending = False
-            return func(self._edit(args[0]), *args[1:], **kwargs)
+        if func is F.linear and self._edit is not None:
+            return self._project(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -54,19 +53,40 @@ class Inside(TorchFunctionMode):
                 " layer is replaced."
             )
 
+    # Parameters have the names that callers may use.
+
+    def _project(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if weight is self._weight and self._edit is not None:
+            self._pending = False
+            input = self._edit(input)
+        return func(input, weight, bias)
+
     def _attend(
-        self, func: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **kwargs: Any
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        *rest: Any,
+        **kwargs: Any,
     ) -> Any:
-        return func(q, k, v, self._widened(attn_mask), *rest, **kwargs)
+        if attn_mask is not None:
+            attn_mask = self._widened(attn_mask, key.shape[-2])
+        return func(query, key, value, attn_mask, *rest, **kwargs)
 
     def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if kwargs.get("attn_mask") is not None:
-            kwargs = kwargs | {"attn_mask": self._widened(kwargs["attn_mask"])}
+        """nn.MultiheadAttention, whose tokens are the first axis."""
+        mask, keys = kwargs.get("attn_mask"), args[1].shape[0]
+        if mask is not None and mask.dtype == torch.bool:  # here it says what to ignore, not what to keep
+            kwargs = kwargs | {"attn_mask": ~self._widened(~mask, keys)}
+        elif mask is not None:
+            kwargs = kwargs | {"attn_mask": self._widened(mask, keys)}
         return func(*args, **kwargs)
 
-    def _widened(self, mask: Tensor | None) -> Tensor | None:
+    def _widened(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""
-        if mask is None or not self._inserted:
+        if mask.shape[-1] + self._inserted != keys:
             return mask
         keep = mask.dtype == torch.bool
         columns = mask.new_full((*mask.shape[:-1], self._inserted), keep)
@@ -79,8 +99,16 @@ class Inside(TorchFunctionMode):
         rows = row.expand(*mask.shape[:-2], self._inserted, mask.shape[-1])
         return torch.cat([mask[..., : self._start, :], rows, mask[..., self._start :, :]], -2)
 
-    def _interpolate(self, func: Any, x: Tensor, size: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """A table of biases that is resampled to (tokens, tokens) is for the tokens that the model knows."""
-        if isinstance(size, tuple | list) and x.shape[-2:] == (size[0] - self._inserted,) * 2:
-            return x
-        return func(x, size, *rest, **kwargs)
+    def _interpolate(self, func: Any, input: Tensor, size: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Biases (h, 1, n, n) that are resampled to (tokens, tokens) stay those of the model's own tokens."""
+        known = isinstance(size, tuple | list) and tuple(input.shape[-2:]) == (size[0] - self._inserted,) * 2
+        return input if known and input.shape[1] == 1 else func(input, size, *rest, **kwargs)
+
+
+def given_mask(tokens: int, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a block is handed something that may be an attention mask (..., n) for so many tokens.
+
+    transformers hands out none in an ordinary pass, and one of nothing but True while a graph is traced.
+    """
+    beside = (*args, *kwargs.values())
+    return any(isinstance(value, Tensor) and value.shape[-1:] == (tokens,) for value in beside)

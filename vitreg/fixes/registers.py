@@ -9,17 +9,20 @@ tokens get none. The register is carried inside the blocks: outside nobody ever 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from math import isfinite, isnan
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.carry import BlockEdit, Carry, Inner
-from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside
+from vitreg.errors import FixError
+from vitreg.fixes.base import Fix, first_patch, uncompiled
+from vitreg.fixes.inside import Inside, given_mask
 from vitreg.models import Backbone
-from vitreg.probe import evaluating
+from vitreg.probe import evaluating, first_tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class TestTimeRegisters(Fix):
     """Algorithm 2 of Jiang et al., and its variations.
 
     registers    extra tokens, behind the model's own prefix and registers
-    share        "copy": each register gets every neuron; "split": the neurons are dealt out among them
+    share        "copy": each register gets every neuron; "split": the neurons are dealt out among them, in
+                 the order of their layers
     initial      what a register holds when it enters: "zero" (the paper), "mean" of the patches there,
                  "random" (normal, the patches' deviation), "prenorm" (what the norm before the blocks
                  makes of a zero token; zero without one)
@@ -52,6 +56,46 @@ class TestTimeRegisters(Fix):
     left: Literal["zero", "mean", "own"] = "zero"
     keep_prefix: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in get_type_hints(type(self)).items():
+            if get_origin(known) is Literal and getattr(self, name) not in get_args(known):
+                expected = ", ".join(map(repr, get_args(known)))
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {expected}.")
+        if not (self.registers >= 0 and self.entry >= 0 and isfinite(self.scale)):
+            raise ValueError(
+                f"registers={self.registers}, entry={self.entry}, scale={self.scale}: expected a number of"
+                " registers and a block of 0 or more, and a finite factor."
+            )
+        self._check_neurons()
+
+    def _check_neurons(self) -> None:
+        layers, count = self.neurons.by_layer, self.neurons.top_k
+        if layers and self.entry > min(layers):
+            raise ValueError(
+                f"entry={self.entry}: expected at most {min(layers)}, the first block with neurons to"
+                " edit. Let registers enter there or before."
+            )
+        if self.share == "split" and 0 < count < self.registers:
+            raise ValueError(
+                f"share='split' with {self.registers} registers: found {count} neurons to deal out, expected"
+                f" one or more for each register. Use at most {count} registers, or share='copy'."
+            )
+        evidence = {"zero": (), "mean": ("elsewhere",), "own": ("elsewhere", "at_outliers")}[self.left]
+        if any(isnan(getattr(neuron, name)) for neuron in self.neurons.chosen for name in evidence):
+            raise ValueError(
+                f"left={self.left!r} needs to know what neurons do at normal tokens and at outliers, found"
+                " some without this evidence. Take them from find_register_neurons, or use left='zero'."
+            )
+
+    def check(self, vit: Backbone) -> None:
+        super().check(vit)
+        if self.entry >= vit.anatomy.depth:
+            raise FixError(
+                f"registers enter before block {self.entry}, but the model has {vit.anatomy.depth} blocks."
+                " The fix was made for another model."
+            )
+
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         carry: Carry[Tensor] = Carry()
         value = _initial_value(self, vit)
@@ -67,30 +111,40 @@ class _Edit(BlockEdit):
     ) -> None:
         self.fix, self.layer, self.carry, self.value = fix, layer, carry, value
         self.inserted = fix.registers
+        self.own = vit.anatomy.prefix + vit.anatomy.registers
         self.start = first_patch(vit, layer)
+        self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
         self.masked = vit.anatomy.masked
         self.neurons = fix.neurons.tensors(layer)
+        # Neurons are dealt out through all layers, so that no register is left without.
+        self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         start, stop = self.start, self.start + self.inserted
+        patches = x.shape[1] - start
         if self.inserted:
-            registers = None if self.layer == self.fix.entry else self.carry.take(self.layer, x)
-            if registers is None:
-                registers = self._enter(x)
-            x = torch.cat([x[:, :start], registers, x[:, start:]], 1)
-        if self.neurons is None and not (self.masked and self.inserted):
+            x = torch.cat([x[:, :start], self._registers(x), x[:, start:]], 1)
+        masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
+        if self.neurons is None and not masked:
             y = inner(x, args, kwargs)
         else:
-            with Inside(block, self.down, self._move, start, self.inserted):
+            edit = None if self.neurons is None else partial(self._move, patches=patches)
+            with Inside(block, self.down, edit, self.own, stop - self.own if masked else 0):
                 y = inner(x, args, kwargs)
         if not self.inserted:
             return y
-        out = torch.cat([y[:, :start], y[:, stop:]], 1)
-        self.carry.leave(self.layer, out, y[:, start:stop])
-        return out
+        # Copied, and after the last block without their history: neither y nor the graph stays in memory.
+        registers = y[:, start:stop].clone()
+        self.carry.leave(self.layer, registers.detach() if self.last else registers)
+        return torch.cat([y[:, :start], y[:, stop:]], 1)
 
-    def _move(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
+    def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
+        """Those that the block before left, or new ones."""
+        carried = None if self.layer == self.fix.entry else self.carry.take(self.layer, x)
+        return self._enter(x) if carried is None else carried.to(x)
+
+    def _move(self, activation: Float[Tensor, "b n f"], patches: int) -> Float[Tensor, "b n f"]:
         """Algorithm 2: each neuron's peak to the registers, per image; what is left behind elsewhere."""
         fix, (start, stop) = self.fix, (self.start, self.start + self.inserted)
         index = self.neurons.index.to(activation.device)
@@ -99,7 +153,8 @@ class _Edit(BlockEdit):
         if fix.keep_prefix:
             moved[:, :start] = values[:, :start]
         if self.inserted:
-            peak = self._peak(values[:, stop:] if fix.peak_over == "patches" else values) * fix.scale
+            # Fixes applied later insert between these registers and the patches.
+            peak = self._peak(values[:, -patches:] if fix.peak_over == "patches" else values) * fix.scale
             moved[:, start:stop] = peak * self._shares(peak)
         return activation.index_copy(-1, index, moved)
 
@@ -114,19 +169,19 @@ class _Edit(BlockEdit):
         normal = self.neurons.normal.to(values)
         if self.fix.left == "mean":
             return normal.expand_as(values).clone()
-        threshold = self.neurons.threshold.to(values)
-        return torch.where((values - normal).abs() < threshold, values, normal)
+        reach = self.neurons.reach.to(values)
+        return torch.where((values - normal).abs() < reach, values, normal)
 
     def _shares(self, like: Tensor) -> Tensor | float:
         """(r, k): which register gets which neuron."""
         if self.fix.share == "copy":
             return 1.0
         registers = torch.arange(self.inserted, device=like.device)[:, None]
-        neurons = torch.arange(like.shape[-1], device=like.device)
+        neurons = torch.arange(like.shape[-1], device=like.device) + self.dealt
         return (neurons % self.inserted == registers).to(like.dtype)
 
     def _enter(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
-        shape = (len(x), self.inserted, x.shape[2])
+        shape = (x.shape[0], self.inserted, x.shape[2])  # len() would fix the batch size of an export
         patches = x[:, self.start :]
         if self.fix.initial == "mean":
             return patches.mean(1, keepdim=True).expand(shape)
@@ -149,23 +204,27 @@ def _initial_value(fix: TestTimeRegisters, vit: Backbone) -> Float[Tensor, "r d"
 def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
     """The module whose output enters block 0 and is normalised: CLIP's norm before its blocks."""
     made: list[tuple[nn.Module, Tensor]] = []
-    entered: list[Tensor] = []
+    entered: list[Tensor | None] = []
 
     def saw(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not entered:
             made.append((module, output))
+
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append(first_tensor((args, kwargs)))
 
     hooks = [
         module.register_forward_hook(saw)
         for module in vit.model.modules()
         if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     ]
-    block = vit.anatomy.block_modules(vit.model)[0]
-    hooks.append(block.register_forward_pre_hook(lambda module, args: entered.append(args[0])))
+    hooks.append(vit.anatomy.block_modules(vit.model)[0].register_forward_pre_hook(enters, with_kwargs=True))
     try:
-        with evaluating(vit.model):
+        with evaluating(vit.model), uncompiled(vit.model):
             vit(torch.zeros(1, 3, *vit.image_size))
     finally:
         for hook in hooks:
             hook.remove()
-    return next((module for module, output in made if output.data_ptr() == entered[0].data_ptr()), None)
+    stream = entered[0]
+    assert stream is not None
+    return next((module for module, output in made if output.data_ptr() == stream.data_ptr()), None)

@@ -1,0 +1,199 @@
+"""From a model and photos to a fix that was chosen, calibrated and verified: what `vitreg fix` does.
+
+    cure = find_cure(vit, photos)
+    print(cure)                       # which fix, why, and whether it helps
+    if cure.fix:
+        cure.save("my-fix/")
+
+No labels are needed. A model without artifacts gets no fix.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vitreg.diagnosis import Diagnosis, diagnose
+from vitreg.errors import FixError, UnsupportedModelError
+from vitreg.fixes import AttentionBias, Fix, ShiftAverage, TestTimeRegisters, TokenSplitting
+from vitreg.images import Batch
+from vitreg.models import Backbone
+from vitreg.neurons import Method, RegisterNeurons, find_register_neurons
+from vitreg.verdict import Verdict
+from vitreg.verify import verify
+
+Kind = Literal["auto", "registers", "splitting", "bias", "shift-average"]
+
+# Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them:
+# the share of equal predictions, and without a head the cosine of CLS (or of normal patches) before and after.
+CHOOSING_IMAGES = 128
+UNCHANGED = {"agreement": 0.99, "cls": 0.99, "patches": 0.99}
+# Rounds of find, fix and find again, for models with several populations of outliers.
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Cure:
+    """A fix (None without artifacts), why it is of its kind, and the verdict on it."""
+
+    fix: Fix | None
+    choice: str
+    verdict: Verdict
+
+    @property
+    def report(self) -> Diagnosis:
+        """The diagnosis of the model as it was."""
+        return self.verdict.before
+
+    def save(self, folder: str | Path, *, vit: Backbone | None = None) -> Path:
+        """Save the fix with its evidence as a folder that `load_fix` reads."""
+        if self.fix is None:
+            raise FixError("there is no fix to save: the model has no artifacts.")
+        before, after = self.verdict.before, self.verdict.after
+        evidence = {
+            "images": self.verdict.images,
+            "threshold": before.threshold,
+            "outlier_fraction_before": before.outlier_fraction,
+            "outlier_fraction_after": None if after is None else self.verdict["outliers"].after.value,
+            "verdict": self.verdict.verdict,
+            "reason": self.verdict.reason,
+            "choice": self.choice,
+        }
+        return self.fix.save(folder, vit=vit, evidence=evidence)
+
+    def to_json(self) -> dict[str, Any]:
+        """The search, both diagnoses, the verdict and its controls, and why the fix is of its kind."""
+        search = {} if self.fix is None else self.fix.neurons.to_json()
+        return search | self.verdict.to_json() | {"choice": self.choice}
+
+    def __str__(self) -> str:
+        if self.fix is None:
+            return str(self.verdict)
+        neurons = f"register neurons, found by {self.fix.neurons.method!r}:\n{self.fix.neurons}"
+        return f"{neurons}\n{self.choice}\n\n{self.verdict}"
+
+
+def find_cure(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    *,
+    kind: Kind = "auto",
+    method: Method = "contrast",
+    top_k: int | Literal["auto"] = "auto",
+    recursive: bool = False,
+    report: Diagnosis | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Cure:
+    """Find the register neurons, build the fix that suits the model, and verify it on the same images.
+
+    `kind="auto"` takes a test-time register where it leaves predictions as they are, and token splitting
+    where it does not (see `choose`). `recursive` finds, fixes and finds again, for models with several
+    populations of outliers. `images` are read several times. Raises what `find_register_neurons` and the
+    fixes raise.
+    """
+    say = progress or (lambda stage: None)
+    say("diagnosing the model as it is")
+    report = report or diagnose(vit, images)
+    if not report.has_artifacts:
+        nothing = TestTimeRegisters(RegisterNeurons(()), registers=0)
+        verdict = Verdict("no artifacts", report.reason, vit.name, nothing, report, images=report.images)
+        return Cure(None, "nothing to fix", verdict)
+    say("finding register neurons")
+    neurons = find_register_neurons(vit, images, report, method=method, top_k=top_k)
+    if recursive:
+        neurons = _again(vit, images, neurons, method, top_k, say)
+    say("building the fix")
+    fix, choice = build(vit, images, neurons, report, kind)
+    return Cure(fix, choice, verify(vit, fix, images, report=report, progress=say))
+
+
+def build(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    neurons: RegisterNeurons,
+    report: Diagnosis,
+    kind: Kind = "auto",
+) -> tuple[Fix, str]:
+    """A fix of the wanted kind, calibrated, and one line that says why it is of this kind."""
+    asked = f"type {kind!r}, as asked for"
+    if kind == "auto":
+        return choose(vit, images, neurons, report)
+    if kind == "registers":
+        return registers_for(neurons), asked
+    if kind == "splitting":
+        return TokenSplitting.calibrate(vit, images, neurons), asked
+    if kind == "bias":
+        return AttentionBias.calibrate(vit, images, neurons), asked
+    return ShiftAverage(), asked
+
+
+def registers_for(neurons: RegisterNeurons) -> TestTimeRegisters:
+    """Algorithm 2, for gated MLPs with the largest activation of either sign."""
+    negative = any(neuron.at_outliers < 0 for neuron in neurons.chosen)
+    return TestTimeRegisters(neurons, peak="absolute" if negative else "signed")
+
+
+def choose(
+    vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], neurons: RegisterNeurons, report: Diagnosis
+) -> tuple[Fix, str]:
+    """A test-time register if the model hardly notices it, else token splitting; and why.
+
+    A register also cleans the attention that the model itself computes, and costs less, but changes what
+    every token reads. Splitting changes nothing but the forked patches. Judged without labels, by the
+    first images.
+    """
+    few = _first(images, CHOOSING_IMAGES)
+    registers = registers_for(neurons)
+    tried = verify(vit, registers, few, report=report, controls=False, labels=False)
+    measures = {measure.name: measure for measure in tried.measures}
+    if not measures:
+        return registers, "a test-time register: none of the images it was tried on has artifacts."
+    name = next(name for name in UNCHANGED if name in measures)
+    kept = measures[name].after.value
+    labels = {"agreement": "equal predictions", "cls": "cosine of CLS", "patches": "cosine of normal patches"}
+    found = f"{labels[name]} {kept:.3f} on {tried.images} images, at least {UNCHANGED[name]} wanted"
+    if kept >= UNCHANGED[name]:
+        return registers, f"a test-time register, for the model hardly notices it ({found})."
+    try:
+        splitting = TokenSplitting.calibrate(vit, images, neurons)
+        splitting.edits(vit)
+    except UnsupportedModelError as error:
+        return registers, f"a test-time register, though the model notices it ({found}), for: {error}"
+    return splitting, f"token splitting, for a test-time register changes what the model says ({found})."
+
+
+def _again(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    neurons: RegisterNeurons,
+    method: Method,
+    top_k: int | Literal["auto"],
+    say: Callable[[str], None],
+) -> RegisterNeurons:
+    """Find, fix and find again, until nothing is found."""
+    for round_ in range(2, ROUNDS + 1):
+        with registers_for(neurons).applied_to(vit):
+            say(f"looking again, round {round_}")
+            report = diagnose(vit, images)
+            if not report.has_artifacts:
+                break
+            more = find_register_neurons(vit, images, report, method=method, top_k=top_k)
+        known = {(neuron.layer, neuron.index) for neuron in neurons.chosen}
+        new = [neuron for neuron in more.chosen if (neuron.layer, neuron.index) not in known]
+        if not new:
+            break
+        neurons = neurons.with_more(new)
+    return neurons
+
+
+def _first(images: Iterable[Batch] | Iterable[Tensor], count: int) -> list[Tensor]:
+    """The pixels of the first images."""
+    first: list[Tensor] = []
+    for batch in images:
+        pixels = batch.pixels if isinstance(batch, Batch) else batch
+        first.append(pixels[: count - sum(map(len, first))])
+        if sum(map(len, first)) >= count:
+            break
+    return first

@@ -1,0 +1,68 @@
+"""Which model a fix was made for: its geometry, and a hash that is the same in every library's form of it.
+
+fingerprint = Fingerprint.of(vit)
+fingerprint.check(other)          # another geometry is an error, other weights are a warning
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vitreg.errors import FixError, FixWarning
+from vitreg.models import Backbone
+
+# Rows of each block's down-projection that the hash covers.
+ROWS = 16
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Blocks, width, neurons per block and the hash of the weights; `base_model` is the name, where known."""
+
+    depth: int
+    width: int
+    neurons: int
+    weights: str
+    base_model: str | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(vit: Backbone) -> "Fingerprint":
+        a = vit.anatomy
+        return Fingerprint(a.depth, a.width, a.neurons, weights_hash(vit), vit.name)
+
+    def check(self, vit: Backbone) -> None:
+        """Raise FixError for a model of another geometry, warn (FixWarning) about other weights."""
+        a = vit.anatomy
+        if (self.depth, self.width, self.neurons) != (a.depth, a.width, a.neurons):
+            raise FixError(
+                f"the fix was made for {self.depth} blocks of width {self.width} with {self.neurons} neurons"
+                f"{self._base()}, but this model has {a.depth} blocks of width {a.width} with {a.neurons}"
+                " neurons. Apply it to the model that it was made for, or find this model's own neurons."
+            )
+        if self.weights != (found := weights_hash(vit)):
+            warnings.warn(
+                f"the fix was made for other weights{self._base()}: expected hash {self.weights}, found"
+                f" {found}. Register neurons differ between trainings: check with `vitreg verify`.",
+                FixWarning,
+                stacklevel=4,  # past Fix.check and Fix.apply
+            )
+
+    def _base(self) -> str:
+        return f" ({self.base_model})" if self.base_model else ""
+
+
+def weights_hash(vit: Backbone) -> str:
+    """16 hex digits of the SHA-256 of the signs of some rows of every block's down-projection.
+
+    Signs, for rounding to bfloat16 or float16 keeps them, on any path (from float32 by float16 to bfloat16 is
+    not from float32 to bfloat16), while training flips some of the many near zero. The layer has the same
+    layout (out, in) in every library.
+    """
+    digest = hashlib.sha256()
+    for linear in vit.anatomy.down_projections(vit.model):
+        signs = torch.signbit(linear.weight.detach()[:ROWS])
+        digest.update(np.packbits(signs.cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,212 @@
+"""Attention bias (Jiang et al., Appendix A.2): a constant key and value in place of a register token.
+
+    fix = AttentionBias.calibrate(vit, photos, neurons)
+    with fix.applied_to(vit):
+        vit(images)
+
+The register neurons are zeroed on all tokens. What the other tokens would have read from the test-time
+register, its mean key k' and value v' over the calibration images, takes part in every attention as one
+more key: softmax(q [K; k']^T) [V; v']. There is no extra token anywhere.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.attention import AttentionCall, MultiheadCall
+from vitreg.carry import BlockEdit, Inner
+from vitreg.errors import FixError, ImageError, UnsupportedModelError
+from vitreg.fixes.base import Fix, first_patch
+from vitreg.fixes.inside import Inside
+from vitreg.fixes.registers import TestTimeRegisters
+from vitreg.images import Batch
+from vitreg.models import Backbone
+from vitreg.neurons import RegisterNeurons
+from vitreg.probe import evaluating
+from vitreg.trace import watch
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBias(Fix):
+    """Register neurons zeroed, and one constant key and value per block and head.
+
+    `tensors` holds "keys" (l, h, c) and "values" (l, h, e) in float32, one per query head, after rotary
+    positions and key norms; l counts the blocks from `entry` (0-based) to the last. They are means at the
+    size of the calibration images: calibrate again for another.
+    """
+
+    type: ClassVar[str] = "bias"
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    entry: int = 0
+
+    @classmethod
+    def calibrate(
+        cls,
+        vit: Backbone,
+        images: Iterable[Batch] | Iterable[Tensor],
+        neurons: RegisterNeurons,
+        **options: Any,
+    ) -> "AttentionBias":
+        """The fix that stands in for `TestTimeRegisters(neurons, **options)`, from its mean over images.
+
+        One streaming pass (the paper takes 1000 images). Raises ValueError for options whose effect is no
+        constant key: more than one register, and anything but zero left behind on the other tokens.
+        """
+        constant = {"registers": 1, "left": "zero", "keep_prefix": False}
+        if constant | options != options | constant:
+            raise ValueError(
+                "expected one register, and left='zero' and keep_prefix=False for the other tokens: with a"
+                " bias the neurons are zeroed everywhere."
+            )
+        register = TestTimeRegisters(neurons, **options)
+        means = _Means(vit, register.entry)
+        with register.applied_to(vit), evaluating(vit.model), watch(vit, on_attention=means.add):
+            for batch in images:
+                vit(batch.pixels if isinstance(batch, Batch) else batch)
+        return cls(register.neurons, means.tensors(), register.entry)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AttentionBias) and (
+            (self.neurons, self.entry, self.tensors.keys())
+            == (other.neurons, other.entry, other.tensors.keys())
+            and all(torch.equal(kept, other.tensors[name]) for name, kept in self.tensors.items())
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.neurons, self.entry))
+
+    def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
+        layers = range(self.entry, vit.anatomy.depth)
+        keys, values = (self.tensors[name].to(vit.device) for name in ("keys", "values"))
+        down = vit.anatomy.down_projection
+        return {
+            layer: _Edit(self.neurons, layer, down, key, value)
+            for layer, key, value in zip(layers, keys, values, strict=True)
+        }
+
+    def check(self, vit: Backbone) -> None:
+        super().check(vit)
+        anatomy = vit.anatomy
+        wanted = (anatomy.depth - self.entry, anatomy.heads)
+        found = {name: tuple(self.tensors[name].shape) for name in ("keys", "values") if name in self.tensors}
+        if len(found) != 2 or any(len(shape) != 3 or shape[:2] != wanted for shape in found.values()):
+            raise FixError(
+                f"expected keys and values of {wanted[0]} blocks (from block {self.entry}) and {wanted[1]}"
+                f" heads, found {found or 'none'}. Calibrate with this model: AttentionBias.calibrate(vit,"
+                " images, neurons)."
+            )
+
+
+class _Means:
+    """Sums over images of the register's key and value in each block, in float64."""
+
+    def __init__(self, vit: Backbone, entry: int) -> None:
+        self._register = first_patch(vit, entry)  # where it will stand once it is applied
+        self._entry, self._images = entry, 0
+        self._sums: dict[str, dict[int, Tensor]] = {"keys": {}, "values": {}}
+
+    def add(self, layer: int, call: AttentionCall) -> None:
+        if layer < self._entry:
+            return
+        for name, tokens in (("keys", call.k), ("values", call.v)):
+            read = tokens[:, :, self._register].double()
+            self._sums[name][layer] = self._sums[name].get(layer, 0.0) + read.sum(0)
+        self._images += len(read) if layer == self._entry else 0
+
+    def tensors(self) -> dict[str, Float[Tensor, "l h c"]]:
+        if not self._images:
+            raise ImageError("there are no images to calibrate with; expected at least one batch.")
+        return {
+            name: (torch.stack([sums[layer] for layer in sorted(sums)]) / self._images).float().cpu()
+            for name, sums in self._sums.items()
+        }
+
+
+class _Edit(BlockEdit):
+    """One block with its register neurons silent and one more key in its attention."""
+
+    def __init__(
+        self,
+        neurons: RegisterNeurons,
+        layer: int,
+        down: str,
+        key: Float[Tensor, "h c"],
+        value: Float[Tensor, "h e"],
+    ) -> None:
+        self.down, self.key, self.value = down, key, value
+        self.index = torch.tensor(neurons.by_layer.get(layer, []), dtype=torch.long)
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        silence = self._silence if len(self.index) else None
+        with _OneMoreKey(block, self.down, silence, self.key, self.value):
+            return inner(x, args, kwargs)
+
+    def _silence(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
+        return activation.index_fill(-1, self.index.to(activation.device), 0)
+
+
+class _OneMoreKey(Inside):
+    """Attention with a key and value that belong to no token, behind those of the tokens."""
+
+    def __init__(self, block: nn.Module, down: str, edit: Any, key: Tensor, value: Tensor) -> None:
+        super().__init__(block, down, edit)
+        self._key, self._value = key, value
+
+    def _attend(
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        _refuse_causal(is_causal)
+        return func(query, *self._extended(key, value, attn_mask), dropout_p, **kwargs)
+
+    def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """nn.MultiheadAttention has such a key built in: bias_k and bias_v, its 8th and 9th argument.
+
+        Only a compiled graph goes that way. Elsewhere somebody may be watching, and is to see the key.
+        """
+        _refuse_causal(kwargs.get("is_causal", False))
+        if torch.compiler.is_compiling() or kwargs.get("need_weights", True):
+            key, value = (constant.to(args[0]).flatten()[None, None] for constant in (self._key, self._value))
+            return func(*args[:7], key, value, *args[9:], **kwargs)
+        call, (dropout, out_weight, out_bias) = MultiheadCall(*args, **kwargs), args[10:13]
+        dropout = dropout if kwargs.get("training", True) else 0.0
+        mixed = self._attend(
+            F.scaled_dot_product_attention, call.q, call.k, call.v, call.mask, dropout, scale=call.scale
+        )
+        return F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
+
+    def _extended(
+        self, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and a mask or bias (..., n, n) with one key more, which is hidden from nobody."""
+        if mask is not None:
+            mask = mask.expand(*mask.shape[:-1], key.shape[-2])
+            mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
+        return _appended(key, self._key), _appended(value, self._value), mask
+
+
+def _refuse_causal(causal: bool) -> None:
+    if causal:
+        raise UnsupportedModelError(
+            "the attention is causal: which tokens should see a key that belongs to none is not defined."
+            " AttentionBias is for vision encoders, whose attention is not."
+        )
+
+
+def _appended(tokens: Float[Tensor, "b h n c"], constant: Float[Tensor, "q c"]) -> Tensor:
+    """Keys or values (b, h, n + 1, c); where query heads share them, so do they the constant."""
+    heads = tokens.shape[-3]
+    one = constant[:: constant.shape[0] // heads, None].to(tokens)
+    return torch.cat([tokens, one.expand(*tokens.shape[:-2], 1, -1)], -2)

@@ -1,0 +1,122 @@
+"""At which activation a register neuron marks a token: between its normal tokens and its outliers.
+
+    neurons, most = measure_marks(vit, photos, neurons)      # each with its `threshold`
+
+Used by token splitting, which decides token by token. Also finds the neurons that feed the register
+neurons: those of the ranking that keep outliers and normal tokens apart all by themselves.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vitreg.errors import FixError
+from vitreg.images import Batch
+from vitreg.models import Backbone
+from vitreg.neurons import Enough, RegisterNeuron, RegisterNeurons, run_until
+from vitreg.probe import evaluating
+from vitreg.trace import token_norms, watch
+
+# Levels of a neuron's activation: beyond all but one in a thousand normal tokens, and the outliers' lowest
+# twentieth and highest tenth.
+NORMAL_HIGH, OUTLIER_LOW, OUTLIER_HIGH = 0.999, 0.05, 0.9
+# A neuron marks a token from this share of the way on, from a high normal activation to a low one of outliers
+# (a high one, where a neuron serves only some outliers). Near the normal end, for a copy too many harms nobody.
+MARK = 0.1
+SMALLEST = 1e-3  # an activation that is as good as none
+# Images looked at.
+IMAGES = 64
+
+
+def measure_marks(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    neurons: RegisterNeurons,
+    *,
+    feeders: bool = True,
+) -> tuple[RegisterNeurons, float]:
+    """The chosen neurons, each with the activation from which on it marks a token, in `threshold`.
+
+    Also the largest share of an image's patches that they mark.
+
+    With `feeders`, also those of the ranking whose lowest outlier activations are beyond their highest normal
+    ones (percentiles 5 and 99.9): they lead up to the outliers, and without them a copy is cleaner. Looks at
+    the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a search's
+    evidence, or images without outliers.
+    """
+    if neurons.threshold is None or neurons.detect_layer is None:
+        raise FixError(
+            "these neurons come without the norm that makes an outlier. Find them with"
+            " find_register_neurons, or set threshold and detect_layer."
+        )
+    candidates = list(dict.fromkeys((*neurons.chosen, *(neurons.ranking if feeders else ()))))
+    values, outliers = _activations(vit, images, neurons, candidates)
+    if not outliers.any():
+        raise FixError(
+            "none of these images has an outlier to set thresholds by. Give images that have some."
+        )
+    levelled = [_levelled(neuron, values[..., i], outliers) for i, neuron in enumerate(candidates)]
+    chosen = [neuron for neuron, _ in levelled[: len(neurons.chosen)]]
+    more = [neuron for neuron, apart in levelled[len(neurons.chosen) :] if apart]
+    kept = [i for i, (_, apart) in enumerate(levelled) if apart or i < len(chosen)]
+    thresholds = torch.tensor([levelled[i][0].threshold for i in kept]).to(values)
+    marked = (values[..., kept] / thresholds >= 1).any(-1)
+    return replace(neurons, chosen=(*chosen, *more)), float(marked.float().mean(1).max())
+
+
+def _levelled(
+    neuron: RegisterNeuron, values: Float[Tensor, "b p"], outliers: Bool[Tensor, "b p"]
+) -> tuple[RegisterNeuron, bool]:
+    """The neuron with its threshold, and whether it keeps outliers and normal tokens apart."""
+    sign = -1.0 if values[outliers].mean() < values[~outliers].mean() else 1.0
+    normal, outlier = (sign * values[~outliers]), (sign * values[outliers])
+    high, low, top = (
+        _quantile(x, q) for x, q in ((normal, NORMAL_HIGH), (outlier, OUTLIER_LOW), (outlier, OUTLIER_HIGH))
+    )
+    apart = low > high
+    level = high + MARK * max((low if apart else top) - high, 0.0)
+    return replace(neuron, threshold=sign * max(level, SMALLEST)), apart
+
+
+def _quantile(x: Float[Tensor, " t"], q: float) -> float:
+    """torch.quantile refuses more than 16 million values."""
+    return float(x.kthvalue(1 + round(q * (len(x) - 1))).values)
+
+
+def _activations(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    neurons: RegisterNeurons,
+    candidates: list[RegisterNeuron],
+) -> tuple[Float[Tensor, "b p k"], Bool[Tensor, "b p"]]:
+    """Activations of the candidates on all patches of some images, and which patches are outliers."""
+    columns = {
+        layer: [i for i, c in enumerate(candidates) if c.layer == layer]
+        for layer in {c.layer for c in candidates}
+    }
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+
+    def saw_neurons(layer: int, activation: Tensor) -> None:
+        if layer == min(columns):
+            values.append(activation.new_zeros(len(activation), seen.layout.patches, len(candidates)).float())
+        if layer in columns:
+            index = torch.tensor([candidates[i].index for i in columns[layer]], device=activation.device)
+            patches = activation[:, -seen.layout.patches :]
+            values[-1][..., columns[layer]] = patches.index_select(-1, index).float()
+
+    def saw_block(layer: int, residual: Tensor) -> None:
+        if layer == neurons.detect_layer:
+            masks.append(token_norms(residual[:, seen.layout.patch_slice]) >= neurons.threshold)
+            raise Enough
+
+    with evaluating(vit.model), watch(vit, on_block=saw_block, on_neurons=saw_neurons) as seen:
+        for batch in images:
+            pixels = batch.pixels if isinstance(batch, Batch) else batch
+            run_until(vit, pixels[: IMAGES - sum(map(len, masks))])
+            if sum(map(len, masks)) >= IMAGES:
+                break
+    return torch.cat(values), torch.cat(masks)

@@ -1,0 +1,224 @@
+"""Shift average: patch features combined over shifted and flipped views. No neurons, no training.
+
+    with ShiftAverage().applied_to(vit):
+        features = vit.model.forward_features(batch)     # however dense features are read
+
+An artifact sits on other content in each view, so the median over views is free of it. This is the
+model-agnostic reference that other fixes are compared with: it costs a forward pass per view. Only the
+patches after the last block are combined; CLS and registers are those of the image itself.
+"""
+
+import copy
+import threading
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.carry import BlockEdit, Carry, Inner, install, uninstall
+from vitreg.errors import FixError, UnsupportedModelError
+from vitreg.fixes.base import Applied, Fix, applied, backbone_of, first_patch
+from vitreg.models import Backbone
+from vitreg.neurons import RegisterNeurons
+from vitreg.probe import evaluating, first_tensor
+
+Shift = tuple[int, int, bool]  # rows, columns, and whether the shifted image is flipped
+
+
+@dataclass(frozen=True)
+class ShiftAverage(Fix):
+    """The patches of the last block, combined over views of the image.
+
+    views     how many shifted copies are run beside the image itself; odd counts are flipped
+    reach     the largest shift, in patches, each way
+    reduce    "median" over views, per channel: an artifact is in the minority and leaves no trace;
+              "mean": each view's artifacts are spread over more places
+    flip      whether every other view is also mirrored
+    seed      of the order in which shifts are drawn
+
+    What is shifted out on one side comes in on the other and counts like the rest: left out, patches at the
+    border would have too few views to outvote an artifact.
+    """
+
+    type: ClassVar[str] = "shift-average"
+    neurons: RegisterNeurons = field(default_factory=lambda: RegisterNeurons.of({}), repr=False)
+    views: int = 8
+    reach: int = 1
+    reduce: Literal["median", "mean"] = "median"
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = (2 * self.reach + 1) ** 2 - 1
+        if not 1 <= self.views <= most:
+            raise ValueError(
+                f"views={self.views}: expected 1 to {most}, the number of shifts by up to {self.reach}"
+                " patches. Raise `reach` for more."
+            )
+
+    def shifts(self) -> list[Shift]:
+        """The views: shifts in patches (down, right), none twice, and whether flipped."""
+        side = range(-self.reach, self.reach + 1)
+        every = [(down, right) for down in side for right in side if (down, right) != (0, 0)]
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.seed))
+        chosen = [every[i] for i in order[: self.views].tolist()]
+        return [(down, right, self.flip and view % 2 == 0) for view, (down, right) in enumerate(chosen)]
+
+    def apply(self, model: nn.Module | Backbone) -> Applied:
+        """As every fix; raises UnsupportedModelError for a model that is not given (b, 3, h, w) images."""
+        vit = backbone_of(model)
+        self.check(vit)
+        if any(handle.fix == self for handle in applied(vit.model)):
+            raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
+        handle = _Applied(self, vit)
+        handle.install()
+        return handle
+
+    def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
+        return _Applied(self, vit).edits
+
+
+class _Applied(Applied):
+    """An edit where images enter, which runs the views, and one of the last block, which combines them."""
+
+    def __init__(self, fix: ShiftAverage, vit: Backbone) -> None:
+        last = vit.anatomy.depth - 1
+        carry: Carry[Tensor] = Carry()  # the views' patches (v, b, p, d), from the entrance to the last block
+        super().__init__(fix, vit, {last: _Combine(carry, last, first_patch(vit, last), fix.reduce)})
+        self._entrance = _entrance(vit)
+        self._run_views = _RunViews(carry, vit, fix.shifts())
+
+    def install(self) -> None:
+        super().install()
+        install(self._entrance, self._run_views)
+
+    def undo(self) -> None:
+        super().undo()
+        uninstall(self._entrance, self._run_views)
+
+
+def _entrance(vit: Backbone) -> nn.Module:
+    """The innermost module that is handed the images: every way to run the model passes there."""
+    images = torch.rand(1, 3, *vit.image_size).to(vit.device, vit.dtype)
+    seen: list[nn.Module] = []
+
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = first_tensor((args, kwargs))
+        if given is not None and given.shape == images.shape and torch.equal(given, images):
+            seen.append(module)
+
+    inner = [module for module in vit.model.modules() if module is not vit.model]
+    hooks = [module.register_forward_pre_hook(enters, with_kwargs=True) for module in inner]
+    try:
+        with evaluating(vit.model):
+            vit(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise UnsupportedModelError(
+            f"no part of {type(vit.model).__name__} takes (b, 3, h, w) images: it is given patches, or"
+            " changes the images itself. Shifted views of them cannot be made."
+        )
+    return seen[-1]
+
+
+class _RunViews(BlockEdit):
+    """At the entrance: the views of the images through the whole model, one after the other."""
+
+    def __init__(self, carry: Carry[Tensor], vit: Backbone, shifts: list[Shift]) -> None:
+        self.carry, self.twin, self.shifts = carry, _Twin(vit), shifts
+        self.last = vit.anatomy.depth - 1
+        self.patch_size = vit.anatomy.patch_size
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if getattr(block, "_is_replica", False):
+            raise UnsupportedModelError(
+                "nn.DataParallel replicates the model, and the views would run on the original. Apply"
+                " ShiftAverage to a model of each process (DistributedDataParallel)."
+            )
+        y = inner(x, args, kwargs)
+        self.carry.leave(self.last - 1, torch.stack([self._view(x, shift) for shift in self.shifts]))
+        return y
+
+    def _view(self, images: Float[Tensor, "b 3 h w"], shift: Shift) -> Float[Tensor, "b p d"]:
+        """The patches of one view, each back at the place of its content."""
+        down, right, flipped = shift
+        height, width = self.patch_size
+        grid = (images.shape[2] // height, images.shape[3] // width)
+        view = images.roll((down * height, right * width), (2, 3))
+        patches = self.twin.patches(view.flip(3) if flipped else view).unflatten(1, grid)
+        patches = patches.flip(2) if flipped else patches
+        return patches.roll((-down, -right), (1, 2)).flatten(1, 2)
+
+
+class _Combine(BlockEdit):
+    """After the last block: its patches and the views', one value per channel."""
+
+    def __init__(self, carry: Carry[Tensor], last: int, start: int, reduce: str) -> None:
+        self.carry, self.last, self.start, self.reduce = carry, last, start, reduce
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        views = self.carry.take(self.last, x)
+        y = inner(x, args, kwargs)
+        if views is None:
+            return y
+        every = torch.cat([y[None, :, self.start :], views])
+        patches = every.mean(0) if self.reduce == "mean" else _median(every)
+        return torch.cat([y[:, : self.start], patches], 1)
+
+
+def _median(x: Float[Tensor, "v b p d"]) -> Float[Tensor, "b p d"]:
+    """The median, of an even number the mean of the middle two (torch.median takes the lower)."""
+    ordered = x.sort(0).values
+    return (ordered[(len(x) - 1) // 2] + ordered[len(x) // 2]) / 2
+
+
+class _Twin:
+    """The model as it was when the fix was applied, with the same weights and without anybody's hooks.
+
+    The views run through it, so that those who watch the model see the image alone.
+    """
+
+    def __init__(self, vit: Backbone) -> None:
+        # Modules are copied; the dictionaries of their weights are shared, wherever these move.
+        shared = {id(kept): kept for m in vit.model.modules() for kept in (m._parameters, m._buffers)}
+        model = copy.deepcopy(vit.model, shared).eval()
+        for module in model.modules():
+            module._forward_hooks.clear()
+        last = vit.anatomy.depth - 1
+        self._vit = vit.with_model(model, vit.name)
+        self._seen = _Seen(first_patch(vit, last))
+        install(vit.anatomy.block_modules(model)[last], self._seen)
+
+    def patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
+        """The patches after the last block."""
+        self._vit(images)
+        return self._seen.take()
+
+
+class _Seen(BlockEdit):
+    """Keeps the patches after a block, for the thread that ran it."""
+
+    def __init__(self, start: int) -> None:
+        self.start, self._kept = start, _Kept()
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        y = inner(x, args, kwargs)
+        self._kept.patches = y[:, self.start :]
+        return y
+
+    def take(self) -> Tensor:
+        patches, self._kept.patches = self._kept.patches, None
+        assert patches is not None, "the last block ran"
+        return patches
+
+
+class _Kept(threading.local):
+    patches: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()

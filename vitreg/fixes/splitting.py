@@ -1,0 +1,337 @@
+"""Token splitting: a cure that leaves every other token as it was.
+
+    fix = TokenSplitting.calibrate(vit, photos, neurons)
+    with fix.applied_to(vit):
+        vit(images)
+
+A test-time register changes what every token reads. Splitting does not: where register neurons mark a
+patch, the token is forked. The original goes on exactly as before, as key and value for everyone, and is
+handed out as a register. Its copy, with the register neurons at zero, asks like any token, is attended to
+by nobody, and takes the patch's place in the grid. So CLS and all unmarked patches stay what they were,
+up to rounding, and with them the predictions; only the corrupted patches change.
+
+The fork costs nothing where it happens: in that block the grid's token becomes the copy (its register
+neurons are zeroed), and the original is the copy plus what those neurons would have written.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, isnan
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from vitreg.arrangement import ArrangedCall, arranged, shown_as
+from vitreg.attention import AttentionCall, MultiheadCall, SdpaCall
+from vitreg.carry import BlockEdit, Carry, Inner, bare
+from vitreg.errors import FixError, UnsupportedModelError
+from vitreg.fixes.base import Fix, first_patch
+from vitreg.fixes.inside import Inside
+from vitreg.fixes.marks import measure_marks
+from vitreg.images import Batch
+from vitreg.models import Backbone
+from vitreg.neurons import NeuronTensors, RegisterNeurons
+from vitreg.probe import evaluating
+
+# Room for more marked patches than any image of the calibration had.
+ROOM = 1.5
+
+
+@dataclass(frozen=True)
+class TokenSplitting(Fix):
+    """Fork the patches that register neurons mark; per image at most the share `capacity` of all patches.
+
+    A neuron marks a patch if its activation is beyond the neuron's threshold. Of more marked patches than
+    there is room for, those with the highest activations, in units of the threshold, are forked. Thresholds
+    and capacity come from `calibrate`.
+    """
+
+    type: ClassVar[str] = "splitting"
+    capacity: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.capacity <= 1:
+            raise ValueError(
+                f"capacity={self.capacity}: expected a share of the patches, over 0 and up to 1."
+            )
+        if any(isnan(neuron.threshold) for neuron in self.neurons.chosen):
+            raise FixError(
+                "some of these neurons have no threshold beyond which they mark a token. Make the fix with"
+                " TokenSplitting.calibrate(vit, images, neurons)."
+            )
+
+    @classmethod
+    def calibrate(
+        cls,
+        vit: Backbone,
+        images: Iterable[Batch] | Iterable[Tensor],
+        neurons: RegisterNeurons,
+        *,
+        feeders: bool = True,
+    ) -> "TokenSplitting":
+        """Learn from images (no labels) when a neuron marks a token, and how much room to leave for copies.
+
+        `feeders` adds the neurons that lead up to the outliers (see marks.py), so that copies are clean of
+        what went before, too.
+        """
+        marked, most = measure_marks(vit, images, neurons, feeders=feeders)
+        return cls(marked, capacity=min(ROOM * most, 1.0))
+
+    def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
+        carry: Carry[Fork] = Carry()
+        layers = range(min(self.neurons.by_layer, default=vit.anatomy.depth), vit.anatomy.depth)
+        gains = write_gains(vit, list(self.neurons.by_layer))
+        return {layer: _Edit(self, vit, layer, carry, gains.get(layer)) for layer in layers}
+
+
+class Fork(NamedTuple):
+    """The forked tokens of a batch: c places for each image, of which `valid` ones are taken.
+
+    `position` is the index among the model's own tokens, `original` the stream of the token as it would be
+    without the fix; its copy stands in the stream itself.
+    """
+
+    position: Int[Tensor, "b c"]
+    valid: Bool[Tensor, "b c"]
+    original: Float[Tensor, "b c d"]
+
+    def order(self, start: int, n: int) -> tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]:
+        """[prefix | registers | originals | patches, copies in place] out of [n tokens | copies].
+
+        Also which of these are absent: places that no token took.
+        """
+        b, room = self.position.shape
+        copies = n + torch.arange(room, device=self.position.device).expand(b, -1)
+        grid = torch.arange(n, device=self.position.device).expand(b, -1)
+        grid = grid.scatter(1, self.position, torch.where(self.valid, copies, self.position))
+        order = torch.cat([grid[:, :start], self.position, grid[:, start:]], 1)
+        absent = torch.zeros_like(order, dtype=torch.bool)
+        absent[:, start : start + room] = ~self.valid
+        return order, absent
+
+
+class _Edit(BlockEdit):
+    def __init__(
+        self, fix: TokenSplitting, vit: Backbone, layer: int, carry: Carry[Fork], gain: Tensor | None
+    ) -> None:
+        self.share, self.layer, self.carry, self.gain = fix.capacity, layer, carry, gain
+        self.start = first_patch(vit, layer)
+        self.first = layer == min(fix.neurons.by_layer)
+        self.down, self.heads = vit.anatomy.down_projection, vit.anatomy.heads
+        self.neurons = fix.neurons.tensors(layer)
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        fork = None if self.first else self.carry.take(self.layer, x)
+        if fork is None and self.neurons is None:
+            return inner(x, args, kwargs)
+        n = x.shape[1]
+        if fork is not None:
+            args, kwargs = self._tables((args, kwargs), fork, n)
+            x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
+        room = ceil(self.share * (n - self.start))
+        marker = None if self.neurons is None else _Marker(self.neurons, fork, self.start, room)
+        with _Inside(block, self.down, marker, fork, self.start, n):
+            y = inner(x, args, kwargs)
+        if fork is not None:
+            tokens, copies = y.tensor_split([n], 1)
+            grid = _place(tokens, fork, copies)
+        else:
+            tokens = grid = y
+        if marker is not None:
+            fork = marker.fork
+            write = F.linear(marker.removed, self._write(block).to(marker.removed))
+            original = _at(tokens, fork.position) + write
+        else:
+            original = _at(tokens, fork.position)
+        self.carry.leave(self.layer, fork._replace(original=original))
+        return grid
+
+    def _write(self, block: nn.Module) -> Float[Tensor, "d k"]:
+        """What the neurons of this block add to the stream, per unit of activation."""
+        weight: Tensor = block.get_submodule(self.down).weight
+        return weight[:, self.neurons.index.to(weight.device)] * self.gain.to(weight)[:, None]
+
+    def _tables(self, given: Any, fork: Fork, tokens: int) -> Any:
+        """Positional tables (rotary, say) that the model hands to the block, with rows for the copies."""
+        if isinstance(given, tuple | list):
+            return type(given)(self._tables(item, fork, tokens) for item in given)
+        if isinstance(given, dict):
+            return {name: self._tables(item, fork, tokens) for name, item in given.items()}
+        if not (
+            isinstance(given, Tensor)
+            and given.dim() >= 2
+            and given.shape[-2] in (tokens, tokens - self.start)
+        ):
+            return given
+        if given.dim() == 2 or (given.dim() == 3 and given.shape[0] == self.heads):
+            table = given.unsqueeze(0)
+        else:
+            table = given
+        if table.dim() == 3:
+            table = table.unsqueeze(1)
+        table = table.expand(len(fork.position), -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
+        rows = fork.position - (tokens - given.shape[-2])
+        index = rows.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return torch.cat([table, table.gather(2, index)], 2)
+
+
+class _Marker:
+    """Zeroes register neurons in copies and in the tokens that they mark, and says which those are."""
+
+    def __init__(self, neurons: NeuronTensors, fork: Fork | None, start: int, room: int) -> None:
+        self._neurons, self._old, self._start, self._room = neurons, fork, start, room
+
+    def __call__(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
+        index = self._neurons.index.to(activation.device)
+        values = activation.index_select(-1, index)  # (b, n, k)
+        copies = 0 if self._old is None else self._room
+        tokens, copied = values.tensor_split([values.shape[1] - copies], 1)
+        top, position = self._score(tokens).topk(self._room, dim=1)
+        valid = top >= 1
+        new = valid & (top < torch.inf)
+        at = position[..., None].expand(-1, -1, values.shape[-1])
+        self.removed = torch.where(new[..., None], tokens.gather(1, at), 0)
+        self.fork = Fork(position, valid, self.removed)
+        kept = torch.cat([tokens.scatter_add(1, at, -self.removed), torch.zeros_like(copied)], 1)
+        return activation.index_copy(-1, index, kept)
+
+    def _score(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b n"]:
+        """The highest activation of each patch in units of the threshold; what is forked stays forked."""
+        score = (values / self._neurons.threshold.to(values)).amax(-1)
+        outside = torch.full_like(score[:, : self._start], -torch.inf)
+        score = torch.cat([outside, score[:, self._start :]], 1)
+        if self._old is None:
+            return score
+        position, valid, _ = self._old
+        return score.scatter(1, position, torch.where(valid, torch.inf, score.gather(1, position)))
+
+
+class _Inside(Inside):
+    """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
+
+    def __init__(
+        self, block: nn.Module, down: str, marker: _Marker | None, fork: Fork | None, start: int, n: int
+    ) -> None:
+        super().__init__(block, down, marker)
+        self._fork, self._start, self._tokens = fork, start, n
+        self._inserted = 0 if fork is None else fork.position.shape[1]
+        self._shown = ExitStack()
+
+    def __enter__(self) -> "_Inside":
+        if self._fork is not None and not torch.compiler.is_compiling():
+            self._order, self._absent = self._fork.order(self._start, self._tokens)
+            self._shown.enter_context(arranged(self._order))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._shown.close()
+        super().__exit__(*error)
+
+    def _attend(
+        self, func: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        if self._fork is None:
+            return func(q, k, v, attn_mask, *rest, **kwargs)
+        mask = None if attn_mask is None else self._rows_for_copies(attn_mask)
+        with self._shown_to_watchers(
+            lambda: SdpaCall(q, k, v, self._columns_for_copies(mask), *rest, **kwargs)
+        ):
+            n = self._tokens
+            return func(q, k[..., :n, :], v[..., :n, :], mask, *rest, **kwargs)
+
+    def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._fork is None:
+            return func(*args, **kwargs)
+        if kwargs.get("attn_mask") is not None:
+            raise UnsupportedModelError(
+                "token splitting in nn.MultiheadAttention with a mask is not supported."
+            )
+        query, key, value, *rest = args
+        with self._shown_to_watchers(lambda: MultiheadCall(*args, **kwargs)):
+            return func(query, key[: self._tokens], value[: self._tokens], *rest, **kwargs)
+
+    def _shown_to_watchers(self, call: Callable[[], AttentionCall]) -> Any:
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return shown_as(lambda: ArrangedCall(call(), self._order, self._absent))
+
+    def _columns_for_copies(self, mask: Tensor | None) -> Tensor | None:
+        """What the bias would be if copies could be attended to, for watchers."""
+        if mask is None or mask.shape[-1] != self._tokens:
+            return mask
+        mask = mask[(None,) * (4 - mask.dim())].expand(len(self._fork.position), -1, -1, -1)
+        columns = self._fork.position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        return torch.cat([mask, mask.gather(3, columns)], 3)
+
+    def _rows_for_copies(self, mask: Tensor) -> Tensor:
+        """A mask or positional bias with the rows of the copies: those of the tokens they are copies of."""
+        n, position = self._tokens, self._fork.position
+        mask = mask[..., :n]
+        if mask.shape[-2] != n:
+            return mask  # one row for all, or one that was widened with the positional tables
+        mask = mask[(None,) * (4 - mask.dim())].expand(len(position), -1, -1, -1)
+        rows = position[:, None, :, None].expand(-1, mask.shape[1], -1, n)
+        return torch.cat([mask, mask.gather(2, rows)], 2)
+
+
+def _at(x: Float[Tensor, "b n d"], position: Int[Tensor, "b c"]) -> Float[Tensor, "b c d"]:
+    return x.gather(1, position[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _place(x: Float[Tensor, "b n d"], fork: Fork, value: Float[Tensor, "b c d"]) -> Float[Tensor, "b n d"]:
+    """The stream with other tokens where there is a fork."""
+    value = torch.where(fork.valid[..., None], value, _at(x, fork.position))
+    return x.scatter(1, fork.position[..., None].expand_as(value), value.to(x.dtype))
+
+
+def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d"]]:
+    """Per block and channel, how much of what the down-projection gives reaches the stream (LayerScale).
+
+    Measured: a copy of the block, in float32, runs on what enters it, with more and more added there.
+    Raises UnsupportedModelError for a block that does not simply add what its MLP gives.
+    """
+    entered: dict[int, Any] = {}
+    with ExitStack() as stack:
+        for layer, block in enumerate(vit.anatomy.block_modules(vit.model)):
+            saw = partial(_saw_entering, entered, layer)
+            stack.callback(block.register_forward_pre_hook(saw, with_kwargs=True).remove)
+        stack.enter_context(bare(vit.model))
+        stack.enter_context(evaluating(vit.model))
+        vit(torch.zeros(1, 3, *vit.image_size))
+        return {layer: _gain(vit, layer, *entered[layer]) for layer in layers}
+
+
+def _saw_entering(entered: dict[int, Any], layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    entered[layer] = args, kwargs
+
+
+def _gain(vit: Backbone, layer: int, args: Any, kwargs: Any) -> Float[Tensor, " d"]:
+    block = copy.deepcopy(vit.anatomy.block_modules(vit.model)[layer]).float()
+    args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
+    outputs = []
+    for amount in (0.0, 1.0, 2.0):
+        down = block.get_submodule(vit.anatomy.down_projection)
+        hook = down.register_forward_hook(lambda module, given, output, amount=amount: output + amount)
+        with torch.autocast(vit.device.type, enabled=False):
+            output = block(*args, **kwargs)
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+        hook.remove()
+    once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
+    gain = once.mean((0, 1))
+    close = {"rtol": 1e-2, "atol": 1e-2 * float(gain.abs().max())}
+    if not torch.allclose(once, gain.expand_as(once), **close) or not torch.allclose(
+        twice, 2 * once, **close
+    ):
+        raise UnsupportedModelError(
+            f"block {layer} normalises what its MLP writes, so a token cannot be split there. Use test-time"
+            " registers."
+        )
+    return gain

@@ -1,0 +1,129 @@
+"""The classes of a model's head, and of photos whose names say what they show.
+
+    class_of("val/n01440764/n01440764_10040.JPEG", wordnet_classes(1000))    # 0, a tench
+    find_readout(vit)                                                        # its final norm and head
+
+ImageNet's folders and files carry WordNet ids; timm knows which class each id is in the heads of
+ImageNet-1k, -12k, -21k and -22k.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.models import Backbone
+from vitreg.probe import evaluating
+
+_WORDNET_ID = re.compile(r"(?<![a-zA-Z0-9])n\d{8}(?!\d)")
+
+
+def wordnet_id(name: str) -> str | None:
+    """The WordNet id in a path: that of the file name, else of the nearest folder; None if two compete."""
+    for part in reversed(re.split(r"[/\\]", name)):
+        if found := set(_WORDNET_ID.findall(part)):
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+@cache
+def wordnet_classes(classes: int) -> Mapping[str, int]:
+    """{WordNet id: class index} of an ImageNet head with so many classes; empty for any other number."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": classes})
+    try:
+        names = ImageNetInfo(subset).label_names() if subset else []
+    except AssertionError:  # a subset that this timm names, but does not have
+        names = []
+    return {name: index for index, name in enumerate(names)}
+
+
+def class_of(name: str, classes: Mapping[str, int]) -> int | None:
+    """The class of a photo by its path; None where its name does not say, or the head does not know it."""
+    found = wordnet_id(name)
+    return None if found is None else classes.get(found)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What follows the blocks: the final norm, and the number of classes of which the output is logits.
+
+    `read` (r, d) is what the head's linear layer reads of the residual stream, the scale of the final norm
+    included (r = classes, or a multiple where several pooled tokens are joined). Each is None where there
+    is none, `read` also where the head is more than one linear layer.
+    """
+
+    norm: nn.Module | None
+    classes: int | None
+    read: Float[Tensor, "r d"] | None
+
+
+def logits_of(output: Any) -> Float[Tensor, "b c"] | None:
+    """The logits in a model's output, a (b, c) tensor itself or its `.logits`, of more than one class."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
+        return None
+    return found.float()
+
+
+def find_readout(vit: Backbone) -> Readout:
+    """What follows the blocks, by what runs after the last one in a forward pass on one grey image.
+
+    A (b, c) output may also be a pooled feature. It is taken for logits where a linear layer outside of
+    the blocks maps one vector per image to c numbers.
+    """
+    linears, norms, output = _after_blocks(vit)
+    norm = norms[0] if norms else None
+    logits = logits_of(output)
+    if logits is None:
+        return Readout(norm, None, None)
+    classes = logits.shape[1]
+    linear = next((linear for linear in reversed(linears) if linear.out_features == classes), None)
+    if linear is None:
+        return Readout(norm, None if isinstance(output, Tensor) else classes, None)
+    if linear.in_features % vit.anatomy.width:
+        return Readout(norm, classes, None)
+    read = linear.weight.detach().float().unflatten(1, (-1, vit.anatomy.width)).flatten(0, 1)
+    return Readout(norm, classes, read if norm is None else read * norm_scale(norm))
+
+
+def norm_scale(norm: nn.Module) -> Float[Tensor, " d"]:
+    """What a norm multiplies each channel with."""
+    assert isinstance(norm.weight, Tensor)
+    return norm.weight.detach().float()
+
+
+def _after_blocks(vit: Backbone) -> tuple[list[nn.Linear], list[nn.Module], Any]:
+    """The linear layers that map (1, k) vectors, and the norms over the width, that run after the last
+    block, in order; and the model's output."""
+    linears: list[nn.Linear] = []
+    norms: list[nn.Module] = []
+
+    def left_blocks(module: nn.Module, args: Any, output: Any) -> None:
+        linears.clear()
+        norms.clear()
+
+    def saw(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            if output.dim() == 2:
+                linears.append(module)
+        elif "norm" in type(module).__name__.lower():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.shape == (vit.anatomy.width,):
+                norms.append(module)
+
+    hooks = [module.register_forward_hook(saw) for module in vit.model.modules()]
+    hooks.append(vit.anatomy.block_modules(vit.model)[-1].register_forward_hook(left_blocks))
+    try:
+        with evaluating(vit.model):
+            output = vit(torch.zeros(1, 3, *vit.image_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return linears, norms, output

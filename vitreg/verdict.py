@@ -1,0 +1,189 @@
+"""What `vitreg.verify` says: the verdict, its reason and what was measured, as a table, JSON or figure."""
+
+import io
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from vitreg.diagnosis import Diagnosis, versions
+from vitreg.fixes.base import Fix
+from vitreg.measures import KINDS, Estimate
+from vitreg.style import INK, OUTLIER, QUIET, house_style, titled
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure before and after a fix. What compares the two models has no `before` and `difference`.
+
+    `difference` is after less before, its interval that of paired images.
+    """
+
+    name: str
+    before: Estimate | None
+    after: Estimate
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class Control:
+    """A version of the model (unfixed, with the fix, or otherwise changed), on the images of the controls.
+
+    `outliers_more` is its outlier fraction less that under the fix.
+    """
+
+    name: str
+    measures: dict[str, Estimate]
+    outliers_more: Estimate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found. Print it, `.to_json()` it, draw it with `.figure()`.
+
+    `verdict` is "helps", "no effect", "harms" or "no artifacts", `reason` says why. Without artifacts
+    nothing is measured and `after` is None. `labelled` counts the images whose class is known.
+    """
+
+    verdict: str
+    reason: str
+    model: str
+    fix: Fix
+    before: Diagnosis
+    after: Diagnosis | None = None
+    measures: tuple[Measure, ...] = ()
+    controls: tuple[Control, ...] = ()
+    images: int = 0
+    control_images: int = 0
+    labelled: int = 0
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def __getitem__(self, name: str) -> Measure:
+        """A measure by its name in `vitreg.measures.KINDS`."""
+        return {measure.name: measure for measure in self.measures}[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Neurons with their evidence, both diagnoses, measures and controls; NaN becomes None."""
+        own = {k: v for k, v in vars(self).items() if k not in ("fix", "before", "after")}
+        neurons = self.fix.neurons.to_json()
+        found = {k: v for k, v in neurons.items() if k not in ("search", "reached")} | own
+        found |= {
+            "fix": self.fix.type,
+            "before": self.before.to_json(),
+            "after": None if self.after is None else self.after.to_json(),
+            "measures": [asdict(x) | {"label": KINDS[x.name].label.strip()} for x in self.measures],
+            "controls": [asdict(control) for control in self.controls],
+        }
+        plain: dict[str, Any] = _plain(found)
+        return plain
+
+    def figure(self) -> Figure:
+        """Outliers, attention and predictions of every version of the model, with their intervals."""
+        return versions_figure(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} with fix of type {self.fix.type!r}: {self.verdict}", self.reason]
+        if self.measures:
+            lines += ["", _table(self).rstrip(), "", *self._footnotes()]
+        return "\n".join(lines)
+
+    def _footnotes(self) -> list[str]:
+        seen = f"{self.images} images"
+        if self.labelled:
+            seen += f", {self.images - self.labelled} of them without a known class"
+        seen += "; in brackets, 95% bootstrap intervals over images, paired."
+        if self.controls:
+            seen += f" Controls: {self.control_images} of them."
+        return [seen, *self.notes]
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: NaN, which JSON does not know, becomes None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(verdict: Verdict) -> str:
+    """Measures down, versions of the model across."""
+    others = [control for control in verdict.controls if control.name not in ("unfixed", "fix")]
+    table = Table(box=None, pad_edge=False, header_style="")
+    for heading in ("", "before", "after", "change", *(control.name for control in others)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for measure in verdict.measures:
+        change = measure.difference or measure.after
+        table.add_row(
+            KINDS[measure.name].label,
+            _written(measure.name, measure.before),
+            _written(measure.name, measure.after),
+            _with_interval(measure.name, change, signed=measure.difference is not None),
+            *(_written(measure.name, control.measures.get(measure.name)) for control in others),
+        )
+    text = io.StringIO()
+    Console(file=text, width=200, no_color=True).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _written(name: str, estimate: Estimate | None) -> str:
+    return "-" if estimate is None else format(estimate.value, KINDS[name].format)
+
+
+def _with_interval(name: str, estimate: Estimate, signed: bool) -> str:
+    spec = ("+" if signed else "") + KINDS[name].format
+    interval = "" if estimate.low is None else f" [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+    # What compares the two models stands under "after" already.
+    return f"{estimate.value:{spec}}{interval}" if signed else interval.strip()
+
+
+# -- figure ----------------------------------------------------------------------------------------
+
+
+@house_style
+def versions_figure(verdict: Verdict) -> Figure:
+    """One panel per question, one row per version of the model: value and 95% interval."""
+    rows = _versions(verdict)
+    if not rows:
+        raise ValueError(f"the verdict is {verdict.verdict!r}: nothing was measured that could be drawn.")
+    cost = next(name for name in ("top1", "agreement", "cls", "patches") if name in rows["with the fix"])
+    panels = [name for name in ("outliers", "attention", cost) if name in rows["with the fix"]]
+    figure = Figure(figsize=(8.4, 1.1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, name in zip(axes, panels, strict=True):
+        _draw_versions(ax, name, rows)
+    axes[0].set_yticks(range(len(rows)), list(rows))
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _versions(verdict: Verdict) -> dict[str, dict[str, Estimate]]:
+    names = {"unfixed": "as it is", "fix": "with the fix"}
+    if verdict.controls:
+        return {names.get(control.name, control.name): control.measures for control in verdict.controls}
+    if not verdict.measures:
+        return {}
+    before = {x.name: x.before for x in verdict.measures if x.before is not None}
+    return {"as it is": before, "with the fix": {x.name: x.after for x in verdict.measures}}
+
+
+def _draw_versions(ax: Axes, name: str, rows: dict[str, dict[str, Estimate]]) -> None:
+    for place, (version, measures) in enumerate(rows.items()):
+        if (estimate := measures.get(name)) is None:
+            continue
+        colour = {"as it is": INK, "with the fix": OUTLIER}.get(version, QUIET)
+        if estimate.low is not None and estimate.high is not None:
+            ax.plot([estimate.low, estimate.high], [place, place], color=colour, alpha=0.5, linewidth=3)
+        ax.plot(estimate.value, place, "o", color=colour)
+    if KINDS[name].format.endswith("%"):
+        ax.xaxis.set_major_formatter(
+            lambda value, _: f"{value:.3g}".rstrip() if value > 1 else f"{value:.4g}"
+        )
+    ax.grid(axis="x", linewidth=0.4)
+    titled(ax, KINDS[name].label.capitalize())
