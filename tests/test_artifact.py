@@ -471,7 +471,7 @@ def test_tensors_that_nobody_asked_for(with_tensors):
 def test_tensors_of_another_shape_are_refused_by_the_class(with_tensors):
     vit = backbone()
     fix = load_fix(resave(with_tensors, {"tensors.keys": torch.ones(2), "tensors.values": torch.ones(2)}))
-    with pytest.raises(FixError, match="found shapes"):
+    with pytest.raises(FixError, match="expected keys and values of 3 blocks"):
         fix.apply(vit)
 
 

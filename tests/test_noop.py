@@ -12,7 +12,7 @@ import vitreg
 from vitreg.attention import intercept
 from vitreg.labels import find_readout
 from vitreg.neurons import RegisterNeurons
-from vitreg.noop import _centred, _others, _seen, _value_reader, _Without, noop_test
+from vitreg.noop import _centred, _others, _seen, _value_reader, _visibility, _Without, noop_test
 
 LAYER = 1
 KINDS_OF_ATTENTION = ["timm vit", "timm dinov3", "timm relpos cls", "torchvision vit", "open_clip vit"]
@@ -97,6 +97,18 @@ def test_the_head_does_not_see_what_it_is_blind_to(planted):
         weight -= torch.outer(weight @ blind, blind) / blind.square().sum()
     seen = [x for x in noop_test(vit, [photos], neurons, report).visibility if x.reader == "the head"]
     assert max(x.ratio for x in seen) < 1e-4
+
+
+def test_layer_scale_is_part_of_what_a_neuron_writes():
+    vit = CATALOG["timm dinov2 registers"].backbone()
+    photos, block = images(vit, 3), vit.model.blocks[LAYER]
+    with torch.no_grad():
+        block.ls2.gamma.copy_(torch.rand(32) ** 4)
+    seen = _visibility(vit, photos, RegisterNeurons.of({LAYER: [7]}), find_readout(vit))
+    write = block.ls2.gamma.detach()[:, None] * block.mlp.fc2.weight.detach()
+    by_hand = _seen(_value_reader(vit, photos, LAYER + 1), write)[7]
+    assert seen[-1].reader == "the values of block 2"
+    assert seen[-1].ratio == pytest.approx(float(by_hand), rel=1e-3)
 
 
 # -- of the model ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from test_phantom import crops
 
 import vitreg
 from vitreg.errors import FixError
-from vitreg.fixes.shifting import V, ShiftSink, drawn
+from vitreg.fixes.shifting import ShiftSink, V, drawn
 from vitreg.neurons import RegisterNeurons
 from vitreg.phantom import plant
 from vitreg.plot_shift import shift_figure

@@ -393,6 +393,8 @@ def test_controls_are_of_the_same_size_and_other_neurons(phantom):
     assert (found.fixes["zeroed"].registers, found.fixes["mean-ablated"].left) == (0, "mean")
     assert controls_of(fix, phantom.vit.anatomy, seed=1).fixes["random neurons"] != drawn
     assert controls_of(fix, phantom.vit.anatomy) == found
+    most = controls_of(TestTimeRegisters({0: list(range(100))}), phantom.vit.anatomy).fixes["random neurons"]
+    assert sorted(most.neurons.by_layer[0]) == list(range(100, 128))  # all that are left
 
 
 def test_what_cannot_be_a_control_is_left_out_and_named(helped, phantom):

@@ -112,6 +112,15 @@ def _inserted(edits: list[BlockEdit]) -> int:
     return sum(edit.inserted for edit in edits)
 
 
+def refuse_own_forward(block: nn.Module) -> None:
+    """Raise UnsupportedModelError for an instance whose `forward` was replaced: its class' is never called."""
+    if "forward" in block.__dict__:
+        raise UnsupportedModelError(
+            f"a {type(block).__name__} has a `forward` of its own, put there by another library (accelerate's"
+            " hooks, perhaps). Apply the fix first, or take that away: it would never run the fix."
+        )
+
+
 def install(block: nn.Module, edit: BlockEdit) -> None:
     """Put an edit inside those that the block already has."""
     _set(block, [*edits_of(block), edit])
@@ -147,7 +156,7 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
     for module in block.modules():
         # Rotary attention leaves the first tokens unrotated, as many as this integer says.
         if isinstance(module.__dict__.get("num_prefix_tokens"), int):
-            module.num_prefix_tokens += more
+            module.__dict__["num_prefix_tokens"] += more
     if edits:
         block.__dict__[_EDITS] = edits  # a new list: a shallow replica keeps the one that it was made with
     else:
@@ -155,7 +164,7 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
 
 
 @cache
-def _editable(base: type[nn.Module]) -> type[nn.Module]:
+def _editable(base: Any) -> Any:
     """The subclass of a block's class that runs its edits."""
     stream = next(name for name in signature(base.forward).parameters if name != "self")
 
@@ -164,7 +173,7 @@ def _editable(base: type[nn.Module]) -> type[nn.Module]:
         beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
 
         def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-            edits = self.__dict__[_EDITS]
+            edits = edits_of(self)  # none where somebody kept this method beyond the undo
             if depth < len(edits):
 
                 def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -194,5 +203,5 @@ def _editable(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base,), body)
 
 
-def _restore(base: type[nn.Module]) -> nn.Module:
+def _restore(base: Any) -> Any:
     return base.__new__(_editable(base))

@@ -128,9 +128,11 @@ def fix(
 ) -> None:
     """Find the neurons that make the artifacts, build the fix that suits the model, verify and save it."""
     import vitreg
+    from vitreg.fixes.artifact import check_target
     from vitreg.output import write_atomically
 
-    _check_writable(json_path, out.parent / f"{out.name}.json")
+    _check_writable(json_path)
+    check_target(out)
     vit = _load(model, size, random_weights, device, dtype)
     photos = vitreg.read_images(
         images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
@@ -149,7 +151,7 @@ def fix(
         write_atomically(json_path, json.dumps(cure.to_json(), indent=1))
         typer.echo(f"JSON: {json_path}")
     if cure.fix is None:
-        typer.echo("nothing was written: there is nothing to fix.")
+        typer.echo("no fix was written: there is nothing to fix.")
     else:
         typer.echo(f"fix: {cure.save(out, vit=vit)}")
 
@@ -177,6 +179,7 @@ def verify(
     _check_writable(json_path)
     loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
     vit = _load(model, size, random_weights, device, dtype)
+    loaded.check(vit)
     photos = vitreg.read_images(
         images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
     )

@@ -8,7 +8,7 @@
 No labels are needed. A model without artifacts gets no fix.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,8 @@ from vitreg.verify import verify
 
 Kind = Literal["auto", "registers", "splitting", "bias", "shift-average"]
 
-# Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them:
-# the share of equal predictions, and without a head the cosine of CLS (or of normal patches) before and after.
+# Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them: the
+# share of equal predictions, and without a head the cosine of CLS (or of normal patches) before and after.
 CHOOSING_IMAGES = 128
 UNCHANGED = {"agreement": 0.99, "cls": 0.99, "patches": 0.99}
 # Rounds of find, fix and find again, for models with several populations of outliers.
@@ -66,11 +66,16 @@ class Cure:
     def to_json(self) -> dict[str, Any]:
         """The search, both diagnoses, the verdict and its controls, and why the fix is of its kind."""
         search = {} if self.fix is None else self.fix.neurons.to_json()
-        return search | self.verdict.to_json() | {"choice": self.choice}
+        own = {"onset_layer": self.report.onset_layer, "choice": self.choice}
+        if self.fix is None:
+            own["fix"] = None
+        return search | self.verdict.to_json() | own
 
     def __str__(self) -> str:
         if self.fix is None:
-            return str(self.verdict)
+            return str(self.report)
+        if not self.fix.neurons.chosen:
+            return f"{self.choice}\n\n{self.verdict}"
         neurons = f"register neurons, found by {self.fix.neurons.method!r}:\n{self.fix.neurons}"
         return f"{neurons}\n{self.choice}\n\n{self.verdict}"
 
@@ -100,33 +105,47 @@ def find_cure(
         nothing = TestTimeRegisters(RegisterNeurons(()), registers=0)
         verdict = Verdict("no artifacts", report.reason, vit.name, nothing, report, images=report.images)
         return Cure(None, "nothing to fix", verdict)
-    say("finding register neurons")
-    neurons = find_register_neurons(vit, images, report, method=method, top_k=top_k)
-    if recursive:
-        neurons = _again(vit, images, neurons, method, top_k, say)
+    rounds: list[RegisterNeurons] = []
+    if kind != "shift-average":  # which edits no neurons
+        say("finding register neurons")
+        rounds = [find_register_neurons(vit, images, report, method=method, top_k=top_k)]
+    if rounds and recursive:
+        rounds = _again(vit, images, rounds, method, top_k, say)
     say("building the fix")
-    fix, choice = build(vit, images, neurons, report, kind)
+    fix, choice = build(vit, images, rounds, report, kind)
     return Cure(fix, choice, verify(vit, fix, images, report=report, progress=say))
 
 
 def build(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
-    neurons: RegisterNeurons,
+    rounds: Sequence[RegisterNeurons],
     report: Diagnosis,
     kind: Kind = "auto",
 ) -> tuple[Fix, str]:
-    """A fix of the wanted kind, calibrated, and one line that says why it is of this kind."""
+    """A fix of the wanted kind, calibrated, and one line that says why it is of this kind.
+
+    `rounds` are the neurons that each search found; several with `recursive`.
+    """
     asked = f"type {kind!r}, as asked for"
     if kind == "auto":
-        return choose(vit, images, neurons, report)
+        return choose(vit, images, rounds, report)
     if kind == "registers":
-        return registers_for(neurons), asked
+        return registers_for(joined(rounds)), asked
     if kind == "splitting":
-        return TokenSplitting.calibrate(vit, images, neurons), asked
+        return splitting_for(vit, images, rounds), asked
     if kind == "bias":
-        return AttentionBias.calibrate(vit, images, neurons), asked
+        return AttentionBias.calibrate(vit, images, joined(rounds)), asked
     return ShiftAverage(), asked
+
+
+def joined(rounds: Sequence[RegisterNeurons]) -> RegisterNeurons:
+    """The neurons of all searches, each once, with the evidence of the first."""
+    neurons = rounds[0]
+    for more in rounds[1:]:
+        known = {(neuron.layer, neuron.index) for neuron in neurons.chosen}
+        neurons = neurons.with_more([n for n in more.chosen if (n.layer, n.index) not in known])
+    return neurons
 
 
 def registers_for(neurons: RegisterNeurons) -> TestTimeRegisters:
@@ -135,8 +154,26 @@ def registers_for(neurons: RegisterNeurons) -> TestTimeRegisters:
     return TestTimeRegisters(neurons, peak="absolute" if negative else "signed")
 
 
+def splitting_for(
+    vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], rounds: Sequence[RegisterNeurons]
+) -> TokenSplitting:
+    """Token splitting, each search's neurons calibrated in the model that the search saw.
+
+    For another search found its outliers at another layer, where those of the first were gone.
+    """
+    splits = [TokenSplitting.calibrate(vit, images, rounds[0])]
+    for i in range(1, len(rounds)):
+        with registers_for(joined(rounds[:i])).applied_to(vit):
+            splits.append(TokenSplitting.calibrate(vit, images, rounds[i]))
+    capacity = min(sum(split.capacity for split in splits), 1.0)
+    return TokenSplitting(joined([split.neurons for split in splits]), capacity=capacity)
+
+
 def choose(
-    vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], neurons: RegisterNeurons, report: Diagnosis
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    rounds: Sequence[RegisterNeurons],
+    report: Diagnosis,
 ) -> tuple[Fix, str]:
     """A test-time register if the model hardly notices it, else token splitting; and why.
 
@@ -145,19 +182,17 @@ def choose(
     first images.
     """
     few = _first(images, CHOOSING_IMAGES)
-    registers = registers_for(neurons)
+    registers = registers_for(joined(rounds))
     tried = verify(vit, registers, few, report=report, controls=False, labels=False)
     measures = {measure.name: measure for measure in tried.measures}
-    if not measures:
-        return registers, "a test-time register: none of the images it was tried on has artifacts."
     name = next(name for name in UNCHANGED if name in measures)
     kept = measures[name].after.value
     labels = {"agreement": "equal predictions", "cls": "cosine of CLS", "patches": "cosine of normal patches"}
-    found = f"{labels[name]} {kept:.3f} on {tried.images} images, at least {UNCHANGED[name]} wanted"
+    found = f"{labels[name]} {kept:.4f} on {tried.images} images, at least {UNCHANGED[name]} wanted"
     if kept >= UNCHANGED[name]:
         return registers, f"a test-time register, for the model hardly notices it ({found})."
     try:
-        splitting = TokenSplitting.calibrate(vit, images, neurons)
+        splitting = splitting_for(vit, images, rounds)
         splitting.edits(vit)
     except UnsupportedModelError as error:
         return registers, f"a test-time register, though the model notices it ({found}), for: {error}"
@@ -167,25 +202,24 @@ def choose(
 def _again(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
-    neurons: RegisterNeurons,
+    rounds: list[RegisterNeurons],
     method: Method,
     top_k: int | Literal["auto"],
     say: Callable[[str], None],
-) -> RegisterNeurons:
-    """Find, fix and find again, until nothing is found."""
-    for round_ in range(2, ROUNDS + 1):
+) -> list[RegisterNeurons]:
+    """Find, fix and find again, until nothing new is found: the rounds given, and what each more found."""
+    while len(rounds) < ROUNDS:
+        neurons = joined(rounds)
         with registers_for(neurons).applied_to(vit):
-            say(f"looking again, round {round_}")
+            say(f"looking again, round {len(rounds) + 1}")
             report = diagnose(vit, images)
             if not report.has_artifacts:
                 break
             more = find_register_neurons(vit, images, report, method=method, top_k=top_k)
-        known = {(neuron.layer, neuron.index) for neuron in neurons.chosen}
-        new = [neuron for neuron in more.chosen if (neuron.layer, neuron.index) not in known]
-        if not new:
-            break
-        neurons = neurons.with_more(new)
-    return neurons
+        rounds = [*rounds, more]
+        if joined(rounds).top_k == neurons.top_k:
+            return rounds[:-1]
+    return rounds
 
 
 def _first(images: Iterable[Batch] | Iterable[Tensor], count: int) -> list[Tensor]:

@@ -278,4 +278,4 @@ def _ablations(controls: tuple[Control, ...]) -> str:
         return ""
     own = f"with the fix {fix.measures[name].value:{KINDS[name].format}}"
     what = f"{KINDS[name].label} on the controls' images"
-    return f" Without a register they vanish too; {what}: {own}, {', '.join(same)}."
+    return f" Ablating the neurons removes them too; {what}: {own}, {', '.join(same)}."

@@ -122,10 +122,7 @@ def _without_place(fingerprint: Fingerprint) -> Fingerprint:
 def _write_folder(target: Path, files: dict[str, bytes]) -> None:
     """Write all files elsewhere first; what is left to do is renaming, which needs no space on the disk."""
     new = not os.path.exists(target)
-    if new:
-        check_writable(target)
-    else:
-        _check_replaceable(target)
+    check_target(target)
     partial = (target.parent if new else target) / f".vitreg-{secrets.token_hex(8)}.tmp"
     try:
         partial.mkdir()
@@ -139,6 +136,14 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
         raise OutputError(f"cannot write {target}: {error.strerror}. Choose another place.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise the OutputError that save_fix would raise now, so that no work is lost. Changes nothing."""
+    if os.path.exists(target):
+        _check_replaceable(target)
+    else:
+        check_writable(target)
 
 
 def _check_replaceable(target: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vitreg.carry import BlockEdit, inserted_tokens, install, uninstall
+from vitreg.carry import BlockEdit, inserted_tokens, install, refuse_own_forward, uninstall
 from vitreg.errors import FixError
 from vitreg.models import Backbone, wrap
 from vitreg.neurons import RegisterNeurons
@@ -132,6 +132,8 @@ class Applied:
 
     def install(self) -> None:
         blocks = list(self._stack.children())
+        for layer in self.edits:
+            refuse_own_forward(blocks[layer])
         for layer, edit in self.edits.items():
             install(blocks[layer], edit)
         self._stack.__dict__.setdefault(_FIXES, []).append(self)

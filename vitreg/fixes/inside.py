@@ -45,7 +45,7 @@ class Inside(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        super().__exit__(kind, value, trace)
+        super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         if kind is None and self._pending:
             raise UnsupportedModelError(
                 "the MLP's down-projection does not run through torch.nn.functional.linear (a quantised layer"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.errors import FixError
+from vitreg.errors import FixError, ImageError
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neurons import Enough, RegisterNeuron, RegisterNeurons, run_until
@@ -23,8 +23,9 @@ from vitreg.trace import token_norms, watch
 # Levels of a neuron's activation: beyond all but one in a thousand normal tokens, and the outliers' lowest
 # twentieth and highest tenth.
 NORMAL_HIGH, OUTLIER_LOW, OUTLIER_HIGH = 0.999, 0.05, 0.9
-# A neuron marks a token from this share of the way on, from a high normal activation to a low one of outliers
-# (a high one, where a neuron serves only some outliers). Near the normal end, for a copy too many harms nobody.
+# A neuron marks a token from this share of the way on, from a high normal activation to a low one of
+# outliers (a high one, where a neuron serves only some outliers). Near the normal end, for a copy too many
+# harms nobody.
 MARK = 0.1
 SMALLEST = 1e-3  # an activation that is as good as none
 # Images looked at.
@@ -45,7 +46,7 @@ def measure_marks(
     With `feeders`, also those of the ranking whose lowest outlier activations are beyond their highest normal
     ones (percentiles 5 and 99.9): they lead up to the outliers, and without them a copy is cleaner. Looks at
     the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a search's
-    evidence, or images without outliers.
+    evidence, or images without outliers; ImageError without images.
     """
     if neurons.threshold is None or neurons.detect_layer is None:
         raise FixError(
@@ -53,7 +54,7 @@ def measure_marks(
             " find_register_neurons, or set threshold and detect_layer."
         )
     candidates = list(dict.fromkeys((*neurons.chosen, *(neurons.ranking if feeders else ()))))
-    values, outliers = _activations(vit, images, neurons, candidates)
+    values, outliers = _activations(vit, images, neurons.detect_layer, neurons.threshold, candidates)
     if not outliers.any():
         raise FixError(
             "none of these images has an outlier to set thresholds by. Give images that have some."
@@ -89,7 +90,8 @@ def _quantile(x: Float[Tensor, " t"], q: float) -> float:
 def _activations(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
-    neurons: RegisterNeurons,
+    detect_layer: int,
+    threshold: float,
     candidates: list[RegisterNeuron],
 ) -> tuple[Float[Tensor, "b p k"], Bool[Tensor, "b p"]]:
     """Activations of the candidates on all patches of some images, and which patches are outliers."""
@@ -109,8 +111,8 @@ def _activations(
             values[-1][..., columns[layer]] = patches.index_select(-1, index).float()
 
     def saw_block(layer: int, residual: Tensor) -> None:
-        if layer == neurons.detect_layer:
-            masks.append(token_norms(residual[:, seen.layout.patch_slice]) >= neurons.threshold)
+        if layer == detect_layer:
+            masks.append(token_norms(residual[:, seen.layout.patch_slice]) >= threshold)
             raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=saw_block, on_neurons=saw_neurons) as seen:
@@ -119,4 +121,6 @@ def _activations(
             run_until(vit, pixels[: IMAGES - sum(map(len, masks))])
             if sum(map(len, masks)) >= IMAGES:
                 break
+    if not masks:
+        raise ImageError("there are no images to set thresholds by; expected at least one batch.")
     return torch.cat(values), torch.cat(masks)

@@ -22,6 +22,7 @@ from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch, uncompiled
 from vitreg.fixes.inside import Inside, given_mask
 from vitreg.models import Backbone
+from vitreg.neurons import NeuronTensors
 from vitreg.probe import evaluating, first_tensor
 
 
@@ -129,7 +130,7 @@ class _Edit(BlockEdit):
         if self.neurons is None and not masked:
             y = inner(x, args, kwargs)
         else:
-            edit = None if self.neurons is None else partial(self._move, patches=patches)
+            edit = None if self.neurons is None else partial(self._move, self.neurons, patches)
             with Inside(block, self.down, edit, self.own, stop - self.own if masked else 0):
                 y = inner(x, args, kwargs)
         if not self.inserted:
@@ -144,12 +145,14 @@ class _Edit(BlockEdit):
         carried = None if self.layer == self.fix.entry else self.carry.take(self.layer, x)
         return self._enter(x) if carried is None else carried.to(x)
 
-    def _move(self, activation: Float[Tensor, "b n f"], patches: int) -> Float[Tensor, "b n f"]:
+    def _move(
+        self, neurons: NeuronTensors, patches: int, activation: Float[Tensor, "b n f"]
+    ) -> Float[Tensor, "b n f"]:
         """Algorithm 2: each neuron's peak to the registers, per image; what is left behind elsewhere."""
         fix, (start, stop) = self.fix, (self.start, self.start + self.inserted)
-        index = self.neurons.index.to(activation.device)
+        index = neurons.index.to(activation.device)
         values = activation.index_select(-1, index)  # (b, n, k)
-        moved = self._left_behind(values)
+        moved = self._left_behind(neurons, values)
         if fix.keep_prefix:
             moved[:, :start] = values[:, :start]
         if self.inserted:
@@ -163,13 +166,13 @@ class _Edit(BlockEdit):
             return values.amax(1, keepdim=True)
         return values.gather(1, values.abs().argmax(1, keepdim=True))
 
-    def _left_behind(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
+    def _left_behind(self, neurons: NeuronTensors, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
         if self.fix.left == "zero":
             return torch.zeros_like(values)
-        normal = self.neurons.normal.to(values)
+        normal = neurons.normal.to(values)
         if self.fix.left == "mean":
             return normal.expand_as(values).clone()
-        reach = self.neurons.reach.to(values)
+        reach = neurons.reach.to(values)
         return torch.where((values - normal).abs() < reach, values, normal)
 
     def _shares(self, like: Tensor) -> Tensor | float:

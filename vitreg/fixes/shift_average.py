@@ -31,11 +31,11 @@ Shift = tuple[int, int, bool]  # rows, columns, and whether the shifted image is
 class ShiftAverage(Fix):
     """The patches of the last block, combined over views of the image.
 
-    views     how many shifted copies are run beside the image itself; odd counts are flipped
+    views     how many shifted copies are run beside the image itself
     reach     the largest shift, in patches, each way
     reduce    "median" over views, per channel: an artifact is in the minority and leaves no trace;
               "mean": each view's artifacts are spread over more places
-    flip      whether every other view is also mirrored
+    flip      whether every other view is also mirrored, left to right
     seed      of the order in which shifts are drawn
 
     What is shifted out on one side comes in on the other and counts like the rest: left out, patches at the
@@ -45,7 +45,7 @@ class ShiftAverage(Fix):
     type: ClassVar[str] = "shift-average"
     neurons: RegisterNeurons = field(default_factory=lambda: RegisterNeurons.of({}), repr=False)
     views: int = 8
-    reach: int = 1
+    reach: int = 2
     reduce: Literal["median", "mean"] = "median"
     flip: bool = True
     seed: int = 0
@@ -190,13 +190,13 @@ class _Twin:
         for module in model.modules():
             module._forward_hooks.clear()
         last = vit.anatomy.depth - 1
-        self._vit = vit.with_model(model, vit.name)
+        self._forward = vit.with_model(model, vit.name).forward or model
         self._seen = _Seen(first_patch(vit, last))
         install(vit.anatomy.block_modules(model)[last], self._seen)
 
     def patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
         """The patches after the last block."""
-        self._vit(images)
+        self._forward(images)
         return self._seen.take()
 
 

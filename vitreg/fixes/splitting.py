@@ -177,7 +177,7 @@ class _Edit(BlockEdit):
             table = given
         if table.dim() == 3:
             table = table.unsqueeze(1)
-        table = table.expand(len(fork.position), -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
+        table = table.expand(fork.position.shape[0], -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
         rows = fork.position - (tokens - given.shape[-2])
         index = rows.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
         return torch.cat([table, table.gather(2, index)], 2)
@@ -267,7 +267,7 @@ class _Inside(Inside):
         """What the bias would be if copies could be attended to, for watchers."""
         if mask is None or mask.shape[-1] != self._tokens:
             return mask
-        mask = mask[(None,) * (4 - mask.dim())].expand(len(self._fork.position), -1, -1, -1)
+        mask = mask[(None,) * (4 - mask.dim())].expand(self._fork.position.shape[0], -1, -1, -1)
         columns = self._fork.position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
         return torch.cat([mask, mask.gather(3, columns)], 3)
 
@@ -277,7 +277,7 @@ class _Inside(Inside):
         mask = mask[..., :n]
         if mask.shape[-2] != n:
             return mask  # one row for all, or one that was widened with the positional tables
-        mask = mask[(None,) * (4 - mask.dim())].expand(len(position), -1, -1, -1)
+        mask = mask[(None,) * (4 - mask.dim())].expand(position.shape[0], -1, -1, -1)
         rows = position[:, None, :, None].expand(-1, mask.shape[1], -1, n)
         return torch.cat([mask, mask.gather(2, rows)], 2)
 
