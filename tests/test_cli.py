@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import tiny_timm
+from test_phantom import crops
 from timm.models._hub import save_for_hf
 
+import vitreg
 from vitreg.cli import main
 from vitreg.images import demo_photos
 
@@ -216,3 +219,169 @@ def test_not_a_vision_transformer(run, photos):
 
 def test_devices_that_are_not_there(run, model, photos):
     fails(run("diagnose", model, photos, "--device", "cuda:7"), "device 'cuda:7' is not available")
+
+
+# -- fix and verify ----------------------------------------------------------------------------------
+
+FIX_KEYS = {
+    "neurons", "scores", "method", "top_k", "onset_layer", "before", "after", "controls", "verdict", "reason",
+}  # fmt: skip
+
+
+def save_tiny(vit, folder: Path) -> Path:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": vit.anatomy.depth, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes}
+    save_for_hf(vit.model, folder, model_config=config, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crop_files(tmp_path_factory) -> Path:
+    """96 crops of the bundled photos, as files."""
+    folder = tmp_path_factory.mktemp("crops")
+    cut = crops(vitreg.wrap(tiny_timm()), 96, 0)
+    for index, image in enumerate(cut):
+        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        PIL.Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, crop_files) -> tuple[Path, vitreg.Phantom]:
+    """A folder with a model that has artifacts, and what was planted there."""
+    folder = tmp_path_factory.mktemp("planted")
+    vit = vitreg.load(str(save_tiny(vitreg.wrap(tiny_timm(depth=3)), folder / "clean")))
+    pixels = [batch.pixels for batch in vitreg.read_images(crop_files, vit, workers=0)]
+    phantom = vitreg.plant(vit, pixels, 1)
+    return save_tiny(phantom.vit, folder / "phantom"), phantom
+
+
+@pytest.fixture(scope="module")
+def saved_fix(tmp_path_factory, planted) -> Path:
+    _, phantom = planted
+    fix = vitreg.TestTimeRegisters({1: list(phantom.neurons)})
+    return fix.save(tmp_path_factory.mktemp("fixes") / "fix", vit=phantom.vit)
+
+
+def read_json(path: Path) -> dict:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_fix_finds_verifies_and_saves_and_verify_reads_it_back(run, planted, crop_files, tmp_path):
+    model, phantom = planted
+    out, result = tmp_path / "fix", tmp_path / "f.json"
+    code, said, progress = run("fix", model, crop_files, "-o", out, "--json", result, "--workers", 0)
+    assert code == 0
+    assert ": helps" in said
+    assert f"fix: {out}" in said
+    assert "random neurons" in said
+    assert "finding register neurons" in progress
+    found = read_json(result)
+    assert found.keys() >= FIX_KEYS
+    assert set(found["neurons"]["1"]) == set(phantom.neurons)
+    assert (found["verdict"], found["onset_layer"], found["top_k"]) == ("helps", 1, 4)
+    assert found["before"].keys() >= EXPECTED_KEYS
+    assert found["after"].keys() >= EXPECTED_KEYS
+    assert set(vitreg.load_fix(out).neurons.by_layer[1]) == set(phantom.neurons)
+    assert read_json(out / "fix.json")["evidence"]["verdict"] == "helps"
+
+    code, said, _ = run("verify", model, out, crop_files, "--json", tmp_path / "v.json", "--workers", 0)
+    assert code == 0
+    assert ": helps" in said
+    again = read_json(tmp_path / "v.json")
+    assert again.keys() >= FIX_KEYS
+    assert "search" not in again
+    for key in ("verdict", "neurons", "measures", "controls"):
+        assert again[key] == found[key]
+
+
+@pytest.mark.parametrize("kind", ["registers", "splitting", "bias", "shift-average"])
+def test_options_of_fix_reach_the_run(run, planted, crop_files, tmp_path, kind):
+    options = ("--type", kind, "--method", "paper", "--top-k", 2, "--limit", 48, "--batch-size", 16)
+    result = ("-o", tmp_path / "fix", "--json", tmp_path / "f.json")
+    options += (*result, "--recursive", "--workers", 0)
+    code, said, progress = run("fix", planted[0], crop_files, *options)
+    found = read_json(tmp_path / "f.json")
+    assert (code, found["fix"], found["images"]) == (0, kind, 48)
+    assert f"type {kind!r}, as asked for" in said
+    assert vitreg.load_fix(tmp_path / "fix").type == kind
+    if kind != "shift-average":
+        assert (found["method"], len(found["neurons"]["1"])) == ("paper", 4 if kind == "splitting" else 2)
+        assert "looking again, round 2" in progress
+
+
+def test_verify_without_controls(run, planted, crop_files, saved_fix, tmp_path):
+    result = ("--json", tmp_path / "v.json")
+    code, said, _ = run("verify", planted[0], saved_fix, crop_files, "--no-controls", *result, "--workers", 0)
+    assert code == 0
+    assert "random neurons" not in said
+    assert read_json(tmp_path / "v.json")["controls"] == []
+
+
+def test_no_artifacts_no_fix(run, model, photos, tmp_path):
+    code, said, _ = run("fix", model, photos, "-o", tmp_path / "fix", "--json", tmp_path / "f.json")
+    assert code == 0
+    assert f"{model}: no artifacts" in said
+    assert "no fix was written" in said
+    assert not (tmp_path / "fix").exists()
+    found = read_json(tmp_path / "f.json")
+    assert (found["verdict"], found["neurons"], found["fix"]) == ("no artifacts", {}, None)
+
+
+def test_a_fix_is_replaced_and_other_files_stay(run, planted, crop_files, saved_fix, tmp_path):
+    out = tmp_path / "fix"
+    shutil.copytree(saved_fix, out)
+    (out / "notes.txt").write_text("mine")
+    code, _, _ = run("fix", planted[0], crop_files, "-o", out, "--type", "splitting", "--workers", 0)
+    assert code == 0
+    assert vitreg.load_fix(out).type == "splitting"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_unwritable_folder_is_found_before_the_work(run, photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "fix.json").mkdir(parents=True)
+    for target in (tmp_path / "missing" / "fix", tmp_path / "file", tmp_path / "folder"):
+        fails(run("fix", "timm:never-loaded", photos, "-o", target), str(target))
+    (tmp_path / "fix.json").mkdir()  # in nobody's way
+    fails(run("fix", "timm:never-loaded", photos, "-o", tmp_path / "fix"), "never-loaded")
+    fails(
+        run("fix", "timm:never-loaded", photos, "-o", tmp_path / "fix", "--json", tmp_path / "no" / "f"),
+        str(tmp_path / "no" / "f"),
+    )
+    fails(
+        run("verify", "timm:never-loaded", tmp_path, photos, "--json", tmp_path / "no" / "f"),
+        str(tmp_path / "no" / "f"),
+    )
+
+
+def test_a_fix_that_is_not_there(run, photos, saved_fix):
+    fails(run("verify", "timm:never-loaded", photos, photos), str(photos), "fix.json")
+    fails(run("verify", "timm:never-loaded", saved_fix / "fix.json", photos), "is a file")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", ("fix.json",)), ('{"format": 99}', ("format",)), ("[]", ("fix.json",))],
+    ids=["truncated", "newer", "no object"],
+)
+def test_a_damaged_fix(run, photos, saved_fix, tmp_path, content, words):
+    damaged = tmp_path / "fix"
+    shutil.copytree(saved_fix, damaged)
+    (damaged / "fix.json").write_text(content)
+    fails(run("verify", "timm:never-loaded", damaged, photos), str(damaged), *words)
+
+
+def test_a_fix_for_a_model_of_another_geometry(run, model, saved_fix, photos):
+    """Said before the work, and although that model has no artifacts."""
+    fails(run("verify", model, saved_fix, photos), "3 blocks", "2 blocks")
+
+
+def test_usage_of_fix_and_verify(run):
+    assert run("fix", "model", "images")[0] == 2  # without -o
+    assert run("fix", "model", "images", "-o", "x", "--type", "magic")[0] == 2
+    assert run("fix", "model", "images", "-o", "x", "--top-k", "0")[0] == 2
+    assert run("verify", "model", "images")[0] == 2

@@ -113,7 +113,7 @@ def _inserted(edits: list[BlockEdit]) -> int:
 
 
 def refuse_own_forward(block: nn.Module) -> None:
-    """Raise UnsupportedModelError for an instance whose `forward` was replaced: its class' is never called."""
+    """Raise UnsupportedModelError for a block whose `forward` was replaced: that of its class is not called."""
     if "forward" in block.__dict__:
         raise UnsupportedModelError(
             f"a {type(block).__name__} has a `forward` of its own, put there by another library (accelerate's"
@@ -149,7 +149,7 @@ def bare(model: nn.Module) -> Iterator[None]:
 def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
     before = edits_of(block)
     if edits and not before:
-        block.__class__ = _editable(type(block))
+        block.__class__ = _editable(type(block))  # type: ignore[arg-type]  # mypy: no hash
     elif before and not edits:
         block.__class__ = type(block).__mro__[1]
     more = _inserted(edits) - _inserted(before)

@@ -202,9 +202,7 @@ def demo(
     run(out)
 
 
-def _load(
-    model: str, size: int | None, random_weights: bool, device: str, dtype: str
-) -> "Backbone":
+def _load(model: str, size: int | None, random_weights: bool, device: str, dtype: str) -> "Backbone":
     import vitreg
 
     with Console(stderr=True).status(f"loading {model}"):

@@ -21,7 +21,7 @@ from vitreg.diagnosis import Diagnosis
 from vitreg.labels import Readout, logits_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
-from vitreg.statistics import neighbour_similarity, query_tokens
+from vitreg.statistics import query_tokens
 from vitreg.threshold import MIN_GAP
 from vitreg.trace import token_norms, watch
 
@@ -139,7 +139,7 @@ class Reference:
         """
         out, normal = self.outliers, ~self.outliers
         patches = look.features[:, self._layout.patch_slice]
-        alike = neighbour_similarity(patches, self._layout)
+        alike = neighbour_likeness(patches, self._layout)
         beyond = (look.norms >= self._bounds).float().mean(2)
         cosine = F.cosine_similarity(look.features, self._look.features, dim=-1)
         found = {
@@ -169,6 +169,15 @@ class Reference:
             known = torch.tensor([-1 if c is None else c for c in self._classes], device=guess.device)
             found["top1"] = torch.where(known < 0, torch.nan, (guess == known).float())
         return found
+
+
+def neighbour_likeness(patches: Float[Tensor, "b p d"], layout: TokenLayout) -> Float[Tensor, "b p"]:
+    """Cosine of each patch to the mean of its (up to) 4 grid neighbours."""
+    cross = patches.new_tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    grid = patches.unflatten(1, layout.grid).movedim(-1, 1)  # (b, d, gh, gw)
+    kernel = cross.expand(grid.shape[1], 1, 3, 3)
+    sums = F.conv2d(grid, kernel, padding=1, groups=grid.shape[1])  # the cosine does not mind their number
+    return F.cosine_similarity(grid, sums, dim=1).flatten(1)
 
 
 def _mean(values: Float[Tensor, "b p"], chosen: Bool[Tensor, "b p"]) -> Float[Tensor, " b"]:

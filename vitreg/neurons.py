@@ -9,13 +9,14 @@ at the layer where outliers are told apart; what is kept does not grow with the 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from vitreg.diagnosis import Diagnosis
@@ -281,10 +282,8 @@ class _Sums:
 
 def run_until(vit: Backbone, images: Tensor) -> None:
     """A forward pass that a watcher may end, once it has seen what it wants, by raising Enough."""
-    try:
+    with suppress(Enough):
         vit(images)
-    except Enough:
-        pass
 
 
 def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, target: float) -> RegisterNeurons:
@@ -322,13 +321,14 @@ def _smallest(
 
 def count_outliers(vit: Backbone, images: Iterable[Tensor], found: RegisterNeurons) -> int:
     """Patches beyond the threshold at the detect layer."""
-    count = 0
+    count, threshold = 0, found.threshold
+    assert threshold is not None
 
     def block(layer: int, residual: Tensor) -> None:
         nonlocal count
         if layer == found.detect_layer:
             norms = token_norms(residual[:, seen.layout.patch_slice])
-            count += int((norms >= found.threshold).sum())
+            count += int((norms >= threshold).sum())
             raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=block) as seen:

@@ -73,13 +73,13 @@ def verify(
     with fix.applied_to(vit):
         after = diagnose(vit, images)
     say("measuring both, and the controls" if controls else "measuring both")
-    table = _Measured(vit, before, labels, after.images)
+    table = Measured(vit, before, labels, after.images)
     for batch in images:
         table.add(batch, {"fix": fix} | (chosen.fixes if chosen else {}))
     return _concluded(vit, fix, before, after, table, chosen.left_out if chosen else (), seed)
 
 
-class _Measured:
+class Measured:
     """The measures of each version of the model, one number per image: {version: {measure: (b,)}}."""
 
     def __init__(
@@ -149,7 +149,7 @@ def _concluded(
     fix: Fix,
     before: Diagnosis,
     after: Diagnosis,
-    measured: _Measured,
+    measured: Measured,
     notes: tuple[str, ...],
     seed: int,
 ) -> Verdict:

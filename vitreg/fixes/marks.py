@@ -27,6 +27,8 @@ NORMAL_HIGH, OUTLIER_LOW, OUTLIER_HIGH = 0.999, 0.05, 0.9
 # outliers (a high one, where a neuron serves only some outliers). Near the normal end, for a copy too many
 # harms nobody.
 MARK = 0.1
+# Outliers and normal tokens are apart if their levels differ by this factor.
+APART = 2.0
 SMALLEST = 1e-3  # an activation that is as good as none
 # Images looked at.
 IMAGES = 64
@@ -43,18 +45,14 @@ def measure_marks(
 
     Also the largest share of an image's patches that they mark.
 
-    With `feeders`, also those of the ranking whose lowest outlier activations are beyond their highest normal
-    ones (percentiles 5 and 99.9): they lead up to the outliers, and without them a copy is cleaner. Looks at
-    the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a search's
+    With `feeders`, also those of the ranking whose lowest outlier activations are over twice their highest
+    normal ones (percentiles 5 and 99.9): they lead up to the outliers, and without them a copy is cleaner.
+    Looks at the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a search's
     evidence, or images without outliers; ImageError without images.
     """
-    if neurons.threshold is None or neurons.detect_layer is None:
-        raise FixError(
-            "these neurons come without the norm that makes an outlier. Find them with"
-            " find_register_neurons, or set threshold and detect_layer."
-        )
+    detect, threshold = _outlier_norm(neurons)
     candidates = list(dict.fromkeys((*neurons.chosen, *(neurons.ranking if feeders else ()))))
-    values, outliers = _activations(vit, images, neurons.detect_layer, neurons.threshold, candidates)
+    values, outliers = _activations(vit, images, detect, threshold, candidates)
     if not outliers.any():
         raise FixError(
             "none of these images has an outlier to set thresholds by. Give images that have some."
@@ -68,6 +66,16 @@ def measure_marks(
     return replace(neurons, chosen=(*chosen, *more)), float(marked.float().mean(1).max())
 
 
+def _outlier_norm(neurons: RegisterNeurons) -> tuple[int, float]:
+    """The layer and the norm from which on a patch is an outlier there."""
+    if neurons.threshold is None or neurons.detect_layer is None:
+        raise FixError(
+            "these neurons come without the norm that makes an outlier. Find them with"
+            " find_register_neurons, or set threshold and detect_layer."
+        )
+    return neurons.detect_layer, neurons.threshold
+
+
 def _levelled(
     neuron: RegisterNeuron, values: Float[Tensor, "b p"], outliers: Bool[Tensor, "b p"]
 ) -> tuple[RegisterNeuron, bool]:
@@ -77,7 +85,7 @@ def _levelled(
     high, low, top = (
         _quantile(x, q) for x, q in ((normal, NORMAL_HIGH), (outlier, OUTLIER_LOW), (outlier, OUTLIER_HIGH))
     )
-    apart = low > high
+    apart = low > APART * max(high, 0.0)
     level = high + MARK * max((low if apart else top) - high, 0.0)
     return replace(neuron, threshold=sign * max(level, SMALLEST)), apart
 
@@ -124,3 +132,52 @@ def _activations(
     if not masks:
         raise ImageError("there are no images to set thresholds by; expected at least one batch.")
     return torch.cat(values), torch.cat(masks)
+
+
+# More registers than this are not worth their cost.
+MOST_REGISTERS = 8
+
+
+def mean_outliers(
+    vit: Backbone,
+    images: Iterable[Batch] | Iterable[Tensor],
+    neurons: RegisterNeurons,
+    layer: int,
+    count: int | None = None,
+) -> Float[Tensor, "r d"]:
+    """The mean stream of outlier tokens where it enters block `layer` (0-based, zeros for block 0).
+
+    One row for each of the `count` most frequent places of outliers in the grid, by default as many as an
+    image has on average. Looks at the first 64 images; raises FixError if none has an outlier.
+    """
+    detect, threshold = _outlier_norm(neurons)
+    sums = places = torch.zeros(())
+    seen_images = 0
+    entering: list[Tensor] = []
+
+    def saw_block(index: int, residual: Tensor) -> None:
+        nonlocal sums, places
+        patches = residual[:, seen.layout.patch_slice]
+        if index == layer - 1:
+            entering.append(patches.double())
+        if index == detect:
+            outliers = (token_norms(patches) >= threshold).double()
+            stream = entering.pop() if entering else torch.zeros_like(patches, dtype=torch.float64)
+            sums = sums + torch.einsum("bp,bpd->pd", outliers, stream)
+            places = places + outliers.sum(0)
+            raise Enough
+
+    with evaluating(vit.model), watch(vit, on_block=saw_block) as seen:
+        for batch in images:
+            pixels = (batch.pixels if isinstance(batch, Batch) else batch)[: IMAGES - seen_images]
+            run_until(vit, pixels)
+            seen_images += len(pixels)
+            if seen_images >= IMAGES:
+                break
+    if not places.any():
+        raise FixError("none of these images has an outlier to learn from. Give images that have some.")
+    average = round(float(places.sum()) / seen_images)
+    count = min(max(average, 1), MOST_REGISTERS) if count is None else count
+    best = places.topk(min(count, int((places > 0).sum()))).indices
+    found = sums[best] / places[best, None]
+    return found[torch.arange(count) % len(found)].float().cpu()

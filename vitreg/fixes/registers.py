@@ -8,7 +8,8 @@ Per image and per neuron, the largest activation over the tokens goes to the reg
 tokens get none. The register is carried inside the blocks: outside nobody ever sees an extra token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, isnan
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -21,8 +22,9 @@ from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch, uncompiled
 from vitreg.fixes.inside import Inside, given_mask
+from vitreg.images import Batch
 from vitreg.models import Backbone
-from vitreg.neurons import NeuronTensors
+from vitreg.neurons import NeuronTensors, RegisterNeurons
 from vitreg.probe import evaluating, first_tensor
 
 
@@ -35,7 +37,8 @@ class TestTimeRegisters(Fix):
                  the order of their layers
     initial      what a register holds when it enters: "zero" (the paper), "mean" of the patches there,
                  "random" (normal, the patches' deviation), "prenorm" (what the norm before the blocks
-                 makes of a zero token; zero without one)
+                 makes of a zero token; zero without one), "given" (`tensors["initial"]` (r, d); see
+                 `calibrate`)
     entry        the 0-based block before which registers enter
     peak         the largest "signed" activation (the paper) or the "absolute" largest
     peak_over    "tokens" (all of them, the paper) or "patches"
@@ -49,13 +52,40 @@ class TestTimeRegisters(Fix):
     type: ClassVar[str] = "registers"
     registers: int = 1
     share: Literal["copy", "split"] = "copy"
-    initial: Literal["zero", "mean", "random", "prenorm"] = "zero"
+    initial: Literal["zero", "mean", "random", "prenorm", "given"] = "zero"
     entry: int = 0
     peak: Literal["signed", "absolute"] = "signed"
     peak_over: Literal["tokens", "patches"] = "tokens"
     scale: float = 1.0
     left: Literal["zero", "mean", "own"] = "zero"
     keep_prefix: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def calibrate(
+        cls,
+        vit: Backbone,
+        images: Iterable[Batch] | Iterable[Tensor],
+        neurons: RegisterNeurons,
+        *,
+        registers: int | None = None,
+        feeders: bool = True,
+        **options: Any,
+    ) -> "TestTimeRegisters":
+        """Registers that resemble the outliers they replace, learned from images (no labels).
+
+        They enter at the first block with neurons to edit, as the mean outlier token there, and there are as
+        many as an image has outliers on average (up to 8), each like those at one of the most frequent
+        places. `feeders` moves the neurons that lead up to the outliers, too (see marks.py).
+        """
+        from vitreg.fixes.marks import mean_outliers, measure_marks
+
+        if feeders:
+            neurons, _ = measure_marks(vit, images, neurons)
+        entry = min(neurons.by_layer)
+        initial = mean_outliers(vit, images, neurons, entry, registers)
+        given: dict[str, Any] = {"entry": entry, "initial": "given"}
+        return cls(neurons, len(initial), tensors={"initial": initial}, **(given | options))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +97,12 @@ class TestTimeRegisters(Fix):
             raise ValueError(
                 f"registers={self.registers}, entry={self.entry}, scale={self.scale}: expected a number of"
                 " registers and a block of 0 or more, and a finite factor."
+            )
+        found = tuple(self.tensors["initial"].shape) if "initial" in self.tensors else None
+        if self.initial == "given" and (found is None or found[0] != self.registers):
+            raise ValueError(
+                f"initial='given' with initial values of shape {found}: expected"
+                f" tensors['initial'] ({self.registers}, width). Use TestTimeRegisters.calibrate(...)."
             )
         self._check_neurons()
 
@@ -95,6 +131,12 @@ class TestTimeRegisters(Fix):
             raise FixError(
                 f"registers enter before block {self.entry}, but the model has {vit.anatomy.depth} blocks."
                 " The fix was made for another model."
+            )
+
+        if self.initial == "given" and self.tensors["initial"].shape[1] != vit.anatomy.width:
+            raise FixError(
+                f"initial values of width {self.tensors['initial'].shape[1]}, but the model's is"
+                f" {vit.anatomy.width}. The fix was made for another model."
             )
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
@@ -196,6 +238,8 @@ class _Edit(BlockEdit):
 def _initial_value(fix: TestTimeRegisters, vit: Backbone) -> Float[Tensor, "r d"]:
     """What the registers hold when they enter, where it is the same for every image."""
     zeros = torch.zeros(fix.registers, vit.anatomy.width)
+    if fix.initial == "given":
+        return fix.tensors["initial"]
     if fix.initial == "random":
         return torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0))
     if fix.initial == "prenorm" and (norm := _norm_before_blocks(vit)) is not None:

@@ -130,34 +130,47 @@ class _Edit(BlockEdit):
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         fork = None if self.first else self.carry.take(self.layer, x)
-        if fork is None and self.neurons is None:
-            return inner(x, args, kwargs)
         n = x.shape[1]
+        marker = self._marker(fork, n)
         if fork is not None:
             args, kwargs = self._tables((args, kwargs), fork, n)
             x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
-        room = ceil(self.share * (n - self.start))
-        marker = None if self.neurons is None else _Marker(self.neurons, fork, self.start, room)
-        with _Inside(block, self.down, marker, fork, self.start, n):
+        elif marker is None:
+            return inner(x, args, kwargs)
+        with self._inside(block, marker, fork, n):
             y = inner(x, args, kwargs)
-        if fork is not None:
-            tokens, copies = y.tensor_split([n], 1)
-            grid = _place(tokens, fork, copies)
-        else:
-            tokens = grid = y
-        if marker is not None:
-            fork = marker.fork
-            write = F.linear(marker.removed, self._write(block).to(marker.removed))
-            original = _at(tokens, fork.position) + write
-        else:
-            original = _at(tokens, fork.position)
-        self.carry.leave(self.layer, fork._replace(original=original))
+        tokens, copies = y.tensor_split([n], 1)
+        grid = tokens if fork is None else _place(tokens, fork, copies)
+        self.carry.leave(self.layer, self._next(block, tokens, marker, fork))
         return grid
 
-    def _write(self, block: nn.Module) -> Float[Tensor, "d k"]:
+    def _inside(self, block: nn.Module, marker: "_Marker | None", fork: "Fork | None", n: int) -> Inside:
+        if fork is None:
+            return Inside(block, self.down, marker)
+        return _Forked(block, self.down, marker, fork, self.start, n)
+
+    def _next(
+        self, block: nn.Module, tokens: Tensor, marker: "_Marker | None", fork: "Fork | None"
+    ) -> "Fork":
+        """The fork that the next block takes on."""
+        if marker is None:
+            assert fork is not None
+            return fork._replace(original=_at(tokens, fork.position))
+        # What stands in the grid where a token was forked just now is the copy already.
+        position, valid, _ = marker.fork
+        write = F.linear(marker.removed, self._write(block, marker.removed))
+        return Fork(position, valid, _at(tokens, position) + write)
+
+    def _marker(self, fork: "Fork | None", n: int) -> "_Marker | None":
+        if self.neurons is None:
+            return None
+        return _Marker(self.neurons, fork, self.start, ceil(self.share * (n - self.start)))
+
+    def _write(self, block: nn.Module, like: Tensor) -> Float[Tensor, "d k"]:
         """What the neurons of this block add to the stream, per unit of activation."""
-        weight: Tensor = block.get_submodule(self.down).weight
-        return weight[:, self.neurons.index.to(weight.device)] * self.gain.to(weight)[:, None]
+        assert self.neurons is not None and self.gain is not None
+        weight = block.get_parameter(f"{self.down}.weight")
+        return weight[:, self.neurons.index.to(weight.device)].to(like) * self.gain.to(like)[:, None]
 
     def _tables(self, given: Any, fork: Fork, tokens: int) -> Any:
         """Positional tables (rotary, say) that the model hands to the block, with rows for the copies."""
@@ -214,45 +227,48 @@ class _Marker:
         return score.scatter(1, position, torch.where(valid, torch.inf, score.gather(1, position)))
 
 
-class _Inside(Inside):
+class _Forked(Inside):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
     def __init__(
-        self, block: nn.Module, down: str, marker: _Marker | None, fork: Fork | None, start: int, n: int
+        self, block: nn.Module, down: str, marker: _Marker | None, fork: Fork, start: int, n: int
     ) -> None:
         super().__init__(block, down, marker)
         self._fork, self._start, self._tokens = fork, start, n
-        self._inserted = 0 if fork is None else fork.position.shape[1]
+        self._inserted = fork.position.shape[1]
         self._shown = ExitStack()
 
-    def __enter__(self) -> "_Inside":
-        if self._fork is not None and not torch.compiler.is_compiling():
+    def __enter__(self) -> Any:
+        if not torch.compiler.is_compiling():
             self._order, self._absent = self._fork.order(self._start, self._tokens)
             self._shown.enter_context(arranged(self._order))
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         self._shown.close()
         super().__exit__(*error)
 
     def _attend(
-        self, func: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **kwargs: Any
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        *rest: Any,
+        **kwargs: Any,
     ) -> Any:
-        if self._fork is None:
-            return func(q, k, v, attn_mask, *rest, **kwargs)
+        n = self._tokens
         mask = None if attn_mask is None else self._rows_for_copies(attn_mask)
         with self._shown_to_watchers(
-            lambda: SdpaCall(q, k, v, self._columns_for_copies(mask), *rest, **kwargs)
+            lambda: SdpaCall(query, key, value, self._columns_for_copies(mask), *rest, **kwargs)
         ):
-            n = self._tokens
-            return func(q, k[..., :n, :], v[..., :n, :], mask, *rest, **kwargs)
+            return func(query, key[..., :n, :], value[..., :n, :], mask, *rest, **kwargs)
 
     def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self._fork is None:
-            return func(*args, **kwargs)
         if kwargs.get("attn_mask") is not None:
             raise UnsupportedModelError(
-                "token splitting in nn.MultiheadAttention with a mask is not supported."
+                "token splitting in nn.MultiheadAttention with a mask is not supported. Use test-time registers."
             )
         query, key, value, *rest = args
         with self._shown_to_watchers(lambda: MultiheadCall(*args, **kwargs)):
@@ -326,10 +342,9 @@ def _gain(vit: Backbone, layer: int, args: Any, kwargs: Any) -> Float[Tensor, " 
         hook.remove()
     once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
     gain = once.mean((0, 1))
-    close = {"rtol": 1e-2, "atol": 1e-2 * float(gain.abs().max())}
-    if not torch.allclose(once, gain.expand_as(once), **close) or not torch.allclose(
-        twice, 2 * once, **close
-    ):
+    atol = 1e-2 * float(gain.abs().max())
+    alike = torch.allclose(once, gain.expand_as(once), rtol=1e-2, atol=atol)
+    if not alike or not torch.allclose(twice, 2 * once, rtol=1e-2, atol=atol):
         raise UnsupportedModelError(
             f"block {layer} normalises what its MLP writes, so a token cannot be split there. Use test-time"
             " registers."
