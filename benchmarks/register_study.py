@@ -79,11 +79,11 @@ def rows(vit: vitreg.Backbone, photos: list, neurons: vitreg.RegisterNeurons) ->
 def study(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[str], list[list[str]]]:
     """(headings, lines): one line per way, the unfixed model first."""
     vit = vitreg.load(args.model)
-    folders = [vitreg.read_images(folder, vit, limit=args.limit) for folder in args.photos]
+    folders = [vitreg.read_images(every(folder, args.every), vit) for folder in args.photos]
     reports = [vitreg.diagnose(vit, folder) for folder in folders]
     neurons = vitreg.find_register_neurons(vit, folders[0], reports[0])
-    few = [batch.pixels for batch in vitreg.read_images(args.photos[0], vit, limit=64)]
-    ways = rows(vit, few, neurons)
+    few = [batch.pixels for batch in vitreg.read_images(every(args.photos[0], args.every), vit, limit=64)]
+    ways = [row for row in rows(vit, few, neurons) if not args.only or row.name in args.only]
     say(f"neurons {neurons.by_layer}, {len(ways)} ways, {sum(report.images for report in reports)} photos")
     results = []
     for folder, report in zip(folders, reports, strict=True):
@@ -101,6 +101,11 @@ def study(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[st
     return headings, lines
 
 
+def every(folder: str, step: int) -> list[str]:
+    """Every step-th photo of a folder, in the order of their paths."""
+    return [str(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()][::step]
+
+
 def _written(result: Resampled, version: str, name: str) -> str:
     estimate = result.value(version, name)
     return "-" if estimate is None else f"{estimate.value:{'.1%' if name == 'top1' else KINDS[name].format}}"
@@ -112,7 +117,8 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("photos", nargs="+")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--every", type=int, default=1, help="take every N-th photo")
+    parser.add_argument("--only", nargs="*", help="only these rows")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     args = parser.parse_args()
     console = Console(stderr=True)

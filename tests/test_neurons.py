@@ -1,7 +1,5 @@
 """Register neurons: planted ones are found exactly, and as many as were planted; the real one comes first."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from catalog import CATALOG, Entry, hf_entry, images, open_clip_visual, timm_entry
@@ -83,9 +81,7 @@ def patches(vit: vitreg.Backbone, photos: torch.Tensor) -> torch.Tensor:
     return t.residuals[0][:, t.layout.patch_slice]
 
 
-def alike(
-    phantom: Phantom, photos: torch.Tensor, planted: torch.Tensor, fix: vitreg.Fix
-) -> dict[str, float]:
+def alike(phantom: Phantom, photos: torch.Tensor, planted: torch.Tensor, fix: vitreg.Fix) -> dict[str, float]:
     """Mean cosine to the patches of the unplanted model."""
     marked = phantom.marked(photos).flatten(1)
     with fix.applied_to(phantom.vit):

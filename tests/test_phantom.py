@@ -131,7 +131,9 @@ def test_only_the_planted_neurons_fire_on_marked_patches_alone(vit, photos):
 
 def test_marked_patches_are_the_flat_ones():
     vit = vitreg.wrap(timm.create_model("vit_tiny_patch16_224", depth=3))
-    photos = crops(vit, 96, 0)  # with 24, the direction fitted to so few flat patches is poor for 3 of 24 seeds
+    photos = crops(
+        vit, 96, 0
+    )  # with 24, the direction fitted to so few flat patches is poor for 3 of 24 seeds
     marked = plant(vit, photos, 1).marked(photos)
     information = photos.unfold(2, 16, 16).unfold(3, 16, 16).flatten(4).std(-1).mean(1)
     assert information[marked].median() < information[~marked].quantile(0.25)

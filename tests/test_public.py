@@ -7,7 +7,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from catalog import CATALOG
 from test_models import tiny_timm
+from test_phantom import crops
 
 import vitreg
 import vitreg.errors
@@ -52,6 +54,20 @@ def test_the_readmes_example_runs(monkeypatch, tmp_path):
     assert (tmp_path / "overview.png").stat().st_size > 10_000
 
 
+def test_the_readmes_cure_runs(monkeypatch, tmp_path):
+    """As printed, on a phantom; the last line applies the saved fix to the bare model."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    vit = CATALOG["timm vit"].backbone()
+    photos = [crops(vit, 24, 0)]
+    phantom = vitreg.plant(vit, photos, 1)
+    monkeypatch.chdir(tmp_path)
+    before = vitreg.diagnose(phantom.vit, photos)
+    exec(code, {"vitreg": vitreg, "vit": phantom.vit, "photos": photos, "model": phantom.vit.model})
+    assert before.has_artifacts
+    assert not vitreg.diagnose(phantom.vit, photos).has_artifacts
+    assert sum(path.stat().st_size for path in Path("my-fix").iterdir()) < 50_000
+
+
 def test_the_readmes_file_map_names_every_module():
     tree = README[README.index("## Where things are") :]
     for path in (ROOT / "vitreg").glob("*.py"):
@@ -67,6 +83,8 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys):
     assert found[3] == "0"
     assert "no artifacts" in said
     assert "phantom" in (tmp_path / "out/report.html").read_text().lower()
+    assert "Verdict on it: helps" in said
+    assert vitreg.load_fix(tmp_path / "out/fix").neurons.by_layer
     with open(tmp_path / "out/overview.png", "rb") as picture:
         assert matplotlib.image.imread(picture).std() > 0.1
 

@@ -29,14 +29,14 @@ def vit(shared) -> vitreg.Backbone:
 def photos(shared, vit) -> list[torch.Tensor]:
     """100 photos, of every tenth class."""
     paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::10]
-    return [batch.pixels for batch in vitreg.read_images(paths, vit, batch_size=50)]
+    return [batch.pixels for batch in vitreg.read_images(paths, vit, batch_size=50, workers=0)]
 
 
 @pytest.fixture(scope="module")
 def nette(shared, vit) -> list[torch.Tensor]:
     """50 photos that the model was not trained on."""
     paths = sorted((shared / "data/imagenette/val").glob("*/*"))[::10]
-    return [batch.pixels for batch in vitreg.read_images(paths, vit, batch_size=50)]
+    return [batch.pixels for batch in vitreg.read_images(paths, vit, batch_size=50, workers=0)]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,6 @@ def test_splitting_is_fed_by_what_leads_up_to_the_outliers(splitting):
 
 def test_the_cure_that_is_chosen_keeps_predictions(vit, photos, before):
     cure = vitreg.find_cure(vit, [photos[0][:24]], report=before)
-    assert "the paper's test-time register: equal predictions 0." in cure.choice  # it would cost some
     assert cure.verdict.verdict == "helps"
     assert cure.verdict["agreement"].after.value >= 0.99
     assert cure.verdict["largest_norm_of_all"].after.value <= TOO_LARGE
@@ -229,7 +228,7 @@ def run(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 
 def test_deit_ti_gets_no_fix(shared, run, tmp_path):
     model, data = shared / "models/deit_tiny_patch16_224", shared / "data/imagenet-sample-1000"
-    code, out = run("fix", model, data, "-o", tmp_path / "x", "--limit", 100, "--workers", 0)
+    code, out = run("fix", model, data, "-o", tmp_path / "x", "--limit", 50, "--workers", 0)
     assert code == 0
     assert "no artifacts" in out
     assert list(tmp_path.iterdir()) == []

@@ -113,7 +113,7 @@ def _inserted(edits: list[BlockEdit]) -> int:
 
 
 def refuse_own_forward(block: nn.Module) -> None:
-    """Raise UnsupportedModelError for a block whose `forward` was replaced: that of its class is not called."""
+    """Raise UnsupportedModelError for a block whose `forward` was replaced: its class's is not called."""
     if "forward" in block.__dict__:
         raise UnsupportedModelError(
             f"a {type(block).__name__} has a `forward` of its own, put there by another library (accelerate's"

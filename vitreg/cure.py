@@ -26,10 +26,10 @@ from vitreg.verify import verify
 
 Kind = Literal["auto", "registers", "splitting", "bias", "shift-average"]
 
-# Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them: the
-# share of equal predictions, and without a head the cosine of CLS (or of normal patches) before and after.
+# Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them, on
+# average: predictions, where there is a head, and the cosines of CLS and of normal patches before and after.
 CHOOSING_IMAGES = 128
-UNCHANGED = {"agreement": 0.99, "cls": 0.99, "patches": 0.99}
+UNCHANGED = {"agreement": 0.99, "cls": 0.98, "patches": 0.98}
 # Rounds of find, fix and find again, for models with several populations of outliers.
 ROUNDS = 4
 
@@ -219,15 +219,12 @@ def _besides(tried: list[str]) -> str:
 
 
 def _kept(vit: Backbone, fix: Fix, images: list[Tensor], report: Diagnosis) -> tuple[bool, str]:
-    """Whether the model says the same with a fix, and the figure that says so."""
+    """Whether the model says the same with a fix, and the figures that say so."""
     tried = verify(vit, fix, images, report=report, controls=False, labels=False)
-    measures = {measure.name: measure for measure in tried.measures}
-    if not measures:
-        return True, "none of the images it was tried on has artifacts"
-    name = next(name for name in UNCHANGED if name in measures)
-    kept, wanted = measures[name].after.value, UNCHANGED[name]
-    labels = {"agreement": "equal predictions", "cls": "cosine of CLS", "patches": "cosine of normal patches"}
-    return kept >= wanted, f"{labels[name]} {kept:.3f} on {tried.images} images, {wanted} wanted"
+    after = {measure.name: measure.after.value for measure in tried.measures if measure.name in UNCHANGED}
+    names = {"agreement": "equal predictions", "cls": "cosine of CLS", "patches": "cosine of normal patches"}
+    found = ", ".join(f"{names[name]} {value:.4f}" for name, value in after.items())
+    return all(value >= UNCHANGED[name] for name, value in after.items()), found
 
 
 def _again(

@@ -5,15 +5,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from vitreg.diagnosis import Diagnosis, versions
 from vitreg.fixes.base import Fix
 from vitreg.measures import KINDS, Estimate
-from vitreg.style import INK, OUTLIER, QUIET, house_style, titled
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,10 @@ class Verdict:
         plain: dict[str, Any] = _plain(found)
         return plain
 
-    def figure(self) -> Figure:
+    def figure(self) -> Any:
         """Outliers, attention and predictions of every version of the model, with their intervals."""
+        from vitreg.plot_verdict import versions_figure
+
         return versions_figure(self)
 
     def __str__(self) -> str:
@@ -141,49 +140,3 @@ def _with_interval(name: str, estimate: Estimate, signed: bool) -> str:
     interval = "" if estimate.low is None else f" [{estimate.low:{spec}}, {estimate.high:{spec}}]"
     # What compares the two models stands under "after" already.
     return f"{estimate.value:{spec}}{interval}" if signed else interval.strip()
-
-
-# -- figure ----------------------------------------------------------------------------------------
-
-
-@house_style
-def versions_figure(verdict: Verdict) -> Figure:
-    """One panel per question, one row per version of the model: value and 95% interval."""
-    rows = _versions(verdict)
-    if not rows:
-        raise ValueError(f"the verdict is {verdict.verdict!r}: nothing was measured that could be drawn.")
-    cost = next(name for name in ("top1", "agreement", "cls", "patches") if name in rows["with the fix"])
-    panels = [name for name in ("outliers", "attention", cost) if name in rows["with the fix"]]
-    figure = Figure(figsize=(8.4, 1.1 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, name in zip(axes, panels, strict=True):
-        _draw_versions(ax, name, rows)
-    axes[0].set_yticks(range(len(rows)), list(rows))
-    axes[0].invert_yaxis()
-    return figure
-
-
-def _versions(verdict: Verdict) -> dict[str, dict[str, Estimate]]:
-    names = {"unfixed": "as it is", "fix": "with the fix"}
-    if verdict.controls:
-        return {names.get(control.name, control.name): control.measures for control in verdict.controls}
-    if not verdict.measures:
-        return {}
-    before = {x.name: x.before for x in verdict.measures if x.before is not None}
-    return {"as it is": before, "with the fix": {x.name: x.after for x in verdict.measures}}
-
-
-def _draw_versions(ax: Axes, name: str, rows: dict[str, dict[str, Estimate]]) -> None:
-    for place, (version, measures) in enumerate(rows.items()):
-        if (estimate := measures.get(name)) is None:
-            continue
-        colour = {"as it is": INK, "with the fix": OUTLIER}.get(version, QUIET)
-        if estimate.low is not None and estimate.high is not None:
-            ax.plot([estimate.low, estimate.high], [place, place], color=colour, alpha=0.5, linewidth=3)
-        ax.plot(estimate.value, place, "o", color=colour)
-    if KINDS[name].format.endswith("%"):
-        ax.xaxis.set_major_formatter(
-            lambda value, _: f"{value:.3g}".rstrip() if value > 1 else f"{value:.4g}"
-        )
-    ax.grid(axis="x", linewidth=0.4)
-    titled(ax, KINDS[name].label.capitalize())

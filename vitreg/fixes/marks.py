@@ -47,8 +47,8 @@ def measure_marks(
 
     With `feeders`, also those of the ranking whose lowest outlier activations are over twice their highest
     normal ones (percentiles 5 and 99.9): they lead up to the outliers, and without them a copy is cleaner.
-    Looks at the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a search's
-    evidence, or images without outliers; ImageError without images.
+    Looks at the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a
+    search's evidence, or images without outliers; ImageError without images.
     """
     detect, threshold = _outlier_norm(neurons)
     candidates = list(dict.fromkeys((*neurons.chosen, *(neurons.ranking if feeders else ()))))

@@ -168,7 +168,8 @@ class _Edit(BlockEdit):
 
     def _write(self, block: nn.Module, like: Tensor) -> Float[Tensor, "d k"]:
         """What the neurons of this block add to the stream, per unit of activation."""
-        assert self.neurons is not None and self.gain is not None
+        assert self.neurons is not None
+        assert self.gain is not None
         weight = block.get_parameter(f"{self.down}.weight")
         return weight[:, self.neurons.index.to(weight.device)].to(like) * self.gain.to(like)[:, None]
 
@@ -268,7 +269,8 @@ class _Forked(Inside):
     def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
         if kwargs.get("attn_mask") is not None:
             raise UnsupportedModelError(
-                "token splitting in nn.MultiheadAttention with a mask is not supported. Use test-time registers."
+                "token splitting in nn.MultiheadAttention with a mask is not supported. Use test-time"
+                " registers."
             )
         query, key, value, *rest = args
         with self._shown_to_watchers(lambda: MultiheadCall(*args, **kwargs)):
