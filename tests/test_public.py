@@ -83,7 +83,8 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys):
     assert found[3] == "0"
     assert "no artifacts" in said
     assert "phantom" in (tmp_path / "out/report.html").read_text().lower()
-    assert "Verdict on it: helps" in said
+    assert "Register neurons found: 4 of 4 planted, of 4 named." in said
+    assert "Token splitting helps: it removes the artifacts" in said.replace("\n", " ")
     assert vitreg.load_fix(tmp_path / "out/fix").neurons.by_layer
     with open(tmp_path / "out/overview.png", "rb") as picture:
         assert matplotlib.image.imread(picture).std() > 0.1

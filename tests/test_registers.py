@@ -6,7 +6,7 @@ import pytest
 import torch
 from catalog import CATALOG, images
 from test_contract import built, removing
-from test_fix_contract import activations, close, different, residuals
+from test_fix_contract import activations, close, different, reference, residuals
 from test_phantom import crops
 from torch import Tensor
 
@@ -239,7 +239,34 @@ def test_registers_ignore_what_padding_masks_hide():
     plain = run(5)
     with TestTimeRegisters({}, registers=2).applied_to(vit):
         close(run(5), run(0))
-        assert different(run(5), plain)
+        one = run(5)
+        assert different(one, plain)
+        with TestTimeRegisters({}, registers=1, initial="mean", entry=1).applied_to(vit):
+            assert different(run(0), one)
+
+
+def test_biases_are_resampled_for_a_larger_image_as_ever():
+    """Their table grows from 7x7 to 9x9 cells: by as much as there are registers."""
+    vit = vitreg.wrap(built("hf beit").model, image_size=40)
+    fix = TestTimeRegisters({0: [3], 1: [5]}, registers=2)
+    with fix.applied_to(vit):
+        found = residuals(vit, images(vit, 3))
+    close(found, reference(vit, fix))
+
+
+# -- what is handed out ----------------------------------------------------------------------------
+
+
+def test_registers_are_handed_out_without_the_memory_of_the_pass():
+    handle = TestTimeRegisters({0: [3]}, registers=2).apply(VIT)
+    assert handle.carried is None
+    VIT(BATCH)
+    registers = handle.carried
+    handle.undo()
+    assert registers.shape == (3, 2, VIT.anatomy.width)
+    assert registers.any()
+    assert not registers.requires_grad
+    assert registers.untyped_storage().nbytes() == registers.numel() * registers.element_size()
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -304,6 +331,11 @@ def test_planted_artifacts_are_found_and_cured(name):
             of(photos)
         return t.layout.as_grid(t.norms[1][:, t.layout.patch_slice])
 
+    with TestTimeRegisters({}, registers=3).applied_to(phantom.vit):  # which make no difference to the search
+        again = find_register_neurons(phantom.vit, [photos], diagnose(phantom.vit, [photos]), top_k=4)
+    assert set(again.by_layer[1]) == set(
+        find_register_neurons(phantom.vit, [photos], report, top_k=4).by_layer[1]
+    )
     sick, usual = norms(phantom.vit), norms(vit)
     with TestTimeRegisters({1: phantom.neurons}).applied_to(phantom.vit):
         cured = norms(phantom.vit)

@@ -38,10 +38,15 @@ def run(out: Path) -> None:
     console.print(_table(clean, report))
     console.print(_truth(phantom, report, photos), "\n")
     console.print(str(report), "\n", highlight=False)
-    cure = vitreg.find_cure(phantom.vit, photos, report=report)
-    console.print(f"The cure: {cure.choice}", highlight=False)
-    console.print(f"Verdict on it: {cure.verdict.verdict}, for {cure.verdict.reason}\n", highlight=False)
-    console.print(f"fix: {cure.save(out / 'fix', vit=phantom.vit)}", highlight=False)
+    neurons = vitreg.find_register_neurons(phantom.vit, photos, report)
+    fix = vitreg.TokenSplitting.calibrate(phantom.vit, photos, neurons)
+    verdict = vitreg.verify(phantom.vit, fix, photos, report=report, controls=False)
+    hits = len(set(neurons.by_layer.get(LAYER, [])) & set(phantom.neurons))
+    console.print(
+        f"Register neurons found: {hits} of {len(phantom.neurons)} planted, of {neurons.top_k} named."
+    )
+    console.print(f"Token splitting {verdict.verdict}: {verdict.reason}\n", highlight=False)
+    console.print(f"fix: {fix.save(out / 'fix', vit=phantom.vit)}", highlight=False)
     page = write_report(report, out / "report.html")
     console.print(f"report: {page}\nground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
     picture = out / "overview.png"
