@@ -21,6 +21,12 @@ from vitreg.fixes.marks import mean_outliers, measure_marks
 from vitreg.measures import KINDS, Resampled
 from vitreg.verify import Measured
 
+HEADER = """# What a test-time register can do, and what splitting does
+
+Every row is one way to fix a model that pays for a register. Made by `benchmarks/register_study.py` (its
+first lines say what the columns are); neurons and all that is calibrated come from 64 photos without labels.
+
+"""
 MEASURES = ["agreement", "logit_change", "largest_norm_of_all", "attention", "likeness"]
 
 
@@ -127,7 +133,7 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
     print(text)
     if args.markdown:
-        args.markdown.write_text(text + "\n")
+        args.markdown.write_text(f"{HEADER}{text}\n")
 
 
 if __name__ == "__main__":

@@ -313,6 +313,17 @@ def test_options_of_fix_reach_the_run(run, planted, crop_files, tmp_path, kind):
         assert "looking again, round 2" in progress
 
 
+def test_a_fixed_model_is_diagnosed(run, planted, crop_files, saved_fix):
+    model, _ = planted
+    code, said, _ = run("diagnose", model, crop_files, "--workers", 0)
+    assert code == 0
+    assert f"{model}: artifacts" in said
+    code, said, _ = run("diagnose", model, crop_files, "--fix", saved_fix, "--workers", 0)
+    assert code == 0
+    assert "fixed (" in said
+    assert "): no artifacts" in said
+
+
 def test_verify_without_controls(run, planted, crop_files, saved_fix, tmp_path):
     result = ("--json", tmp_path / "v.json")
     code, said, _ = run("verify", planted[0], saved_fix, crop_files, "--no-controls", *result, "--workers", 0)

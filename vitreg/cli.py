@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,6 +76,9 @@ def diagnose(
         Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write the main figure.")] = None,
+    fix: Annotated[
+        str | None, typer.Option(metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
+    ] = None,
     size: Size = None,
     limit: Limit = None,
     batch_size: BatchSize = 32,
@@ -89,9 +93,13 @@ def diagnose(
 
     models, images = _split(inputs)
     _check_writable(json_path, report, figure)
+    loaded = vitreg.load_fix(fix) if fix else None
     found: list[Diagnosis] = []
     for model in models:
         vit = _load(model, size, random_weights, device, dtype)
+        if loaded:
+            loaded.apply(vit)
+            vit = replace(vit, name=f"{vit.name}, fixed ({loaded.type})")
         photos = vitreg.read_images(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
         )

@@ -2,6 +2,7 @@
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from vitreg.measures import KINDS, Estimate
 from vitreg.style import INK, OUTLIER, QUIET, house_style, titled
@@ -44,8 +45,6 @@ def _draw_versions(ax: Axes, name: str, rows: dict[str, dict[str, Estimate]]) ->
             ax.plot([estimate.low, estimate.high], [place, place], color=colour, alpha=0.5, linewidth=3)
         ax.plot(estimate.value, place, "o", color=colour)
     if KINDS[name].format.endswith("%"):
-        ax.xaxis.set_major_formatter(
-            lambda value, _: f"{value:.3g}".rstrip() if value > 1 else f"{value:.4g}"
-        )
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(axis="x", linewidth=0.4)
     titled(ax, KINDS[name].label.capitalize())
