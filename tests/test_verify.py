@@ -226,8 +226,8 @@ def test_outliers_are_compared_with_ordinary_patches_at_the_border(helped):
     found = reference.measure(look)
     assert found["likeness"][0] == 0
     assert found["likeness"][1].isnan()  # no outlier in this image
-    assert found["likeness_border"][0] == pytest.approx((13 + 2 * 2 / 3) / 15)
-    assert found["likeness_interior"][0] == pytest.approx((0 + 4 * 0.75 + 4 * 1) / 9)
+    assert found["likeness_border"][0] == pytest.approx((13 + 2 * 2 / 5**0.5) / 15)
+    assert found["likeness_interior"][0] == pytest.approx((0 + 4 * 3 / 10**0.5 + 4 * 1) / 9)
     assert found["attention"].tolist() == pytest.approx([0.04, 0])
     assert found["entropy"].tolist() == pytest.approx([np.log(25)] * 2)
     assert "top1" not in found

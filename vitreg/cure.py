@@ -224,7 +224,8 @@ def _kept(vit: Backbone, fix: Fix, images: list[Tensor], report: Diagnosis) -> t
     after = {measure.name: measure.after.value for measure in tried.measures if measure.name in UNCHANGED}
     names = {"agreement": "equal predictions", "cls": "cosine of CLS", "patches": "cosine of normal patches"}
     found = ", ".join(f"{names[name]} {value:.4f}" for name, value in after.items())
-    return all(value >= UNCHANGED[name] for name, value in after.items()), found
+    kept = all(value >= UNCHANGED[name] for name, value in after.items())
+    return kept, f"{found}, on {tried.images} images"
 
 
 def _again(
