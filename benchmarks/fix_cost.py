@@ -69,7 +69,8 @@ def forward_costs(args: argparse.Namespace, size: int, compiled: bool) -> list[t
     images = images.to(vit.device, vit.dtype)
     seconds: dict[str, list[float]] = {}
     fixes = variants(chosen_neurons(vit, images))
-    models = {name: fix.bake(vit.model) if fix else vit.model for name, fix in fixes.items()}
+    wanted = {name: fix for name, fix in fixes.items() if fix is None or not args.only or name in args.only}
+    models = {name: fix.bake(vit.model) if fix else vit.model for name, fix in wanted.items()}
     if compiled:
         models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}
     with torch.no_grad():
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="under torch.compile(fullgraph=True)")
+    parser.add_argument("--only", nargs="*", help="only these variants, beside plain")
     parser.add_argument("--search", action="store_true", help="also time finding neurons")
     args = parser.parse_args()
     threads = torch.get_num_threads()
