@@ -5,6 +5,7 @@ from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.emergence import Emergence
 from vitreg.errors import (
+    DataError,
     FixError,
     FixWarning,
     ImageError,
@@ -46,6 +47,7 @@ __all__ = [
     "Backbone",
     "Batch",
     "Cure",
+    "DataError",
     "Diagnosis",
     "Emergence",
     "Fix",

@@ -21,6 +21,8 @@ from vitreg.models import SCHEMES
 from vitreg.neurons import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vitreg.diagnosis import Diagnosis
     from vitreg.emergence import Emergence
     from vitreg.models import Backbone
@@ -198,6 +200,58 @@ def verify(
         typer.echo(f"JSON: {json_path}")
 
 
+@app.command(name="eval")
+def eval_(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="What to measure; see the list below.")],
+    model: Model,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="The data set, in its standard layout.")],
+    fix: Annotated[
+        str | None, typer.Option(metavar="FIX", help="Apply a saved fix (folder or hub id).")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Without and with the fix, and the difference.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the task; repeatable."),
+    ] = None,
+    json_path: Json = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="F.png", help="Draw what was found, if the task can.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where features are kept; default: the user's cache.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
+    size: Size = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+) -> None:
+    """Measure a model, with or without a fix, on one of the papers' tasks."""
+    from vitreg.evals.command import run
+    from vitreg.evals.config import default_cache
+
+    run(
+        task,
+        lambda builder: _load(model, size, random_weights, device, dtype, builder),
+        data,
+        fix=fix,
+        compared=compare,
+        settings=settings or [],
+        json_path=json_path,
+        figure=figure,
+        machine={
+            "cache": None if no_cache else cache or default_cache(),
+            "limit": limit,
+            "batch_size": batch_size,
+            "workers": workers,
+            "progress": True,
+        },
+    )
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the report goes.")] = Path(
@@ -210,11 +264,19 @@ def demo(
     run(out)
 
 
-def _load(model: str, size: int | None, random_weights: bool, device: str, dtype: str) -> "Backbone":
+def _load(
+    model: str,
+    size: int | None,
+    random_weights: bool,
+    device: str,
+    dtype: str,
+    builder: "Callable[..., Backbone] | None" = None,
+) -> "Backbone":
     import vitreg
 
+    build = builder or vitreg.load
     with Console(stderr=True).status(f"loading {model}"):
-        return vitreg.load(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        return build(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
 
 
 def _say(stage: str) -> None:

@@ -5,6 +5,7 @@
     ├── UnsupportedModelError   a model whose parts cannot be found, or that cannot be watched
     ├── NonFiniteError          NaN or infinity in weights or activations
     ├── ImageError              no readable image, or (with strict) one that is not
+    ├── DataError               a data set that does not hold together, or a setting that a task does not have
     ├── FixError                a fix that does not fit the model, is damaged, or is applied out of order
     ├── OutputError             a result that cannot be written
     └── MissingExtraError       an optional library that is not installed
@@ -35,6 +36,11 @@ class NonFiniteError(VitregError):
 
 class ImageError(VitregError):
     """No image could be read, or one could not and `strict` was asked for."""
+
+
+class DataError(VitregError):
+    """A data set does not hold together (a mask of another size, a split that names a missing file), or a
+    task has no such setting."""
 
 
 class FixError(VitregError):

@@ -226,7 +226,7 @@ def _list_path(path: str) -> list[_Item]:
     if glob.has_magic(path):
         return [*_images_or_shards(path, glob.glob(path, recursive=True))]
     expected = "a folder, an image, a glob, a .txt list of paths or .tar shards"
-    raise ImageError(f"there is no file or folder {_printable(path)}. Expected {expected}.")
+    raise ImageError(f"there is no file or folder {printable(path)}. Expected {expected}.")
 
 
 def _list_folder(folder: str) -> list[_Item]:
@@ -235,7 +235,7 @@ def _list_folder(folder: str) -> list[_Item]:
     seen = set()  # real folders: a link may lead back up
 
     def note(error: OSError) -> None:
-        unreadable.append(FailedImage(_printable(error.filename), reason(error)))
+        unreadable.append(FailedImage(printable(error.filename), reason(error)))
 
     for where, subfolders, names in os.walk(folder, onerror=note, followlinks=True):
         if (real := os.path.realpath(where)) in seen:
@@ -253,7 +253,7 @@ def _images_or_shards(where: str, paths: list[str]) -> list[str]:
         return chosen
     empty = "is empty" if os.path.isdir(where) else "matches no file"
     what = f"has {len(paths)} files, but none named like an image or .tar shard" if paths else empty
-    raise ImageError(f"{_printable(where)} {what}. Expected images (.jpg, .png, .webp, ...).")
+    raise ImageError(f"{printable(where)} {what}. Expected images (.jpg, .png, .webp, ...).")
 
 
 def _list_text(path: str) -> list[str]:
@@ -261,7 +261,7 @@ def _list_text(path: str) -> list[str]:
     lines = [line.strip() for line in text.split("\n")]
     listed = [line for line in lines if line and not line.startswith("#")]
     if not listed:
-        raise ImageError(f"{_printable(path)} lists no image. Expected one path per line.")
+        raise ImageError(f"{printable(path)} lists no image. Expected one path per line.")
     beside = [os.path.join(os.path.dirname(path), line) for line in listed]
     pairs = zip(beside, listed, strict=True)
     return [near if os.path.exists(near) or not os.path.exists(line) else line for near, line in pairs]
@@ -320,7 +320,7 @@ class _Reader(IterableDataset[_Outcome]):
     def _read(self, item: _Item) -> _Outcome:
         if isinstance(item, FailedImage):
             return item
-        name, content = (_printable(item), item) if isinstance(item, str) else item
+        name, content = (printable(item), item) if isinstance(item, str) else item
         try:
             pixels = content if isinstance(content, Tensor) else self._prepare(decode(content))
             return name, pixels.detach().cpu().float()
@@ -346,9 +346,9 @@ def _shard_members(path: str) -> Iterator[_Item]:
     try:
         with open(path, "rb") as stream:
             for member in tar_file_iterator(stream, select_files=_is_image):
-                yield _printable(f"{path}/{member['fname']}"), member["data"]
+                yield printable(f"{path}/{member['fname']}"), member["data"]
     except Exception as error:
-        yield FailedImage(_printable(path), f"the shard cannot be read any further: {reason(error)}")
+        yield FailedImage(printable(path), f"the shard cannot be read any further: {reason(error)}")
 
 
 # ---- Back to this process
@@ -372,7 +372,7 @@ def _to_batch(images: list[tuple[str, Tensor]]) -> Batch:
     return Batch(torch.stack([pixels for _, pixels in images]), tuple(name for name, _ in images))
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """The path with escapes for bytes that are not UTF-8 and for control characters."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -1,0 +1,178 @@
+"""What an evaluation answers: metrics with 95% bootstrap intervals, and all that is needed to repeat it.
+
+result = classification.evaluate(vit, "photos/")
+print(result)
+print(compare(before, after))     # paired: the same images are drawn for both
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vitreg.carry import edits_of
+from vitreg.diagnosis import versions
+from vitreg.evals.config import Config
+from vitreg.fixes.base import Fix, applied
+from vitreg.measures import Estimate, bootstrap, interval
+from vitreg.models import Backbone
+
+# From means over images (r, k) of what is kept of each to the metric (r,).
+Reduce = Callable[[Float[np.ndarray, "r k"]], Float[np.ndarray, " r"]]
+
+
+def first_column(means: Float[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
+    """The metric is itself the mean over images."""
+    return means[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric of n images: what is kept of each, and how means over images become the metric.
+
+    Intervals come from drawing images again. `samples` (n, k) may hold NaN for images that have no say. For
+    an accuracy k = 1; for mIoU they are each image's intersections and unions, and `reduce` divides.
+    """
+
+    samples: Float[np.ndarray, "n k"]
+    format: str = ".4g"
+    higher_is_better: bool = True
+    reduce: Reduce = first_column
+
+    @staticmethod
+    def mean(values: Any, format: str = ".4g", higher_is_better: bool = True) -> "Metric":
+        """The mean of one number per image."""
+        return Metric(np.asarray(values, dtype=float)[:, None], format, higher_is_better)
+
+    @property
+    def value(self) -> float:
+        return float(self.reduce(np.nanmean(self.samples, axis=0, keepdims=True))[0])
+
+    def drawn(self, seed: int = 0) -> Float[np.ndarray, " r"]:
+        """The metric on images drawn again; equal seeds and numbers of images make equal draws."""
+        return self.reduce(bootstrap(self.samples, seed))
+
+    def estimate(self, seed: int = 0) -> Estimate:
+        return Estimate(self.value, *interval(self.drawn(seed)))
+
+    def less(self, other: "Metric", seed: int = 0) -> Estimate:
+        """This metric less another: paired where both are of as many images."""
+        other_seed = seed if len(self.samples) == len(other.samples) else seed + 1
+        return Estimate(self.value - other.value, *interval(self.drawn(seed) - other.drawn(other_seed)))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One evaluation of one model. `n` counts the images that the metrics are of.
+
+    `fix` names the fixes that were applied, `config` all settings, `notes` say what a reader must know.
+    `picture`, where a task has one, draws a matplotlib Figure.
+    """
+
+    task: str
+    model: str
+    data: str
+    metrics: dict[str, Metric]
+    n: int
+    config: dict[str, Any]
+    fix: str | None = None
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+    picture: Callable[[], Any] | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def estimates(self) -> dict[str, Estimate]:
+        return {name: metric.estimate(self.seed) for name, metric in self.metrics.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        kept = {
+            name: getattr(self, name)
+            for name in ("task", "model", "fix", "data", "n", "config", "seed", "notes", "versions")
+        }
+        kept["metrics"] = {name: vars(estimate) for name, estimate in self.estimates().items()}
+        return json.loads(json.dumps(kept, default=str))
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.task} of {self.model}{f', {self.fix}' if self.fix else ''} on {self.data}, n = {self.n}"
+        )
+        rows = [
+            (name, written(estimate, self.metrics[name].format))
+            for name, estimate in self.estimates().items()
+        ]
+        return "\n".join([head, *_aligned(rows), *self.notes])
+
+
+def concluded(
+    task: str,
+    vit: Backbone,
+    data: str,
+    metrics: dict[str, Metric],
+    config: Config,
+    *,
+    n: int | None = None,
+    notes: tuple[str, ...] = (),
+    picture: Callable[[], Any] | None = None,
+) -> Result:
+    """A Result that says which fixes are on the model; `n` is the first metric's number of images."""
+    images = n if n is not None else len(next(iter(metrics.values())).samples)
+    return Result(
+        task, vit.name, data, metrics, images, config.settings(), fixes_on(vit), config.seed, notes, picture
+    )
+
+
+def fixes_on(vit: Backbone) -> str | None:
+    """The fixes that act on a model, in words: "registers (5 neurons, 4 register tokens)"."""
+    if not any(map(edits_of, vit.anatomy.block_modules(vit.model))):
+        return None
+    return " + ".join(map(_described, (handle.fix for handle in applied(vit.model)))) or None
+
+
+def _described(fix: Fix) -> str:
+    parts = [f"{n} neurons" for n in [fix.neurons.top_k] if n]
+    parts += [f"{n} register tokens" for n in [getattr(fix, "registers", None)] if n]
+    return f"{fix.type} ({', '.join(parts)})" if parts else fix.type
+
+
+def compare(before: Result, after: Result) -> str:
+    """Two results of one task as a table: the metrics both have, and the difference with its interval."""
+    head = f"{before.task} of {before.model} on {before.data}, n = {before.n}"
+    rows: list[tuple[str, ...]] = [("", before.fix or "as it is", after.fix or "as it is", "difference")]
+    one, other, change = before.estimates(), after.estimates(), differences(before, after)
+    for name in before.metrics | after.metrics:
+        form = (before.metrics | after.metrics)[name].format
+        values = [written(side.get(name), form) for side in (one, other)]
+        rows.append((name, *values, written(change.get(name), "+" + form)))
+    notes = dict.fromkeys((*before.notes, *after.notes))
+    return "\n".join([head, *_aligned(rows), *notes])
+
+
+def differences(before: Result, after: Result) -> dict[str, Estimate]:
+    """After less before, by metric; paired over images."""
+    shared = before.metrics.keys() & after.metrics.keys()
+    return {
+        name: after.metrics[name].less(before.metrics[name], before.seed)
+        for name in before.metrics
+        if name in shared
+    }
+
+
+def comparison_json(before: Result, after: Result) -> Mapping[str, Any]:
+    """Both results and the differences."""
+    change = {name: vars(estimate) for name, estimate in differences(before, after).items()}
+    return {"without": before.to_json(), "with": after.to_json(), "difference": change}
+
+
+def written(estimate: Estimate | None, form: str) -> str:
+    """An estimate as `0.823 [0.799, 0.846]`; nothing for none."""
+    if estimate is None:
+        return ""
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
