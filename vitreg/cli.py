@@ -253,6 +253,40 @@ def eval_(
 
 
 @app.command()
+def papers(
+    table: Annotated[str | None, typer.Argument(metavar="TABLE", help="Show one table's rows.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="TABLE", help="Measure one table's rows, where it can be.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="ROOT", help="The folder of all data sets; default: $VITREG_DATA.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also rows that were measured before.")] = False,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """List the papers' tables beside what was measured here, or measure them."""
+    from vitreg.evals.config import default_cache
+    from vitreg.evals.papers import overview, run_table, table_text
+
+    if run is None:
+        typer.echo(overview() if table is None else table_text(table))
+        return
+    run_table(
+        run,
+        data,
+        lambda row, builder: _load(row.model, row.size, False, device, dtype, builder),
+        again=again,
+        batch_size=batch_size,
+        workers=workers,
+        cache=default_cache(),
+        progress=True,
+    )
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the report goes.")] = Path(
         "vitreg-demo"

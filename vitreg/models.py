@@ -27,6 +27,9 @@ from vitreg.probe import Forward
 
 Preprocess = Callable[[PIL.Image.Image], Tensor]
 Size = int | tuple[int, int]
+Tokenize = Callable[[list[str]], Tensor]  # texts -> token ids (texts, length)
+Built = tuple[nn.Module, Preprocess | None, tuple[int, int]]
+Builder = Callable[[tuple[int, int] | None, bool], Built]
 
 SCHEMES = (
     "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format"
@@ -120,8 +123,68 @@ def load(
     `random_weights` builds the same architecture without a download (`hf:` then also takes a model type
     such as `hf:dinov2`). Raises ModelLoadError, or UnsupportedModelError for what is no plain ViT.
     """
+    module, preprocess, pair = _built(name, _builder(name), size, random_weights, device, dtype)
+    return wrap(module, preprocess, image_size=pair, name=name)
+
+
+def load_clip(
+    name: str,
+    *,
+    size: Size | None = None,
+    random_weights: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> tuple[Backbone, nn.Module, Tokenize]:
+    """An `open_clip:ARCH/TAG` with its text tower: the vision tower as `load` gives it, the whole model,
+    and its tokenizer. Raises as `load` does, and ModelLoadError for any other kind of name."""
+    scheme, _, rest = name.partition(":")
+    if scheme != "open_clip" or not rest:
+        raise ModelLoadError(f"{name} has no text tower: expected open_clip:ARCH/TAG.")
+    clip, preprocess, pair = _built(
+        name, partial(_build_whole_clip, rest), size, random_weights, device, dtype
+    )
+    import open_clip
+
+    try:
+        tokenize: Tokenize = open_clip.get_tokenizer(rest.partition("/")[0])
+    except Exception as error:  # a tokenizer from a hub
+        raise ModelLoadError(_explain(name, error)) from error
+    return wrap(_visual(clip), preprocess, image_size=pair, name=name), clip, tokenize
+
+
+def load_vlm(
+    name: str,
+    *,
+    size: Size | None = None,
+    random_weights: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> tuple[Backbone, nn.Module, Any]:
+    """A vision-language model of transformers, `hf:ID` or a folder: its vision tower, the whole model, and
+    its processor (None for random weights without a tokenizer). Raises as `load` does."""
+    place = name.removeprefix("hf:")
+    whole, preprocess, pair = _built(name, partial(_build_vlm, place), size, random_weights, device, dtype)
+    import transformers
+
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(place)
+    except Exception as error:
+        if not random_weights:
+            raise ModelLoadError(_explain(name, error)) from error
+        processor = None
+    return wrap(_hf_vision_tower(whole), preprocess, image_size=pair, name=name), whole, processor
+
+
+def _built(
+    name: str,
+    build: Builder,
+    size: Size | None,
+    random_weights: bool,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+) -> Built:
+    """What a builder makes, on its device, with every error in one line."""
     torch_device, torch_dtype = _device(device), _dtype(dtype)
-    build = _builder(name)
     pair = _pair(size) if size is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -131,14 +194,10 @@ def load(
             raise
         except Exception as error:  # each library has its own; all become one line with the cause
             raise ModelLoadError(_explain(name, error)) from error
-    module = module.to(torch_device, torch_dtype).eval()
-    return wrap(module, preprocess, image_size=pair or built_size, name=name)
+    return module.to(torch_device, torch_dtype).eval(), preprocess, pair or built_size
 
 
 # -- names -> builders -----------------------------------------------------------------------------
-
-Built = tuple[nn.Module, Preprocess | None, tuple[int, int]]
-Builder = Callable[[tuple[int, int] | None, bool], Built]
 
 
 def _builder(name: str) -> Builder:
@@ -233,10 +292,7 @@ def _timm_preprocess(module: nn.Module, size: tuple[int, int]) -> Preprocess | N
 
 
 def _build_hf(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
+    transformers = _transformers()
     if random_weights and "/" not in name:
         config = transformers.AutoConfig.for_model(name)
     else:
@@ -249,6 +305,29 @@ def _build_hf(name: str, size: tuple[int, int] | None, random_weights: bool) -> 
         module = _hf_vision_tower(_hf_pretrained(transformers, name, config))
     native = size or _native_size(module)
     return module, _hf_preprocess(transformers, name, size, native, random_weights), native
+
+
+def _build_vlm(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
+    transformers = _transformers()
+    if size:
+        raise ModelLoadError(
+            f"hf:{name} has one size, which its image tokens are made for: leave out --size."
+        )
+    config = transformers.AutoConfig.from_pretrained(name)
+    if random_weights:
+        whole = transformers.AutoModelForImageTextToText.from_config(config)
+    else:
+        whole = _hf_pretrained(transformers, name, config)
+    native = _native_size(_hf_vision_tower(whole))
+    return whole, _hf_preprocess(transformers, name, None, native, random_weights), native
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    return transformers
 
 
 def _hf_pretrained(transformers: Any, name: str, config: Any) -> nn.Module:
@@ -356,6 +435,17 @@ def _run_on_patches(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
 
 
 def _build_open_clip(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
+    clip, preprocess, built_size = _build_whole_clip(name, size, random_weights)
+    return _visual(clip), preprocess, built_size
+
+
+def _visual(clip: nn.Module) -> nn.Module:
+    visual = clip.visual
+    assert isinstance(visual, nn.Module)
+    return visual
+
+
+def _build_whole_clip(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
     try:
         import open_clip
     except ImportError as error:
@@ -374,7 +464,7 @@ def _build_open_clip(name: str, size: tuple[int, int] | None, random_weights: bo
     model, _, transform = open_clip.create_model_and_transforms(
         architecture, pretrained=None if random_weights else tag, force_image_size=size
     )
-    return model.visual, transform, size or _pair(model.visual.image_size)
+    return model, transform, size or _pair(model.visual.image_size)
 
 
 # -- sizes, devices --------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vitreg.fixes.codec import decode
 class Config:
     """What all tasks share. `cache` is the folder that keeps features (None: none are kept).
 
-    `limit`: the first so many images of each split. `progress`: a bar on stderr.
+    `limit`: so many images of each split, evenly spread. `progress`: a bar on stderr.
     """
 
     seed: int = 0

@@ -11,7 +11,7 @@ not at all: an interrupted run goes on where it stopped, and a changed photo cos
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _FORMAT = 1  # of the cached files: raised whenever a feature's meaning changes
 Split = Callable[[Tensor], Tensor]  # an image (3, h, w) -> its windows (w, 3, h, w)
 
 
+@runtime_checkable
 class _Rows(Protocol):
     """One chunk: tensors named "feature/position", and "failed/position" with the reason."""
 
@@ -45,6 +46,7 @@ class Features:
 
     index: tuple[int, ...]
     failed: tuple[FailedImage, ...]
+    _places: tuple[int, ...]  # the same photos among those that were run
     _chunks: dict[int, _Rows]
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class Features:
 
     def of(self, name: str, i: int) -> Tensor:
         """A feature of the i-th photo that could be read."""
-        position = self.index[i]
+        position = self._places[i]
         return self._chunks[position // _CHUNK].get_tensor(f"{name}/{position}")
 
     def each(self, name: str) -> Iterator[Tensor]:
@@ -92,12 +94,20 @@ def extract_features(
         raise ImageError(f"{vit.name} was wrapped without a preprocess. Pass one to vitreg.wrap.")
     if unknown := [name for name in wanted if not Observer.knows(name)]:
         raise ValueError(f"no feature is called {unknown[0]!r}: expected some of {', '.join(FEATURES)}.")
-    paths = list(paths)[: config.limit]
+    if len(set(paths)) < len(paths):
+        raise ValueError("found a photo twice in the list, but expected each once.")
+    chosen = spread(len(paths), config.limit)
     common = (model_key(vit), preprocess_key(preprocess), split, sorted(wanted), dtype, torch.__version__)
-    store = _Store(config.cache, digest(_FORMAT, *common), paths)
+    store = _Store(config.cache, digest(_FORMAT, *common), [paths[i] for i in chosen])
     if missing := store.missing():
-        Extraction(Observer(vit, wanted, dtype), split, config, store).run(missing, preprocess)
-    return store.features()
+        _Extraction(Observer(vit, wanted, dtype), split, config, store).run(missing, preprocess)
+    return store.features(chosen)
+
+
+def spread(n: int, limit: int | None) -> list[int]:
+    """At most `limit` of n positions, evenly spread: the first photos of a sorted list are of one class."""
+    count = min(n, limit or n)
+    return [i * n // count for i in range(count)]
 
 
 # -- the cache ---------------------------------------------------------------------------------------
@@ -110,15 +120,17 @@ class _Store:
     folder: Path | None
     key: str
     paths: list[Path]
+    files: list[Path] = field(default_factory=list)  # of the chunks, in order
     chunks: dict[int, _Rows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for chunk in range(-(-len(self.paths) // _CHUNK)):
-            if (place := self._place(chunk)).exists():
-                self.chunks[chunk] = _opened(place)
+        for start in range(0, len(self.paths), _CHUNK):
+            photos = [file_key(path) for path in self.paths[start : start + _CHUNK]]
+            self.files.append(self.folder / f"{digest(self.key, start, photos)}.safetensors")
+        self.chunks = {i: _opened(file) for i, file in enumerate(self.files) if file.exists()}
 
     def missing(self) -> list[int]:
         """Positions of the photos in chunks that are not there yet."""
@@ -130,16 +142,11 @@ class _Store:
             return
         from safetensors.torch import save
 
-        place = self._place(chunk)
-        write_atomically(place, save(rows))
-        self.chunks[chunk] = _opened(place)
+        write_atomically(self.files[chunk], save(rows))
+        self.chunks[chunk] = _opened(self.files[chunk])
 
-    def _place(self, chunk: int) -> Path:
-        assert self.folder is not None
-        files = [file_key(path) for path in self.paths[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
-        return self.folder / f"{digest(self.key, chunk, files)}.safetensors"
-
-    def features(self) -> Features:
+    def features(self, chosen: list[int]) -> Features:
+        """All of them; `chosen` are the positions of the paths in a longer list."""
         index: set[int] = set()
         failed: dict[int, FailedImage] = {}
         for rows in self.chunks.values():
@@ -155,7 +162,9 @@ class _Store:
             raise ImageError(
                 f"none of {len(self.paths)} photos could be read: {first or 'the list is empty'}."
             )
-        return Features(tuple(sorted(index)), tuple(failed[i] for i in sorted(failed)), self.chunks)
+        places = tuple(sorted(index))
+        unread = tuple(failed[i] for i in sorted(failed))
+        return Features(tuple(chosen[i] for i in places), unread, places, self.chunks)
 
 
 def _opened(place: Path) -> _Rows:
@@ -179,7 +188,7 @@ class _InMemory:
 
 
 @dataclass
-class Extraction:
+class _Extraction:
     """Photos of any size -> batches of windows of one size -> rows of features, chunk by chunk."""
 
     observer: Observer

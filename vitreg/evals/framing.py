@@ -93,7 +93,7 @@ class Windows:
         )
         return [(top, left) for top in tops for left in lefts]
 
-    def __call__(self, pixels: Float[Tensor, "3 h w"]) -> Float[Tensor, "w 3 wh ww"]:
+    def __call__(self, pixels: Float[Tensor, "3 _ _"]) -> Float[Tensor, "w 3 wh ww"]:
         h, w = self.size
         return torch.stack(
             [pixels[:, t : t + h, left : left + w] for t, left in self.corners(*pixels.shape[1:])]

@@ -5,6 +5,7 @@ rows = observe(pixels)                 # {name: (b, ...)}
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from vitreg.probe import evaluating
 from vitreg.trace import token_norms, watch
 
 FEATURES = (
-    "logits", "cls", "mean", "patches", "registers", "test_registers",
+    "logits", "output", "cls", "mean", "patches", "registers", "test_registers",
     "norms", "queries", "keys", "values", "attention",
 )  # fmt: skip
 _OF_ATTENTION = ("queries", "keys", "values", "attention")
@@ -31,6 +32,7 @@ class Observer:
     """Runs a model, with whatever fix is applied, and keeps some features. Of layer "@L" or of the last one.
 
     logits (c)          the model's own head
+    output (k)          what the model returns: an embedding, say
     cls (d)             the CLS token; mean (d): the mean of the patches; patches (p, d)
     registers (r, d)    trained register tokens
     test_registers (r, d)   what the applied fix carries beside the stream: test-time registers or, under
@@ -104,12 +106,20 @@ class Observer:
             logits = logits_of(output)
             assert logits is not None
             found[wanted["logits"]] = logits
+        if "output" in wanted:
+            found[wanted["output"]] = self._one_vector(output)
         if "test_registers" in wanted:
             found[wanted["test_registers"]] = self._carried()
-        return {name: value.to("cpu", self._dtype).contiguous() for name, value in found.items()}
+        return {name: value.detach().to("cpu", self._dtype).contiguous() for name, value in found.items()}
 
     def _normed(self, stream: Tensor) -> Tensor:
         return stream if self._readout.norm is None else self._readout.norm(stream)
+
+    def _one_vector(self, output: Any) -> Tensor:
+        first = output[0] if isinstance(output, tuple) else output  # CoCa returns its tokens with it
+        if isinstance(first, Tensor) and first.dim() == 2:
+            return first
+        raise UnsupportedModelError(f"{self._vit.name} does not return one vector per image.")
 
     def _carried(self) -> Tensor:
         blocks = self._vit.anatomy.block_modules(self._vit.model)
