@@ -400,11 +400,19 @@ def test_unreadable_photos_are_left_out(small, voc, config):
     assert result.metrics["CorLoc of the whole photo"].value == 0.6
 
 
-def test_a_sweep_needs_cosines_and_two_photos(small, voc, config):
-    with pytest.raises(DataError, match="set normalise=true"):
-        evaluate(small, voc, replace(config, bias="sweep"))
-    with pytest.raises(DataError, match="found one photo"):
-        evaluate(small, voc, replace(config, bias="sweep", normalise=True, limit=1))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bias": "sweep"}, "set normalise=true"),
+        ({"bias": "sweep", "normalise": True, "held_out": 1.0}, "0 < held_out < 1"),
+        ({"bias": "sweep", "normalise": True, "limit": 1}, "found one photo"),
+        ({"bias": "sweep", "normalise": True, "method": "tokencut"}, "TokenCut has no bias"),
+        ({"similar": 0}, "similar=0: in LOST at least one"),
+    ],
+)
+def test_settings_that_do_not_hold_together(small, voc, config, settings, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(small, voc, replace(config, **settings))
 
 
 def test_features_that_are_not_finite(config):

@@ -141,7 +141,11 @@ def test_a_mask_of_another_size(tmp_path):
 
 
 def test_an_id_that_is_no_class(tmp_path):
-    bad(folder_of(tmp_path, {"a": ids(0, 1, 7)}), r"has the id 7, but .* 0 to 4.* ignores \[255\]", classes=5)
+    bad(
+        folder_of(tmp_path, {"a": ids(0, 1, 7)}),
+        r"has the id 7, but .* \(0 to 4\) and ignores \[255\]",
+        classes=5,
+    )
 
 
 def test_a_voc_mask_with_an_id_beyond_its_classes(tmp_path):

@@ -78,12 +78,11 @@ def test_joined_windows_give_back_a_map_that_is_known_at_the_patches(vit):
     outputs = torch.stack([frame.cut(rows).mean(2), frame.cut(columns).mean(2)], 2)
     joined = frame.join(outputs, 96, 128)
     expected = torch.from_numpy(np.stack(np.mgrid[:96, :128]) / 2 - 0.25).float()
-    inner = (slice(None), slice(12, 84), slice(12, 116))
-    # Where a window ends inside the photo its last half patch is flat, 4 pixels at most.
-    assert (joined - expected)[inner].abs().max() < 2.01
-    assert (joined - expected)[inner].abs().mean() < 0.5
-    centre = frame.join(outputs[:1], 32, 32) if len(outputs) == 1 else joined
-    assert abs(float(centre[0, 48, 64] - expected[0, 48, 64])) < 2
+    # Within half a patch of a window's edge its map is flat: at most 4 pixels off, less where averaged.
+    assert (joined - expected).abs().max() < 4
+    assert (joined - expected).abs().mean() < 0.6
+    exact = (slice(None), slice(40, 41), slice(16, 40))  # row 20 of the frame lies inside all its windows
+    assert (joined - expected)[exact].abs().max() < 0.6
 
 
 def test_one_window_is_bilinear_interpolation(vit):
@@ -175,7 +174,8 @@ def test_a_head_learns_colours_and_says_that_it_was_cross_validated(vit, tmp_pat
     assert result.metrics["mIoU"].value > 0.8
     assert "pixel accuracy, former outliers" not in result.metrics  # random weights have none
     assert "2-fold cross-validation over runs of neighbouring names" in " ".join(result.notes)
-    assert Image.open(__import__("io").BytesIO(png(result.picture()))).width > 500
+    assert result.picture is not None
+    assert len(result.picture().axes) == 3 * 4 and png(result.picture())
 
 
 def test_masks_that_photos_do_not_show_are_not_learnt(vit, tmp_path):
@@ -264,7 +264,9 @@ def test_former_outliers_are_the_corners_of_windows(real, shared):
 
 def test_camvid_has_a_figure_for_former_outliers(real, shared):
     result = evaluate(
-        real["artifacts"], shared / "data" / "camvid", SegmentationConfig(ignore=11, limit=4, steps=20, workers=0)
+        real["artifacts"],
+        shared / "data" / "camvid",
+        SegmentationConfig(ignore=11, limit=4, steps=20, workers=0),
     )
     assert result.n == 4
     assert 0 < result.metrics["pixel accuracy, former outliers"].value < 1

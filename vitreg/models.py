@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class Backbone:
                 "this backbone was wrapped with a `forward` of its own, which would still run the old model."
                 " Wrap the copy with wrap(copy, forward=...)."
             )
-        return replace(self, model=model, name=name, forward=_forward_of(model))
+        # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
+        return Backbone(model, name, self.anatomy, self.image_size, self.preprocess, _forward_of(model))
 
 
 def wrap(

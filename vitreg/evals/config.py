@@ -6,10 +6,11 @@ config = with_settings(KnnConfig(), {"k": "10"})
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from vitreg.errors import DataError, FixError
 from vitreg.fixes.codec import decode
@@ -45,7 +46,7 @@ C = TypeVar("C", bound=Config)
 
 
 def with_settings(config: C, settings: Mapping[str, str]) -> C:
-    """The configuration with some fields set from text (JSON, or plain text).
+    """The configuration with some fields set from text (JSON, plain text, or values with commas between).
 
     Raises DataError for a field that it does not have, naming the nearest, or a value of another type.
     """
@@ -63,11 +64,19 @@ def with_settings(config: C, settings: Mapping[str, str]) -> C:
 
 
 def _parsed(cls: type[Config], name: str, text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    try:
-        return decode(get_type_hints(cls)[name], value, name)
-    except FixError as error:
-        raise DataError(f"setting {name}={text}: {error}") from error
+    hint = get_type_hints(cls)[name]
+    for value in _readings(text):
+        with suppress(FixError):
+            return decode(hint, value, name)
+    expected = getattr(hint, "__name__", None) if get_origin(hint) is None else None
+    raise DataError(f"setting {name}={text}: expected {expected or str(hint).replace('typing.', '')}.")
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """What a text may mean: JSON, several values with commas between them, itself."""
+    for reading in (text, f"[{text}]"):
+        with suppress(ValueError):
+            yield json.loads(reading)
+    if "," in text:
+        yield text.split(",")
+    yield text

@@ -78,7 +78,7 @@ class Frame:
         framing = Framing(normalisation_of(vit), side=side or max(size))
         return Frame(framing, Windows(size, (stride[0], stride[1])), patch)
 
-    def cut(self, values: Shaped[np.ndarray, "h w"]) -> Shaped[Tensor, "w p pixels"]:
+    def cut(self, values: Shaped[np.ndarray, "_ _"]) -> Shaped[Tensor, "w p pixels"]:
         """The pixels of each patch of each window, from a map of the photo; nearest neighbours."""
         rows, columns = (
             ((np.arange(new) + 0.5) * old / new).astype(int)
@@ -92,7 +92,7 @@ class Frame:
         ]
         return torch.stack(cells)
 
-    def join(self, outputs: Float[Tensor, "w p c"], height: int, width: int) -> Float[Tensor, "c h w"]:
+    def join(self, outputs: Float[Tensor, "w p c"], height: int, width: int) -> Float[Tensor, "c _ _"]:
         """Outputs as one map of the photo's size: bilinear in each window, averaged where they overlap."""
         h, w = self.windows.size
         grid = (h // self.patch[0], w // self.patch[1])

@@ -87,12 +87,11 @@ class Scene:
 def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = None) -> Result:
     """CorLoc of LOST, TokenCut or both on a VOC or a COCO folder, and that of the whole photo as a box.
 
-    Raises DataError for data that do not hold together, or for a sweep without `normalise`;
+    Raises DataError for data or settings that do not hold together (a sweep without `normalise`);
     UnsupportedModelError for a model of one size only, unless `resolution` is "model".
     """
     config = config or DiscoveryConfig()
-    if config.bias == "sweep" and not (config.normalise and 0 < config.held_out < 1):
-        raise DataError("bias=sweep tries 0 to -1, for cosines: set normalise=true, and 0 < held_out < 1.")
+    _check(config)
     photos = boxed_photos(data, config.split, config.files)
     framing = Framing(normalisation_of(vit), patch=vit.anatomy.patch_size)
     if config.resolution == "model":
@@ -112,6 +111,15 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
     picture = partial(_picture, vit.name, scenes, found)
     metrics = _metrics(scenes, found, swept)
     return concluded("discovery", vit, photos.root, metrics, config, notes=notes, picture=picture)
+
+
+def _check(config: DiscoveryConfig) -> None:
+    if config.similar < 1:
+        raise DataError(f"similar={config.similar}: in LOST at least one patch must vote.")
+    if config.bias == "sweep" and config.method == "tokencut":
+        raise DataError("bias=sweep is for LOST: TokenCut has no bias.")
+    if config.bias == "sweep" and not (config.normalise and 0 < config.held_out < 1):
+        raise DataError("bias=sweep tries 0 to -1, for cosines: set normalise=true, and 0 < held_out < 1.")
 
 
 def scenes_of(photos: Boxed, index: Sequence[int], framing: Framing, patch: tuple[int, int]) -> list[Scene]:

@@ -53,7 +53,11 @@ class Observer:
         for name in wanted:
             feature, _, layer = name.partition("@")
             self._check(feature)
-            number = range(depth)[int(layer)] if layer else depth - 1
+            number = int(layer or -1) % depth
+            if not -depth <= int(layer or -1) < depth or feature in self._wanted.get(number, {}):
+                raise ValueError(
+                    f"feature {name!r}: expected a layer of {-depth} to {depth - 1}, and each feature once."
+                )
             self._wanted.setdefault(number, {})[feature] = name
 
     @staticmethod

@@ -49,6 +49,7 @@ def fitted(
     with warnings.catch_warnings():
         # A probe that stopped before it converged is a probe all the same, and is chosen by its score.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # places are many
         scores = [clone(probe).fit(x[fit], y[fit]).score(x[score], y[score]) for probe in probes]
         return probes[int(np.argmax(scores))].fit(x, y)
 

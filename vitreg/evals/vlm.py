@@ -10,7 +10,7 @@ though they show nothing of what is there. Models are of LLaVA's structure: one 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,6 @@ class Vlm(Backbone):
 
     whole: nn.Module
     processor: Any = None
-
-    def with_model(self, model: nn.Module, name: str) -> Backbone:
-        """A Backbone around a copy of the tower alone: the whole still runs this one."""
-        tower = Backbone(**{part.name: getattr(self, part.name) for part in fields(Backbone)})
-        return tower.with_model(model, name)
 
     @property
     def image_token(self) -> int:

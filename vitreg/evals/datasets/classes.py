@@ -4,6 +4,7 @@ train, val = splits("imagenette/")
 photos = by_wordnet("photos/", classes=1000)
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def photos_in(folder: Path) -> list[Path]:
     """The photos below a folder, sorted. Raises DataError if there are none."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}.")
-    hidden = [path for path in folder.rglob("*") if path.suffix.lower() in photo_extensions()]
-    found = sorted(path for path in hidden if not path.name.startswith("."))
+    walk = os.walk(folder, followlinks=True)  # subsets are often made of links to folders
+    paths = (Path(where, name) for where, _, names in walk for name in names if not name.startswith("."))
+    found = sorted(path for path in paths if path.suffix.lower() in photo_extensions())
     if not found:
         raise DataError(f"{folder} holds no photo. Expected .jpg, .png, ... in it or in its folders.")
     return found

@@ -116,7 +116,9 @@ def photo_size(path: Path) -> tuple[int, int]:
     """(height, width) of a photo once it is upright, from its header."""
     try:
         with Image.open(path) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Not a PNG's EXIF, to find which Pillow decodes the whole picture.
+            exif = image.getexif() if image.format != "PNG" else {}
+            lying = exif.get(ExifTags.Base.Orientation, 1) >= 5
             return (image.width, image.height) if lying else (image.height, image.width)
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"the photo {path} cannot be read: {error}") from error
