@@ -37,6 +37,7 @@ def folder_of(root: Path, masks: dict[str, np.ndarray]) -> Path:
 
 def voc_of(root: Path, lists: dict[str, list[str]]) -> Path:
     (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "SegmentationClass").mkdir()
     for split, names in lists.items():
         (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
         for name in names:
@@ -52,7 +53,8 @@ def test_voc_reads_palette_indices_and_ignores_255(tmp_path):
     train, val = train_and_val(voc_of(tmp_path, {"train": ["a", "b"], "val": ["c"]}))
     assert train is not None
     assert [path.stem for path in (*train.paths, *val.paths)] == ["a", "b", "c"]
-    assert len(val.names) == 21 and val.names[15] == "person"
+    assert len(val.names) == 21
+    assert val.names[15] == "person"
     assert val.mask(0)[0, :4].tolist() == [0, 15, -1, 0]
 
 
@@ -67,8 +69,10 @@ def test_ade20k_counts_from_1_and_ignores_0(tmp_path):
         photo(tmp_path / "images" / split / "x.jpg")
         mask(tmp_path / "annotations" / split / "x.png", ids(0, 1, 150))
     train, val = train_and_val(tmp_path)
-    assert train is not None and len(train) == len(val) == 1
-    assert len(val.names) == 150 and val.names[0] == "class 1"
+    assert train is not None
+    assert len(train) == len(val) == 1
+    assert len(val.names) == 150
+    assert val.names[0] == "class 1"
     assert val.mask(0)[0, :3].tolist() == [-1, 0, 149]
     assert ade20k(tmp_path)[0] == train
 
@@ -79,7 +83,8 @@ def test_a_folder_has_as_many_classes_as_its_masks(tmp_path):
     train, val = folder(tmp_path)
     assert train.classes == val.classes == tuple(f"class {i}" for i in range(5))
     alone = train_and_val(folder_of(tmp_path / "alone", {"a": ids(0, 1)}))
-    assert alone[0] is None and len(alone[1].names) == 2
+    assert alone[0] is None
+    assert len(alone[1].names) == 2
 
 
 def test_an_ignored_id_between_others_is_no_class(tmp_path):
@@ -121,9 +126,11 @@ def test_a_photo_that_lies_on_its_side_has_the_size_of_the_upright_one(tmp_path)
 
 def test_the_shared_data(shared):
     train, val = train_and_val(shared / "data" / "camvid", ignore=11)
-    assert train is not None and (len(train), len(val), len(val.names)) == (180, 60, 11)
+    assert train is not None
+    assert (len(train), len(val), len(val.names)) == (180, 60, 11)
     train, val = train_and_val(shared / "data" / "VOCdevkit" / "VOC2012")
-    assert train is None and len(val) == 60
+    assert train is None
+    assert len(val) == 60
 
 
 # -- bad data ----------------------------------------------------------------------------------------

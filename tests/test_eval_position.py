@@ -182,8 +182,8 @@ def test_an_unreadable_photo_is_named(planted, tmp_path):
 
 def test_real_outliers_are_bound_to_corners(shared):
     vit = vitreg.load(str(shared / "models/vit_tiny_patch16_224.augreg_in21k_ft_in1k"))
-    config = PositionConfig(limit=60, patches=8)
+    config = PositionConfig(limit=40, workers=0)
     result = evaluate("position", vit, shared / "data/imagenet-sample-1000", config)
     assert any(note.startswith("CONFOUNDED") for note in result.notes)
-    assert result.metrics["top-1: outliers, by usual place"].value == pytest.approx(0.25, abs=0.03)
+    assert result.metrics["top-1: outliers, by usual place"].value == pytest.approx(0.25, abs=0.04)
     assert result.metrics["top-1: outliers"].value > 5 * result.metrics["top-1: normal patches"].value

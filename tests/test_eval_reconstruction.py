@@ -1,5 +1,6 @@
 """The reconstruction probe: exact on made tokens, fair to flat patches, true where artifacts were planted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from phantoms import Planted, save_crops
 from sklearn.linear_model import Ridge
 
 import vitreg
-from vitreg.evals import evaluate, position, reconstruction
+from vitreg.evals import Metric, evaluate, position, reconstruction
 from vitreg.evals.features import spread
 from vitreg.evals.probes import PatchConfig, Patches, by_photo, drawn_patches, fitted
 from vitreg.evals.reconstruction import ReconstructionConfig, like_outliers, pixels_of
@@ -131,14 +132,14 @@ def test_comparison_is_of_the_same_patches(planted, photos):
 def truth(shared, tmp_path_factory) -> dict[str, dict]:
     """Both probes' metrics at the same places of a real model without artifacts: as it is, planted, fixed.
 
-    Tokens are those after the block behind the planted one. A tenth of the patches is marked, so that few
-    photos are enough.
+    Tokens are those after the block behind the planted one. Small photos, of which a tenth of the patches is
+    marked, so that few are enough.
     """
     folder = shared / "data/imagenet-sample-1000"
-    vit = vitreg.load(str(shared / "models/deit_tiny_patch16_224"))
-    config = PatchConfig(limit=100, patches=48, layer=6, workers=0, cache=tmp_path_factory.mktemp("cache"))
+    vit = vitreg.load(str(shared / "models/deit_tiny_patch16_224"), size=112)
+    config = PatchConfig(limit=120, layer=6, workers=0, cache=tmp_path_factory.mktemp("cache"))
     paths = sorted(folder.iterdir())
-    some = [paths[i] for i in spread(len(paths), 16)]
+    some = [paths[i] for i in spread(len(paths), 32)]
     images = [batch.pixels for batch in vitreg.read_images(some, vit, workers=0)]
     phantom = vitreg.plant(vit, images, 5, rate=0.1).vit
     neurons = find_register_neurons(phantom, images, vitreg.diagnose(phantom, images))
@@ -152,19 +153,24 @@ def truth(shared, tmp_path_factory) -> dict[str, dict]:
         return found | {"fixed": probed(phantom)}
 
 
-@pytest.mark.parametrize("measure", ["distance", "L2 error", "relative error"])
+@pytest.mark.parametrize("measure", ["top-1", "distance", "L2 error", "relative error"])
 def test_planted_outliers_probe_worse_and_a_fix_brings_them_back(truth, measure):
     """The papers' claim, of outliers whose truth is known; places and photos are the same in all three."""
-    before, planted, fixed = (
-        truth[side][f"{measure}: outliers"] for side in ("as it was", "planted", "fixed")
-    )
+    sides = [truth[side][f"{measure}: outliers"] for side in ("as it was", "planted", "fixed")]
+    before, planted, fixed = (replace(x, samples=x.samples * [worse(x), 1]) for x in sides)
     assert planted.less(before).low > 0
     assert fixed.less(planted).high < 0
-    assert fixed.less(before).value < 0.25 * planted.less(before).value
+    assert abs(fixed.less(before).value) < 0.25 * planted.less(before).value
+
+
+def worse(metric: Metric) -> int:
+    """The sign with which more is worse."""
+    return -1 if metric.higher_is_better else 1
 
 
 def test_planted_outliers_probe_worse_than_normal_patches_of_the_same_model(truth):
     planted = truth["planted"]
+    assert planted["top-1: outliers"].less(planted["top-1: normal, same places"]).high < 0
     assert planted["distance: outliers"].less(planted["distance: normal, same places"]).low > 0
     assert (
         planted["relative error: outliers"].less(planted["relative error: normal, alike in pixels"]).low > 0
@@ -172,15 +178,15 @@ def test_planted_outliers_probe_worse_than_normal_patches_of_the_same_model(trut
 
 
 def test_what_planted_outliers_hold_is_hidden_and_not_lost(truth):
-    """A probe of their own reads more from them than from the same places before: they change no more."""
+    """A probe of their own reads it, and no less than from the same places before."""
     before, planted = truth["as it was"], truth["planted"]
     for measure in ("distance", "relative error"):
         own = planted[f"{measure}: outliers, own probe"]
         assert own.less(planted[f"{measure}: outliers"]).high < 0
-        assert own.less(before[f"{measure}: outliers, own probe"]).high < 0
+        assert own.value < before[f"{measure}: outliers, own probe"].value
 
 
 def test_normal_patches_keep_what_they_hold(truth):
     for measure in ("distance", "relative error"):
         row = f"{measure}: normal patches"
-        assert truth["planted"][row].value == pytest.approx(truth["as it was"][row].value, rel=0.1)
+        assert truth["planted"][row].value == pytest.approx(truth["as it was"][row].value, rel=0.05)

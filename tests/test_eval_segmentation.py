@@ -1,4 +1,4 @@
-"""The linear segmentation head: its geometry, its loss, its metrics, and that it learns what can be learnt."""
+"""The linear segmentation head: geometry, loss and metrics against plain formulas, and that it learns."""
 
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vitreg.evals.segmentation import (
     right_and_known,
     segmentation_metrics,
 )
+from vitreg.evals.tasks import find_task
 from vitreg.style import png
 
 
@@ -65,10 +66,12 @@ def test_patches_hold_the_pixels_at_their_place(vit):
     assert cut[-1, 4 + 3].tolist() == expected.flatten().tolist()
 
 
-def test_a_mask_of_another_size_is_scaled_by_nearest_neighbours(vit):
+def test_a_mask_of_another_size_is_scaled_to_the_pixels_at_the_centres(vit):
     frame = Frame.of(vit, 48)
-    big = np.kron(np.arange(48 * 48).reshape(48, 48), np.ones((2, 2), int))  # 96 x 96
-    torch.testing.assert_close(frame.cut(big), frame.cut(np.arange(48 * 48).reshape(48, 48)))
+    small = np.arange(48 * 48).reshape(48, 48)
+    big = np.full((144, 144), -1)
+    big[1::3, 1::3] = small
+    torch.testing.assert_close(frame.cut(big), frame.cut(small))
 
 
 def test_joined_windows_give_back_a_map_that_is_known_at_the_patches(vit):
@@ -175,7 +178,8 @@ def test_a_head_learns_colours_and_says_that_it_was_cross_validated(vit, tmp_pat
     assert "pixel accuracy, former outliers" not in result.metrics  # random weights have none
     assert "2-fold cross-validation over runs of neighbouring names" in " ".join(result.notes)
     assert result.picture is not None
-    assert len(result.picture().axes) == 3 * 4 and png(result.picture())
+    assert len(result.picture().axes) == 3 * 4
+    assert png(result.picture())
 
 
 def test_masks_that_photos_do_not_show_are_not_learnt(vit, tmp_path):
@@ -200,7 +204,8 @@ def test_a_split_trains_on_one_part_and_tests_on_the_other(vit, tmp_path):
     coloured(tmp_path / "train", 6)
     coloured(tmp_path / "val", 3, seed=1)
     result = evaluate(vit, tmp_path, QUICK)
-    assert result.n == 3 and not result.notes
+    assert result.n == 3
+    assert not result.notes
     assert result.metrics["pixel accuracy"].value > 0.9
 
 
@@ -210,7 +215,8 @@ def test_a_photo_that_breaks_off_is_left_out_and_named(vit, tmp_path):
     path.write_bytes(path.read_bytes()[:-60])
     result = evaluate(vit, root, SegmentationConfig(steps=5, folds=2))
     assert result.n == 5
-    assert "1 photos could not be read" in result.notes[0] and "03.png" in result.notes[0]
+    assert "1 photos could not be read" in result.notes[0]
+    assert "03.png" in result.notes[0]
 
 
 def test_several_layers_are_concatenated(vit, tmp_path):
@@ -234,6 +240,17 @@ def test_settings_that_make_no_sense(settings):
     (name,) = settings
     with pytest.raises(DataError, match=f"setting {name}=0: expected 1 or more"):
         SegmentationConfig(**settings)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_more_layers_than_the_model_has(vit, tmp_path, task):
+    root = coloured(tmp_path, 2)
+    for path in (root / "masks").iterdir():
+        (root / "depth").mkdir(exist_ok=True)
+        Image.fromarray(np.ones((48, 64), np.uint16)).save(root / "depth" / path.name)
+    found = find_task(task)
+    with pytest.raises(DataError, match=r"setting layers=4: .* has 3"):
+        found.evaluate(vit, root, found.config(layers=4, folds=2))  # type: ignore[call-arg]
 
 
 def test_a_side_shorter_than_a_window(vit):

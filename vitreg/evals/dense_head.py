@@ -52,8 +52,8 @@ class DenseConfig(Config):
     folds: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("layers", "steps", "batch"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("layers", "steps", "batch", "bins"):  # bins: depth's
+            if (value := getattr(self, name, 1)) < 1:
                 raise DataError(f"setting {name}={value}: expected 1 or more.")
 
 
@@ -126,7 +126,12 @@ class Tokens:
         config: Config,
         cls: bool = False,
     ) -> "Tokens":
-        """Runs the model over the photos (all of them: the caller has minded config.limit)."""
+        """Runs the model over the photos (all of them: the caller has minded config.limit).
+
+        Raises DataError where the model has fewer layers than are to be concatenated.
+        """
+        if len(layers) != len(set(layers)) or not all(0 <= layer < vit.anatomy.depth for layer in layers):
+            raise DataError(f"setting layers={len(layers)}: {vit.name} has {vit.anatomy.depth}.")
         cls = cls and vit.layout.prefix > 0
         wanted = [f"{name}@{layer}" for layer in layers for name in ("patches", *["cls"][:cls])]
         found = extract_features(

@@ -77,6 +77,7 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
     splits = readable(splits, tokens)
     tested = [i for _, test in splits for i in test]
     outliers = former_outliers(vit, pairs.paths, tested, frame, config)
+    examples = tested[:: -(-len(tested) // EXAMPLES)]
     errors, at_outliers, shown = [], [], []
     for split in splits:
         bins = maps.bins(split[0], config.bins)
@@ -89,7 +90,7 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
             if outliers:
                 near = within(scale * patches[..., None], frame.cut(truth))[outliers[i]]
                 at_outliers.append(near.sum(0))
-            if i in tested[:: -(-len(tested) // EXAMPLES)]:
+            if i in examples:
                 shown.append((pairs.paths[i], truth, scale * guess))
     metrics = depth_metrics(np.array(errors), maps.per_metre is not None)
     if outliers:
@@ -101,10 +102,7 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
 
 def spaced_layers(vit: Backbone, count: int) -> list[int]:
     """So many layers, evenly spaced, the last of them the model's: 2, 5, 8, 11 of 12."""
-    depth = vit.anatomy.depth
-    if count > depth:
-        raise DataError(f"setting layers={count}: {vit.name} has {depth}.")
-    return [depth * (k + 1) // count - 1 for k in range(count)]
+    return [vit.anatomy.depth * (k + 1) // count - 1 for k in range(count)]
 
 
 @dataclass(frozen=True)

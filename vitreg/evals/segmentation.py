@@ -57,11 +57,12 @@ def evaluate(vit: Backbone, data: str | Path, config: SegmentationConfig | None 
     groups = [""] * len(photos)
     splits = splits_of(len(train or ()), groups, config.folds)
     frame, depth = Frame.of(vit, config.side), vit.anatomy.depth
-    tokens = Tokens.of(vit, photos.paths, frame, range(depth)[-config.layers :], config)
+    tokens = Tokens.of(vit, photos.paths, frame, range(depth - config.layers, depth), config)
     counts = {i: class_counts(frame.cut(photos.mask(i)), classes).to_sparse() for i in tokens.row}
     splits = readable(splits, tokens)
     tested = [i for _, test in splits for i in test]
     outliers = former_outliers(vit, photos.paths, tested, frame, config)
+    examples = tested[:: -(-len(tested) // EXAMPLES)]
     confusions, at_outliers, shown = [], [], []
     for i, outputs in predictions(tokens, counts, splits, cross_entropy, classes, config):
         truth = torch.from_numpy(photos.mask(i))
@@ -69,7 +70,7 @@ def evaluate(vit: Backbone, data: str | Path, config: SegmentationConfig | None 
         confusions.append(confusion(guess, truth, classes))
         if outliers:
             at_outliers.append(right_and_known(outputs, counts[i].to_dense())[outliers[i]].sum(0))
-        if i in tested[:: -(-len(tested) // EXAMPLES)]:
+        if i in examples:
             shown.append((photos.paths[i], truth.numpy(), guess.numpy()))
     metrics = segmentation_metrics(torch.stack(confusions))
     if outliers:

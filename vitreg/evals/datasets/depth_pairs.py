@@ -18,8 +18,8 @@ from vitreg.evals.datasets.classes import Source
 from vitreg.evals.datasets.masks import paired, photo_size
 from vitreg.evals.features import spread
 
-# (top, bottom, left, right) of the 480 x 640 pixels on which NYUd is tested (Eigen et al. 2014): the
-# projected depth has no values beyond.
+# (top, bottom, left, right): the part of NYUd's 480 x 640 pixels that is tested (Eigen et al. 2014). Beyond
+# it photos have a white border and the projected depth few values, so heads are trained on it too.
 EIGEN_CROP = (45, 471, 41, 601)
 
 
@@ -62,7 +62,7 @@ class DepthPairs:
         return tuple(f"{path.parent}/{re.sub(r'[._-]?[0-9.]+$', '', path.stem)}" for path in self.paths)
 
     def depth(self, i: int) -> Float[np.ndarray, "h w"]:
-        """The i-th depth map as stored, in its own size; 0 where there is no value, or none that is tested.
+        """The i-th depth map as stored, in its own size; 0 where there is no value, or outside `crop`.
 
         Raises DataError if it has another size than its photo, or no value at all.
         """
@@ -159,7 +159,7 @@ def nyu(root: Source, split: str) -> DepthPairs:
             files.append(path)
     if not paths:
         raise DataError(f"{listed} is empty.")
-    return DepthPairs(str(root), tuple(paths), tuple(depths), "nyu", EIGEN_CROP if split == "test" else None)
+    return DepthPairs(str(root), tuple(paths), tuple(depths), "nyu", EIGEN_CROP)
 
 
 def _of_folder(root: Path, place: Path) -> DepthPairs:
