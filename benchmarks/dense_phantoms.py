@@ -51,7 +51,7 @@ def measured(vit: vitreg.Backbone, args: argparse.Namespace) -> Iterator[Result]
     """Both methods of discovery, on keys and values; segmentation."""
     common = {"cache": args.cache, "workers": 0}
     for features in ("keys", "values"):
-        for settings in ({"centre": True}, {"normalise": True, "bias": -0.3}):
+        for settings in ({}, {"centre": True}, {"normalise": True, "bias": -0.3}):
             yield discover(vit, args.voc, DiscoveryConfig(features=features, **settings, **common))
     yield segment(vit, args.camvid, SegmentationConfig(ignore=11, **common))
 

@@ -42,19 +42,21 @@ class Run:
 IMAGENETTE, VOC = "data/imagenette", "data/VOCdevkit/VOC2012"
 OUTLIERS = "pixel accuracy, former outliers"
 CENTRED = (("features", "values"), ("centre", "true"))
-SWEPT = (("features", "values"), ("normalise", "true"), ("bias", "sweep"))
+SGD = (("protocol", "dinov2"),)
+CORLOC = ("LOST CorLoc", "TokenCut CorLoc")
 
 RUNS = (
     Run("classification, 1000 photos", "classification", PHOTOS, shown=("top-1",)),
     Run("classification, Imagenette val", "classification", IMAGENETTE, shown=("top-1",)),
     Run("k-NN, Imagenette", "knn", IMAGENETTE, shown=("cls k=20", "mean k=20")),
     Run("logistic regression, Imagenette", "linear", IMAGENETTE, shown=("cls", "mean")),
+    Run("DINOv2's linear protocol, Imagenette", "linear", IMAGENETTE, SGD, ("best head",)),
     Run("single tokens, Imagenette", "tokens", IMAGENETTE),
     Run("position, 1000 photos", "position", PHOTOS),
     Run("reconstruction, 1000 photos", "reconstruction", PHOTOS),
-    Run("discovery, VOC, plain keys", "discovery", VOC),
-    Run("discovery, VOC, centred values", "discovery", VOC, CENTRED),
-    Run("discovery, VOC, normalised values, swept bias", "discovery", VOC, SWEPT),
+    Run("discovery, VOC, keys", "discovery", VOC, shown=CORLOC),
+    Run("discovery, VOC, values", "discovery", VOC, (("features", "values"),), CORLOC),
+    Run("discovery, VOC, centred values", "discovery", VOC, CENTRED, CORLOC),
     Run("segmentation, CamVid", "segmentation", "data/camvid", (("ignore", "11"),), ("mIoU", OUTLIERS)),
     Run("segmentation, VOC", "segmentation", VOC, shown=("mIoU", OUTLIERS)),
     Run("CLS attention as heatmap, VOC", "zero-shot-segmentation", VOC),
@@ -131,6 +133,7 @@ def whole(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
         metrics = dict.fromkeys(m for result in found.values() for m in result.metrics)
         settings = "".join(f" --set {key}={value}" for key, value in run.settings)
         n = found["ViT-Ti"].n
+        estimates = [result.estimates() for result in found.values()]
         parts += [
             "",
             f"## {run.title}",
@@ -140,9 +143,8 @@ def whole(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
         ]
         parts += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for metric in metrics:
-            estimates = [result.estimates().get(metric) for result in found.values()]
             forms = [result.metrics[metric].format for result in found.values() if metric in result.metrics]
-            cells = [written(estimate, forms[0]) for estimate in estimates]
+            cells = [written(one.get(metric), forms[0]) for one in estimates]
             parts.append(f"| {metric} | {' | '.join(cells)} |")
         said = {name: note for name, result in found.items() for note in result.notes}
         notes = {note: [name for name, r in found.items() if note in r.notes] for note in said.values()}

@@ -145,16 +145,16 @@ def patch_loss(cells: torch.Tensor, outputs: torch.Tensor, bins: torch.Tensor) -
 
 
 def test_metrics_by_hand():
-    truth = np.array([[1.0, 2.0, 0.0, 4.0]], np.float32)
-    guess = np.array([[1.2, 2.0, 7.0, 2.0]], np.float32)
+    truth = np.array([[1.0, 2.0, 0.0, 4.0, 1.0]], np.float32)
+    guess = np.array([[1.2, 2.0, 7.0, 2.0, 1.3]], np.float32)
     rmse, near, silog = photo_errors(guess, truth)
     known = torch.from_numpy(truth > 0)
     expected = mean_squared_error(
         torch.from_numpy(guess)[known], torch.from_numpy(truth)[known], squared=False
     )
     assert rmse == pytest.approx(float(expected), rel=1e-6)
-    assert near == pytest.approx(2 / 3)
-    errors = [np.log(1.2), 0, np.log(0.5)]
+    assert near == pytest.approx(2 / 4)
+    errors = [np.log(1.2), 0, np.log(0.5), np.log(1.3)]
     assert silog == pytest.approx(100 * np.sqrt(np.mean(np.square(errors)) - np.mean(errors) ** 2))
 
 

@@ -73,11 +73,12 @@ def test_outliers_bound_to_places_are_called_confounded():
 
 
 def test_normal_patches_are_weighted_to_the_places_of_outliers():
-    test = made(2, np.zeros((2, PATCHES), dtype=bool), 0)
-    test.outlier[[3, 7]] = True  # of photo 0
+    test = made(3, np.zeros((3, PATCHES), dtype=bool), 0)
+    test.outlier[[3, 7, PATCHES + 3]] = True  # two of three photos at place 3, one at place 7
     weights = where_outliers_are(test)
-    assert weights.sum() == 2
-    assert weights[PATCHES + 3] == weights[PATCHES + 7] == 1
+    assert weights.sum() == 3
+    assert weights[2 * PATCHES + 3] == 2
+    assert weights[PATCHES + 7] == weights[2 * PATCHES + 7] == 0.5
 
 
 def test_distance_is_in_patches():

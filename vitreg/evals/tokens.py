@@ -18,7 +18,7 @@ from vitreg.diagnosis import Diagnosis
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import Labelled, splits
-from vitreg.evals.features import extract_features
+from vitreg.evals.features import extract_features, spread
 from vitreg.evals.observer import Observer
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.probes import Held, at_layer, fitted, logistic
@@ -51,15 +51,15 @@ def evaluate(vit: Backbone, data: str | Path, config: TokensConfig | None = None
     Kinds: a random normal patch; a random outlier (of the unfixed model); the patch at the centre; CLS; a
     random trained register; a random test-time register, if the applied fix carries some. Images without an
     outlier are left out of its row, and the normal patches of the others get a row of their own, trained and
-    tested on the same images. Raises DataError for data that are not in train/CLASS/ and val/CLASS/.
+    tested on the same images. Raises DataError for too few data, or not in train/CLASS/ and val/CLASS/.
     """
     config = config or TokensConfig()
     sides = splits(data)
+    if reason := _too_few(np.array(sides[0].labels)[spread(len(sides[0].labels), config.limit)]):
+        raise DataError(f"train/ of {data} has {reason}. A fifth of the photos chooses the regularisation.")
     report = unfixed_diagnosis(vit, sides[0].paths, config)
     train, val = (_tokens(vit, report, side, config) for side in sides)
     _add_fair_comparison(train, val)
-    if reason := _too_few(train.labels):
-        raise DataError(f"train/ of {data} has {reason}. A fifth of the photos chooses the regularisation.")
     metrics, notes = {}, [*outlier_notes(report), *train.notes, *val.notes]
     for kind in train.kinds:
         known, asked = (~np.isnan(side.kinds[kind][:, 0]) for side in (train, val))
@@ -100,7 +100,7 @@ def _one_fold(labels: Int[np.ndarray, " b"]) -> Held:
 
 def _too_few(labels: Int[np.ndarray, " b"]) -> str | None:
     """Why no probe can be fitted."""
-    counts = np.unique_counts(labels).counts
+    counts = np.unique(labels, return_counts=True)[1]
     if len(counts) < 2:
         return f"{len(counts)} of the classes only"
     if counts.max() < FOLDS:
