@@ -22,6 +22,7 @@ from vitreg.evals.depth import (
     depth_of,
     evaluate,
     log_depths,
+    mean_depth,
     median_ratio,
     photo_errors,
     scale_invariant_loss,
@@ -172,6 +173,11 @@ def test_patches_within_a_factor():
     assert within(torch.tensor([[[2.0], [2.0]]]), cells).tolist() == [[[2, 3], [0, 0]]]
 
 
+def test_the_constant_is_the_geometric_mean_of_known_depths():
+    cells = [torch.tensor([[[1.0, 4.0, 0.0], [0.0, 0.0, 0.0]]]), torch.tensor([[[8.0, 0.0, 0.0]]])]
+    assert mean_depth([log_depths(c) for c in cells]) == pytest.approx(32 ** (1 / 3))
+
+
 def test_without_a_unit_there_is_no_rmse():
     errors = np.ones((3, 3))
     assert list(depth_metrics(errors, True)) == ["RMSE, m", "delta1", "SILog"]
@@ -233,6 +239,7 @@ def test_the_shared_data(shared):
 def test_a_head_learns_that_light_is_near(vit, tmp_path):
     result = evaluate(vit, shaded(tmp_path, NAMES), QUICK)
     assert result.n == 12
+    assert "For comparison, one constant depth: RMSE, m 0." in " ".join(result.notes)
     shuffled = evaluate(vit, with_depths_of_others(tmp_path), QUICK)
     assert result.metrics["delta1"].value > shuffled.metrics["delta1"].value + 0.2
     assert result.metrics["RMSE, m"].value < 0.6 * shuffled.metrics["RMSE, m"].value

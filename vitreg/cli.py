@@ -17,6 +17,7 @@ from rich.console import Console
 
 from vitreg.cure import Kind
 from vitreg.errors import VitregError
+from vitreg.evals.tasks import TASKS
 from vitreg.models import SCHEMES
 from vitreg.neurons import Method
 
@@ -53,6 +54,7 @@ def _root(
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
 Size = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")]
+Spread = Annotated[int | None, typer.Option(metavar="N", min=1, help="So many images, evenly spread.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1)]
 Workers = Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")]
 Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")]
@@ -200,7 +202,10 @@ def verify(
         typer.echo(f"JSON: {json_path}")
 
 
-@app.command(name="eval")
+_TASKS = "\n\n".join(f"{task.name}: {task.about}. DATA: {task.data}." for task in TASKS.values())
+
+
+@app.command(name="eval", epilog=_TASKS)
 def eval_(
     task: Annotated[str, typer.Argument(metavar="TASK", help="What to measure; see the list below.")],
     model: Model,
@@ -222,7 +227,7 @@ def eval_(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
     size: Size = None,
-    limit: Limit = None,
+    limit: Spread = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",

@@ -7,6 +7,7 @@ The protocol is DINOv2's (Oquab et al. 2023): each patch token with the CLS toke
 normalised linearly (AdaBins, Bhat et al. 2021). Here without augmentation and without a loss on gradients.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,25 +79,29 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
     tested = [i for _, test in splits for i in test]
     outliers = former_outliers(vit, pairs.paths, tested, frame, config)
     examples = tested[:: -(-len(tested) // EXAMPLES)]
-    errors, at_outliers, shown = [], [], []
+    errors, of_constant, at_outliers, shown = [], [], [], []
     for split in splits:
-        bins = maps.bins(split[0], config.bins)
+        bins, constant = maps.bins(split[0], config.bins), mean_depth([logs[i] for i in split[0]])
         loss = partial(scale_invariant_loss, bins=bins)
         for i, outputs in predictions(tokens, logs, [split], loss, config.bins, config):
             truth, patches = maps[i], depth_of(outputs, bins)
             guess = frame.join(patches[..., None], *truth.shape)[0].numpy()
             scale = 1.0 if maps.per_metre else median_ratio(guess, truth)
             errors.append(photo_errors(scale * guess, truth))
+            flat = np.full_like(truth, constant if maps.per_metre else np.median(truth[truth > 0]))
+            of_constant.append(photo_errors(flat, truth))
             if outliers:
                 near = within(scale * patches[..., None], frame.cut(truth))[outliers[i]]
                 at_outliers.append(near.sum(0))
             if i in examples:
                 shown.append((pairs.paths[i], truth, scale * guess))
-    metrics = depth_metrics(np.array(errors), maps.per_metre is not None)
+    known = maps.per_metre is not None
+    metrics = depth_metrics(np.array(errors), known)
     if outliers:
         metrics["delta1, former outliers"] = Metric(torch.stack(at_outliers).numpy(), ".2%", reduce=ratio)
-    notes = (*tokens.found.notes(), *split_notes(splits, pairs.scenes), *[_UNKNOWN][: not maps.per_metre])
-    picture = partial(depth_figure, shown, "m" if maps.per_metre else "medians")
+    baseline = constant_note(depth_metrics(np.array(of_constant), known))
+    notes = (*tokens.found.notes(), *split_notes(splits, pairs.scenes), baseline, *[_UNKNOWN][: not known])
+    picture = partial(depth_figure, shown, "m" if known else "medians")
     return concluded("depth", vit, pairs.root, metrics, config, notes=notes, picture=picture)
 
 
@@ -165,6 +170,12 @@ def log_depths(cells: Float[Tensor, "w p pixels"]) -> Float[Tensor, "w p 2"]:
     return torch.stack([count, logs / count.clamp(min=1)], 2)
 
 
+def mean_depth(logs: Sequence[Float[Tensor, "w p 2"]]) -> float:
+    """The geometric mean over the pixels of some photos."""
+    counts, means = torch.cat([log.flatten(0, 1) for log in logs]).T
+    return float(((counts * means).sum() / counts.sum()).exp())
+
+
 def scale_invariant_loss(
     outputs: Float[Tensor, "t bins"], logs: Float[Tensor, "t 2"], bins: Float[Tensor, " bins"]
 ) -> Float[Tensor, ""]:
@@ -210,3 +221,9 @@ def depth_metrics(errors: Float[np.ndarray, "b 3"], unit_is_known: bool) -> dict
     scaled = {} if unit_is_known else {"delta1, scaled to the median": Metric.mean(near, ".2%")}
     known = {"RMSE, m": Metric.mean(rmse, ".3f", False), "delta1": Metric.mean(near, ".2%")}
     return (known if unit_is_known else scaled) | {"SILog": Metric.mean(silog, ".2f", False)}
+
+
+def constant_note(metrics: dict[str, Metric]) -> str:
+    """What a head must beat to have learnt anything."""
+    figures = ", ".join(f"{name} {metric.value:{metric.format}}" for name, metric in metrics.items())
+    return f"For comparison, one constant depth: {figures}."
