@@ -6,11 +6,11 @@
 The same places of the same photos are read in four models: as it was, planted, and planted with each of two
 fixes. "Outliers" are the places that the diagnosis of the planted model finds, also in the model as it was.
 
-What DeiT-Ti shows, planted in block 5, 400 photos: right behind the planted block (--layer 6) both claims hold,
-and both fixes bring the tokens back. After the last block position still is worse; reconstruction is not, for
-by then the tokens of these flat patches hold few pixels anyway. And a probe of their own reads more from
-planted outliers than from the same places before: what they hold is hidden from a probe of all patches, and
-not lost.
+What DeiT-Ti shows, planted in block 5, 400 photos: right behind the planted block (--layer 6) outliers probe
+worse for both, and both fixes bring position back and pixels nearly. After the last block position still is
+worse; reconstruction is not, for by then the tokens of these flat patches hold few pixels anyway. And a probe
+of their own reads more from planted outliers than from the same places before: what they hold is hidden from
+a probe of all patches, and not lost.
 """
 
 import argparse

@@ -205,6 +205,8 @@ def test_windows_of_photos_of_any_size(vit, paths, config):
     assert {len(kept) for kept in found.each("cls")} == {3, 4}
     with pytest.raises(RuntimeError):
         found["cls"]  # not of one shape
+    fewer = extract_features(vit, paths, ["cls"], config, framing, Windows((32, 32), (32, 32)))
+    assert {len(kept) for kept in fewer.each("cls")} == {2, 3}
 
 
 def test_framing_keeps_the_whole_photo(vit):
