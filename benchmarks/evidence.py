@@ -42,6 +42,9 @@ class Run:
 IMAGENETTE, VOC = "data/imagenette", "data/VOCdevkit/VOC2012"
 OUTLIERS = "pixel accuracy, former outliers"
 CENTRED = (("features", "values"), ("centre", "true"))
+VOID = (("ignore", "11"),)
+POSITION = ("top-1: normal patches", "top-1: outliers", "top-1: outliers, by usual place")
+PIXELS = tuple(f"relative error: {of}" for of in ("normal patches", "outliers", "normal, alike in pixels"))
 SGD = (("protocol", "dinov2"),)
 CORLOC = ("LOST CorLoc", "TokenCut CorLoc")
 
@@ -52,12 +55,12 @@ RUNS = (
     Run("logistic regression, Imagenette", "linear", IMAGENETTE, shown=("cls", "mean")),
     Run("DINOv2's linear protocol, Imagenette", "linear", IMAGENETTE, SGD, ("best head",)),
     Run("single tokens, Imagenette", "tokens", IMAGENETTE),
-    Run("position, 1000 photos", "position", PHOTOS),
-    Run("reconstruction, 1000 photos", "reconstruction", PHOTOS),
+    Run("position (confounded), 1000 photos", "position", PHOTOS, shown=POSITION),
+    Run("reconstruction, 1000 photos", "reconstruction", PHOTOS, shown=PIXELS),
     Run("discovery, VOC, keys", "discovery", VOC, shown=CORLOC),
     Run("discovery, VOC, values", "discovery", VOC, (("features", "values"),), CORLOC),
     Run("discovery, VOC, centred values", "discovery", VOC, CENTRED, CORLOC),
-    Run("segmentation, CamVid", "segmentation", "data/camvid", (("ignore", "11"),), ("mIoU", OUTLIERS)),
+    Run("segmentation, CamVid", "segmentation", "data/camvid", VOID, ("mIoU", OUTLIERS)),
     Run("segmentation, VOC", "segmentation", VOC, shown=("mIoU", OUTLIERS)),
     Run("CLS attention as heatmap, VOC", "zero-shot-segmentation", VOC),
     Run("depth", "depth", "data/depth"),

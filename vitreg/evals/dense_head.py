@@ -275,7 +275,7 @@ def _batches(chosen: Sequence[int], size: int, steps: int, random: torch.Generat
 
 def former_outliers(
     vit: Backbone, paths: Sequence[Path], tested: Sequence[int], frame: Frame, config: Config
-) -> dict[int, Bool[Tensor, "w p"]]:
+) -> dict[int, Bool[Tensor, "_ p"]]:
     """The outlier patches of the model without its fix in the tested photos; empty if it has none."""
     paths, everything = [paths[i] for i in tested], replace(config, limit=None)
     report = unfixed_diagnosis(vit, paths, replace(config, limit=DIAGNOSED))

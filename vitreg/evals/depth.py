@@ -170,7 +170,7 @@ def log_depths(cells: Float[Tensor, "w p pixels"]) -> Float[Tensor, "w p 2"]:
     return torch.stack([count, logs / count.clamp(min=1)], 2)
 
 
-def mean_depth(logs: Sequence[Float[Tensor, "w p 2"]]) -> float:
+def mean_depth(logs: Sequence[Float[Tensor, "_ _ 2"]]) -> float:
     """The geometric mean over the pixels of some photos."""
     counts, means = torch.cat([log.flatten(0, 1) for log in logs]).T
     return float(((counts * means).sum() / counts.sum()).exp())
