@@ -81,7 +81,7 @@ def main() -> None:
     for name, (version, fix) in versions(vit, args.photos, args.plant, args.rate, args.norm).items():
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore", vitreg.FixWarning)  # the phantom has other weights
-            for one in (own, fix):
+            for one in (fix, own):
                 if one is not None:
                     stack.enter_context(one.applied_to(version))
             found[name] = list(measured(version, args))

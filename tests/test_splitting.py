@@ -397,3 +397,18 @@ def test_neurons_without_thresholds_are_refused():
 def test_a_capacity_is_a_share(capacity):
     with pytest.raises(ValueError, match="share of the patches"):
         TokenSplitting(RegisterNeurons((RegisterNeuron(0, 3, threshold=0.1),)), capacity=capacity)
+
+
+def test_splitting_comes_last():
+    """A register applied after it would stand between originals and copies; before it, both work."""
+    vit = CATALOG["timm vit"].backbone()
+    batch = images(vit)
+    register, splitting = vitreg.TestTimeRegisters({1: [9]}), marking(vit, batch)
+    with splitting.applied_to(vit), pytest.raises(vitreg.FixError, match="apply this fix first"):
+        register.apply(vit)
+    with torch.no_grad(), register.applied_to(vit):
+        fixed = vit.model(batch)
+        with splitting.applied_to(vit) as handle:
+            both = vit.model(batch)
+            assert handle.carried.valid.any()
+    torch.testing.assert_close(both, fixed, **CLOSE)  # CLS is read, and stays what it is under the register

@@ -32,6 +32,7 @@ class Fix(ABC):
     """A cure for attention artifacts. `neurons` are those that it edits ({layer: indices} will do)."""
 
     type: ClassVar[str]
+    adds_tokens: ClassVar[bool] = False  # inside the blocks
     neurons: RegisterNeurons
 
     def __post_init__(self) -> None:
@@ -45,13 +46,19 @@ class Fix(ABC):
     def apply(self, model: nn.Module | Backbone) -> "Applied":
         """Change the model in place until `undo()` of what is returned.
 
-        Raises FixError where the model has another geometry than the one the fix was made for, or where
-        this fix is already applied; warns (FixWarning) where it has other weights.
+        Raises FixError where the model has another geometry than the one the fix was made for, where this
+        fix is already applied, or where splitting is and this one adds tokens; warns (FixWarning) where the
+        model has other weights.
         """
         vit = backbone_of(model)
         self.check(vit)
         if any(handle.fix == self for handle in applied(vit.model)):
             raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
+        if self.adds_tokens and any(handle.fix.type == "splitting" for handle in applied(vit.model)):
+            raise FixError(
+                f"token splitting is applied to the model, and {self.type!r} would add tokens between its"
+                " originals and copies. Undo it, apply this fix first, and token splitting last."
+            )
         handle = Applied(self, vit, self.edits(vit))
         handle.install()
         return handle

@@ -50,6 +50,7 @@ class TestTimeRegisters(Fix):
 
     __test__ = False  # pytest: no test class
     type: ClassVar[str] = "registers"
+    adds_tokens: ClassVar[bool] = True
     registers: int = 1
     share: Literal["copy", "split"] = "copy"
     initial: Literal["zero", "mean", "random", "prenorm", "given"] = "zero"

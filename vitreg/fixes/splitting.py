@@ -54,6 +54,7 @@ class TokenSplitting(Fix):
     """
 
     type: ClassVar[str] = "splitting"
+    adds_tokens: ClassVar[bool] = True
     capacity: float = 0.05
 
     def __post_init__(self) -> None:
