@@ -78,7 +78,10 @@ def main() -> None:
     found: dict[str, list[Result]] = {}
     vit = vitreg.load(args.model)
     own = vitreg.load_fix(args.own) if args.own else None
-    for name, (version, fix) in versions(vit, args.photos, args.plant, args.rate, args.norm).items():
+    compared = versions(vit, args.photos, args.plant, args.rate, args.norm)
+    if own is not None and own.type == "splitting":
+        del compared["planted, splitting"]  # there is one splitting at a time
+    for name, (version, fix) in compared.items():
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore", vitreg.FixWarning)  # the phantom has other weights
             for one in (fix, own):

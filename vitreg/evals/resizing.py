@@ -46,7 +46,8 @@ def at_any_size(vit: Backbone) -> Backbone:
         except Exception as error:  # whatever a library raises for a size that it does not take
             problems.append(" ".join(str(error).split())[:200])
     raise UnsupportedModelError(
-        f"{vit.name} takes images of {vit.image_size[0]}x{vit.image_size[1]} pixels only ({problems[0]})."
+        f"{vit.name} takes images of {vit.image_size[0]}x{vit.image_size[1]} pixels only"
+        f" ({'; '.join(dict.fromkeys(problems))})."
         " Squeeze photos to that size: --set resolution=model."
     )
 
