@@ -6,7 +6,7 @@ config = with_settings(KnnConfig(), {"k": "10"})
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -54,13 +54,17 @@ def with_settings(config: C, settings: Mapping[str, str]) -> C:
     changed = {}
     for name, text in settings.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            near = f" Did you mean {close[0]}?" if close else ""
             raise DataError(
-                f"this task has no setting {name!r}.{near} Expected some of {', '.join(sorted(known))}."
+                f"this task has no setting {name!r}.{nearest(name, known)} Expected some of {', '.join(sorted(known))}."
             )
         changed[name] = _parsed(type(config), name, text)
     return replace(config, **changed)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean NAME?" with the nearest of the known names, for an error; nothing if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _parsed(cls: type[Config], name: str, text: str) -> Any:

@@ -254,12 +254,6 @@ def trained(
     return head.eval()
 
 
-def ratio(means: Float[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
-    """Reduces two columns, such as right pixels and all, to the first over the second."""
-    with np.errstate(invalid="ignore"):
-        return means[:, 0] / means[:, 1]
-
-
 def _batches(chosen: Sequence[int], size: int, steps: int, random: torch.Generator) -> Iterator[list[int]]:
     """Photos in a new order each time that all have been seen."""
     waiting: list[int] = []

@@ -27,12 +27,11 @@ from vitreg.evals.dense_head import (
     Tokens,
     former_outliers,
     predictions,
-    ratio,
     readable,
     split_notes,
     splits_of,
 )
-from vitreg.evals.result import Metric, Result, concluded
+from vitreg.evals.result import Metric, Result, concluded, ratio
 from vitreg.models import Backbone
 from vitreg.plot_dense import depth_figure
 

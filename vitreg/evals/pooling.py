@@ -5,7 +5,6 @@ train = pooled(vit, photos, names, config)
 train.vectors("cls+mean")                     # (n, 2 d)
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.errors import DataError, UnsupportedModelError
-from vitreg.evals.config import Config
+from vitreg.evals.config import Config, nearest
 from vitreg.evals.datasets.classes import Labelled
 from vitreg.evals.features import extract_features
 from vitreg.evals.observer import Observer
@@ -55,9 +54,9 @@ def poolings_of(vit: Backbone, asked: str | Sequence[str], among: Iterable[str] 
     has = _parts_of(vit)
     for name in names:
         if name not in PARTS:
-            close = difflib.get_close_matches(name, PARTS, n=1)
-            near = f" Did you mean {close[0]}?" if close else ""
-            raise DataError(f"no pooling is called {name!r}.{near} Expected some of {', '.join(PARTS)}.")
+            raise DataError(
+                f"no pooling is called {name!r}.{nearest(name, PARTS)} Expected some of {', '.join(PARTS)}."
+            )
         if missing := [part for part in PARTS[name] if part not in has]:
             raise UnsupportedModelError(
                 f"{vit.name} has no {missing[0]}, which the pooling {name} needs. It has"

@@ -26,7 +26,7 @@ from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.features import extract_features
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
-from vitreg.evals.result import Metric
+from vitreg.evals.result import Metric, ratio
 from vitreg.models import Backbone
 
 Held = tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]]  # rows to fit to, rows to score on
@@ -100,12 +100,7 @@ class Patches:
         """A weighted mean over all patches (not of photos' means), divided by that of `per`."""
         below = weights if per is None else weights * per
         sums = [np.bincount(self.photo, column, len(self.paths)) for column in (weights * values, below)]
-        return Metric(np.stack(sums, 1), form, higher_is_better, _ratio)
-
-
-def _ratio(means: Float[np.ndarray, "r 2"]) -> Float[np.ndarray, " r"]:
-    with np.errstate(invalid="ignore"):  # draws without such a patch
-        return means[:, 0] / means[:, 1]
+        return Metric(np.stack(sums, 1), form, higher_is_better, ratio)
 
 
 def drawn_patches(

@@ -29,6 +29,12 @@ def first_column(means: Float[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
     return means[:, 0]
 
 
+def ratio(means: Float[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
+    """Two columns, such as right pixels and all, make the first over the second; NaN in a draw of none."""
+    with np.errstate(invalid="ignore"):
+        return means[:, 0] / means[:, 1]
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """A metric of n images: what is kept of each, and how means over images become the metric.

@@ -3,7 +3,6 @@
 find_task("knn").evaluate(vit, "imagenette/", find_task("knn").config())
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.config import Config
+from vitreg.evals.config import Config, nearest
 from vitreg.evals.result import Result
 from vitreg.models import Backbone, load
 
@@ -79,9 +78,9 @@ TASKS = {
 def find_task(name: str) -> Task:
     """Raises DataError for an unknown name, with the nearest."""
     if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        near = f" Did you mean {close[0]}?" if close else ""
-        raise DataError(f"there is no task {name!r}.{near} Expected one of {', '.join(TASKS)}.")
+        raise DataError(
+            f"there is no task {name!r}.{nearest(name, TASKS)} Expected one of {', '.join(TASKS)}."
+        )
     return TASKS[name]
 
 

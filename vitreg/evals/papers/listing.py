@@ -4,11 +4,11 @@ print(overview())
 print(table_text("test-time-segmentation"))
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from vitreg.errors import DataError
+from vitreg.evals.config import nearest
 from vitreg.evals.papers.kept import measured
 from vitreg.evals.papers.tables import DATA, ROOT, TABLES, Recipe, Row, Table
 from vitreg.evals.result import written
@@ -20,9 +20,9 @@ _PLAIN = ("RMSE", "distance", "L2 error")  # metrics that are no shares
 def find_table(name: str) -> Table:
     """Raises DataError for an unknown name, with the nearest."""
     if name not in TABLES:
-        close = difflib.get_close_matches(name, TABLES, n=1)
-        near = f" Did you mean {close[0]}?" if close else ""
-        raise DataError(f"there is no table {name!r}.{near} Expected one of {', '.join(TABLES)}.")
+        raise DataError(
+            f"there is no table {name!r}.{nearest(name, TABLES)} Expected one of {', '.join(TABLES)}."
+        )
     return TABLES[name]
 
 
