@@ -54,15 +54,16 @@ def with_settings(config: C, settings: Mapping[str, str]) -> C:
     changed = {}
     for name, text in settings.items():
         if name not in known:
+            near = nearest(name, known)
             raise DataError(
-                f"this task has no setting {name!r}.{nearest(name, known)} Expected some of {', '.join(sorted(known))}."
+                f"this task has no setting {name!r}.{near} Expected some of {', '.join(sorted(known))}."
             )
         changed[name] = _parsed(type(config), name, text)
     return replace(config, **changed)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean NAME?" with the nearest of the known names, for an error; nothing if none is near."""
+    """What an error adds about an unknown name: " Did you mean NAME?", or nothing if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
