@@ -18,12 +18,12 @@ from torch import Tensor
 
 import vitreg
 from vitreg.decoding import decode
-from vitreg.evals.config import with_settings
 from vitreg.evals.datasets.boxes import boxed_photos
 from vitreg.evals.discovery import DiscoveryConfig, evaluate
 from vitreg.evals.framing import Framing, normalisation_of
 from vitreg.evals.resizing import at_any_size
 from vitreg.probe import evaluating
+from vitreg.settings import with_settings
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -19,10 +19,11 @@ from pathlib import Path
 import vitreg
 from vitreg.diagnosis import versions
 from vitreg.evals import Result, differences, find_task
-from vitreg.evals.config import default_cache, with_settings
+from vitreg.evals.config import default_cache
 from vitreg.evals.result import written
 from vitreg.fixes import Fix
 from vitreg.output import write_atomically
+from vitreg.settings import with_settings
 
 ARTIFACTS, CLEAN = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_patch16_224"
 PHOTOS = "data/imagenet-sample-1000"

@@ -13,7 +13,6 @@ from torchmetrics.functional import mean_squared_error
 
 import vitreg
 from vitreg.errors import DataError
-from vitreg.evals.config import with_settings
 from vitreg.evals.datasets.depth_pairs import read_depth, train_and_val
 from vitreg.evals.dense_head import splits_of
 from vitreg.evals.depth import (
@@ -30,6 +29,7 @@ from vitreg.evals.depth import (
     spaced_layers,
     within,
 )
+from vitreg.settings import with_settings
 from vitreg.style import png
 
 

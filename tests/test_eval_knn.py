@@ -13,7 +13,6 @@ from torch import Tensor
 import vitreg
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.evals import knn
-from vitreg.evals.config import with_settings
 from vitreg.evals.datasets.classes import Labelled
 from vitreg.evals.framing import Framing, Normalisation
 from vitreg.evals.knn import KnnConfig, evaluate, vote
@@ -21,6 +20,7 @@ from vitreg.evals.observer import Observer
 from vitreg.evals.pooling import pooled, poolings_of
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.settings import with_settings
 
 VIT = CATALOG["timm vit"].backbone()
 QUICK = KnnConfig(workers=0)

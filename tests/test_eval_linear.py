@@ -13,9 +13,9 @@ from test_eval_knn import CLASSES, VIT, by_hand, write_photos
 import vitreg
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.evals import find_task, linear
-from vitreg.evals.config import with_settings
 from vitreg.evals.linear import LinearConfig, evaluate, hold_out, trained
 from vitreg.evals.pooling import Pooled
+from vitreg.settings import with_settings
 
 LOGISTIC = LinearConfig(protocol="logistic", workers=0, held_out=0.25)
 SGD = LinearConfig(protocol="dinov2", workers=0, steps=150, train_batch=32, held_out=0.25)

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 import vitreg
 from vitreg.cli import app
 from vitreg.errors import DataError, ModelLoadError
-from vitreg.evals.config import with_settings
 from vitreg.evals.features import spread
 from vitreg.evals.framing import Framing, Normalisation
 from vitreg.evals.papers import DATA, TABLES, Recipe, Row, Table, listing, overview, run_table, table_text
@@ -26,6 +25,7 @@ from vitreg.evals.papers.running import found_fix, run_row, some_photos
 from vitreg.evals.tasks import find_task
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.phantom import plant
+from vitreg.settings import with_settings
 
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows]
 RUNNABLE = [(name, row) for name, row in ROWS if not row.needs]

@@ -14,10 +14,10 @@ import vitreg
 from vitreg.cli import main
 from vitreg.errors import DataError, MissingExtraError, ModelLoadError, UnsupportedModelError
 from vitreg.evals import find_task, zero_shot
-from vitreg.evals.config import with_settings
 from vitreg.evals.zero_shot import ZeroShotConfig, class_embeddings, evaluate, load
 from vitreg.fixes import TestTimeRegisters
 from vitreg.labels import wordnet_classes
+from vitreg.settings import with_settings
 
 NAME = "open_clip:vitreg-tiny"
 WORDNET = list(wordnet_classes(1000))

@@ -278,6 +278,17 @@ def _build_timm(name: str, size: tuple[int, int] | None, random_weights: bool) -
     return module, _timm_preprocess(module, native), native
 
 
+def build_timm(name: str, **options: Any) -> nn.Module:
+    """A timm model with random weights. Raises ModelLoadError for a name or an option that timm lacks."""
+    import timm
+
+    try:
+        module: nn.Module = timm.create_model(name, **options)
+    except Exception as error:  # as in `_built`: one line with the cause
+        raise ModelLoadError(_explain(f"timm:{name}", error)) from error
+    return module
+
+
 def _timm_preprocess(module: nn.Module, size: tuple[int, int]) -> Preprocess | None:
     """The evaluation transform that a timm model's own configuration describes."""
     if not hasattr(module, "pretrained_cfg"):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.errors import DataError, OutputError
-from vitreg.evals.config import Config, with_settings
+from vitreg.evals.config import Config
 from vitreg.evals.result import Result, compare, comparison_json
 from vitreg.evals.tasks import Task, find_task
 from vitreg.fixes import Fix, load_fix
 from vitreg.models import Backbone
 from vitreg.output import check_writable, write_atomically
+from vitreg.settings import pairs, with_settings
 from vitreg.style import png
 
 
@@ -31,7 +32,7 @@ def run(
 ) -> None:
     """Evaluate a model on one task; `compared`, without the fix and with it. `machine`: fields of Config."""
     found = find_task(task)
-    config = with_settings(replace(found.config(), **(machine or {})), _pairs(settings))
+    config = with_settings(replace(found.config(), **(machine or {})), pairs(settings))
     if compared and not fix:
         raise DataError("--compare needs --fix: without one there is nothing to compare with.")
     for path in (json_path, figure):
@@ -69,11 +70,3 @@ def _write_figure(result: Result, path: Path) -> None:
         raise OutputError(f"the task {result.task} draws no figure. Leave out --figure.")
     write_atomically(path, png(result.picture()))
     sys.stdout.write(f"figure: {path}\n")
-
-
-def _pairs(settings: Sequence[str]) -> dict[str, str]:
-    pairs = [setting.partition("=") for setting in settings]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise DataError(f"--set {name}: expected KEY=VALUE, such as --set k=10.")
-    return {name: value for name, _, value in pairs}

@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float, Shaped
 from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
-from vitreg.carry import bare
 from vitreg.errors import DataError
 from vitreg.evals.config import Config
 from vitreg.evals.features import Features, extract_features
 from vitreg.evals.framing import Framing, Windows, normalisation_of
 from vitreg.evals.outliers import unfixed_diagnosis
+from vitreg.fixes.base import unfixed
 from vitreg.models import Backbone
 
 EXAMPLES = 4  # photos that a figure shows
@@ -276,7 +276,7 @@ def former_outliers(
     if report.threshold is None:
         return {}
     name = f"norms@{report.detect_layer}"
-    with bare(vit.model):
+    with unfixed(vit.model):
         found = extract_features(vit, paths, [name], everything, frame.framing, frame.windows)
     rows = zip(found.index, found.each(name), strict=True)
     masks = {tested[row]: norms >= report.threshold for row, norms in rows}

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from vitreg.carry import bare
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.evals.config import Config
 from vitreg.evals.features import extract_features, spread
+from vitreg.fixes.base import unfixed
 from vitreg.images import read_images
 from vitreg.models import Backbone
 
@@ -25,7 +25,7 @@ def unfixed_diagnosis(vit: Backbone, paths: Sequence[Path], config: Config) -> D
     used = [paths[i] for i in spread(len(paths), config.limit)]
     some = [used[i] for i in spread(len(used), DIAGNOSED)]
     photos = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
-    with bare(vit.model):
+    with unfixed(vit.model):
         return diagnose(vit, photos, examples=0)
 
 
@@ -34,7 +34,7 @@ def outlier_masks(
 ) -> Bool[np.ndarray, "b p"]:
     """Outliers of the unfixed model, of all photos that `extract_features` can read, in its order."""
     name = f"norms@{report.detect_layer}"
-    with bare(vit.model):
+    with unfixed(vit.model):
         norms = extract_features(vit, paths, [name], config)[name].numpy()
     return norms >= (np.inf if report.threshold is None else report.threshold)
 

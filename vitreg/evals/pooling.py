@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.errors import DataError, UnsupportedModelError
-from vitreg.evals.config import Config, nearest
+from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import Labelled
 from vitreg.evals.features import extract_features
 from vitreg.evals.observer import Observer
 from vitreg.models import Backbone
+from vitreg.settings import nearest
 
 _LAST_4 = ("cls", "cls@-2", "cls@-3", "cls@-4")
 PARTS = {

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.config import Config, nearest
+from vitreg.evals.config import Config
 from vitreg.evals.result import Result
 from vitreg.models import Backbone, load
+from vitreg.settings import nearest
 
 
 @dataclass(frozen=True)

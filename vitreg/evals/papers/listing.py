@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from vitreg.errors import DataError
-from vitreg.evals.config import nearest
 from vitreg.evals.papers.kept import measured
 from vitreg.evals.papers.tables import DATA, ROOT, TABLES, Recipe, Row, Table
 from vitreg.evals.result import written
 from vitreg.measures import Estimate
+from vitreg.settings import nearest
 
 _PLAIN = ("RMSE", "distance", "L2 error")  # metrics that are no shares
 

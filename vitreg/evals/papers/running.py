@@ -13,7 +13,7 @@ from typing import Any
 
 from vitreg.diagnosis import diagnose
 from vitreg.errors import DataError, VitregError
-from vitreg.evals.config import Config, with_settings
+from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.datasets.depth_pairs import nyu
 from vitreg.evals.datasets.foreground import foreground
@@ -29,6 +29,7 @@ from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.images import read_images
 from vitreg.models import Backbone
 from vitreg.neurons import find_register_neurons
+from vitreg.settings import with_settings
 
 PHOTOS = 256  # that a fix is found on
 Load = Callable[[Row, Callable[..., Backbone]], Backbone]

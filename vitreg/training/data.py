@@ -1,0 +1,55 @@
+"""Photos for training: a file is decoded as everywhere in vitreg, and one that cannot be is replaced."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+
+from vitreg.decoding import decode
+from vitreg.errors import DataError
+from vitreg.evals.features import spread
+from vitreg.images import printable, read_images
+
+Transform = Callable[[PIL.Image.Image], Any]
+
+# Photos on which a model is diagnosed while it trains.
+WATCHED = 64
+
+
+class Photos:
+    """A map-style dataset of transformed photos, with their labels if there are any.
+
+    A long run must not end over one damaged file: the next photo takes its place, with a warning that names
+    it. Raises DataError where ten in a row are damaged.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], transform: Transform, labels: Sequence[int] | None = None
+    ) -> None:
+        self.paths, self.transform, self.labels = list(paths), transform, labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        for i in (k % len(self) for k in range(index, index + 10)):
+            try:
+                image = decode(self.paths[i].read_bytes())
+            except Exception as error:  # decoders raise many kinds
+                name = printable(str(self.paths[i]))
+                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                continue
+            pixels = self.transform(image)
+            return pixels if self.labels is None else (pixels, self.labels[i])
+        raise DataError(
+            f"ten photos in a row cannot be read, the first of them {self.paths[index]}. See to them."
+        )
+
+
+def watched(paths: Sequence[Path], transform: Transform, number: int = WATCHED) -> list[Tensor]:
+    """Some of the photos, evenly spread, as batches (b, 3, h, w): those to diagnose a model on."""
+    chosen = [paths[i] for i in spread(len(paths), number)]
+    return [batch.pixels for batch in read_images(chosen, transform, batch_size=32, workers=0)]

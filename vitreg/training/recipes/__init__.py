@@ -1,0 +1,1 @@
+"""The recipes that come with vitreg, one a file: `vitreg train NAME`."""

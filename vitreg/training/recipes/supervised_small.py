@@ -1,0 +1,26 @@
+"""A ViT of 2.7 million parameters on 1500 photos of ten classes, supervised as in DeiT-III.
+
+    vitreg train supervised_small --data imagenette/ -o run/ --set registers=4
+
+imagenette/ holds train/CLASS/ and val/CLASS/. Chance is 10%.
+"""
+
+from vitreg.training.supervised import Supervised
+
+recipe = Supervised(
+    about="ViT (width 192, depth 6, patch 16) on Imagenette at 112 px, supervised",
+    expected="",
+    cost="",
+    model="vit_tiny_patch16_224",
+    model_args={"depth": 6},
+    image_size=112,
+    batch_size=50,
+    steps=1200,
+    warmup=60,
+    lr=1e-3,
+    drop_path=0.1,
+    crop_scale=0.3,
+    mixup=0.0,
+    cutmix=0.5,
+    diagnose_every=200,
+)

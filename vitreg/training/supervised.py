@@ -1,0 +1,111 @@
+"""The supervised regime, as in DeiT-III: labelled photos, timm's losses, Mixup and 3-Augment.
+
+Touvron et al., DeiT III: Revenge of the ViT, 2022.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from vitreg.evals import classification
+from vitreg.evals.datasets.classes import splits
+from vitreg.models import load, wrap
+from vitreg.training.data import Photos, watched
+from vitreg.training.objective import Objective
+from vitreg.training.recipe import Recipe
+from vitreg.training.registers import add_registers
+
+
+@dataclass(frozen=True)
+class Supervised(Recipe):
+    """Classification of `data`/train/CLASS/*.jpg, measured on `data`/val.
+
+    augment        "3a" (3-Augment), another policy of timm's ("rand-m9-mstd0.5"), or "" for crop and flip
+    crop           "rrc" (random resized crop) or "rkrc" (DeiT-III's simple crop: resize, then crop)
+    crop_scale     the smallest share of the photo that a random resized crop keeps
+    loss           "bce" (a yes or no for each class, as DeiT-III on ImageNet-1k) or "ce"
+    drop_path      stochastic depth: the share of blocks that are skipped
+    pretrained     the model to tune, with its own head; registers are then added to it
+    """
+
+    augment: str = "3a"
+    color_jitter: float = 0.3
+    crop: str = "rrc"
+    crop_scale: float = 0.08
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.0
+    loss: str = "ce"
+    drop_path: float = 0.0
+
+    def objective(self) -> "SupervisedObjective":
+        return SupervisedObjective(self)
+
+
+class SupervisedObjective(Objective):
+    """A ViT with its head, and the loss of DeiT-III."""
+
+    def __init__(self, recipe: Supervised) -> None:
+        super().__init__()
+        train, val = splits(recipe.data)
+        self.recipe, self.classes = recipe, len(train.classes)
+        self.vit = self._model()
+        data = resolve_model_data_config(self.vit) | {"input_size": (3, recipe.image_size, recipe.image_size)}
+        transform = create_transform(
+            **data,
+            is_training=True,
+            auto_augment=recipe.augment or None,
+            color_jitter=recipe.color_jitter,
+            train_crop_mode=recipe.crop,
+            scale=(recipe.crop_scale, 1.0),
+        )
+        self.dataset = Photos(train.paths, transform, train.labels)
+        self.preprocess: Any = create_transform(**data, is_training=False)
+        self.photos = watched(val.paths, self.preprocess)
+        self.mixup = self._mixup()
+        self.criterion = self._criterion()
+
+    def _model(self) -> nn.Module:
+        recipe = self.recipe
+        if recipe.pretrained is None:
+            return recipe.build(self.classes, drop_path_rate=recipe.drop_path)
+        model = load(recipe.pretrained, size=recipe.image_size).model
+        if recipe.registers:
+            add_registers(model, recipe.registers)
+        return model
+
+    def _mixup(self) -> Mixup | None:
+        recipe = self.recipe
+        if not recipe.mixup and not recipe.cutmix:
+            return None
+        return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
+
+    def _criterion(self) -> nn.Module:
+        if self.recipe.loss == "bce":
+            return BinaryCrossEntropy(smoothing=self.recipe.smoothing)
+        return (
+            LabelSmoothingCrossEntropy(self.recipe.smoothing)
+            if self.mixup is None
+            else SoftTargetCrossEntropy()
+        )
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Loss and top-1 (against the photo that has more of the mix) of (b, 3, h, w) pixels, (b,) labels."""
+        pixels, labels = batch
+        targets = labels
+        if self.mixup is not None and len(pixels) % 2 == 0:
+            pixels, targets = self.mixup(pixels, labels)
+        logits = self.vit(pixels)
+        right = logits.argmax(-1) == (targets.argmax(-1) if targets.ndim == 2 else targets)
+        return {"loss": self.criterion(logits.float(), targets), "train_top1": 100 * right.float().mean()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Top-1 on val, in per cent."""
+        vit = wrap(self.vit.eval(), self.preprocess, image_size=self.recipe.image_size)
+        found = classification.evaluate(vit, self.recipe.data, classification.ClassificationConfig(workers=0))
+        return {"top1": 100 * found.metrics["top-1"].value}
