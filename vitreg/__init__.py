@@ -16,6 +16,7 @@ from vitreg.errors import (
     UnsupportedModelError,
     VitregError,
 )
+from vitreg.example import example
 from vitreg.fixes import (
     Applied,
     AttentionBias,
@@ -25,6 +26,7 @@ from vitreg.fixes import (
     ShiftSink,
     TestTimeRegisters,
     TokenSplitting,
+    TrainedRegisters,
     applied,
     load_fix,
     save_fix,
@@ -35,6 +37,8 @@ from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neuron
 from vitreg.noop import NoopTest, noop_test
 from vitreg.phantom import Phantom, plant
 from vitreg.trace import trace, watch
+from vitreg.training.export import export
+from vitreg.training.registers import add_registers, remove_registers
 from vitreg.verdict import Verdict
 from vitreg.verify import verify
 
@@ -69,11 +73,15 @@ __all__ = [
     "TestTimeRegisters",
     "TokenLayout",
     "TokenSplitting",
+    "TrainedRegisters",
     "UnsupportedModelError",
     "Verdict",
     "VitregError",
+    "add_registers",
     "applied",
     "diagnose",
+    "example",
+    "export",
     "find_cure",
     "find_register_neurons",
     "load",
@@ -81,6 +89,7 @@ __all__ = [
     "noop_test",
     "plant",
     "read_images",
+    "remove_registers",
     "save_fix",
     "trace",
     "verify",

@@ -292,15 +292,89 @@ def papers(
 
 
 @app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A bundled recipe, or a Python file with one.")
+    ] = None,
+    more: Annotated[list[int] | None, typer.Argument(metavar="", hidden=True)] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="The training data.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="The run's folder; default: runs/RECIPE."),
+    ] = None,
+    registers: Annotated[
+        int | None,
+        typer.Option(metavar="N...", min=0, help="Register tokens; several numbers (0 1 2 4) are compared."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the recipe; repeatable."),
+    ] = None,
+    evals: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval", metavar="TASK=DIR", help="Compare also on a task of `vitreg eval`; repeatable."
+        ),
+    ] = None,
+    accelerator: Annotated[str, typer.Option(metavar="A", help="cpu, cuda, mps or auto.")] = "auto",
+    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Processes; torchrun has the say.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
+    strategy: Annotated[str, typer.Option(metavar="S", help="auto, ddp or fsdp.")] = "auto",
+    precision: Annotated[str, typer.Option(metavar="P", help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data loading processes, each.")] = 0,
+    tensorboard: Annotated[bool, typer.Option(help="Write events for TensorBoard as well.")] = False,
+) -> None:
+    """Train with registers, from scratch or into a model that you have. Without RECIPE: list the recipes.
+
+    The same command goes on where a run was stopped.
+    """
+    from vitreg.training.command import listing, run
+    from vitreg.training.loop import Machine
+
+    if recipe is None:
+        typer.echo(listing())
+        return
+    if more and registers is None:
+        raise typer.BadParameter(f"what is {more[0]} for? expected one RECIPE, or --registers N N ...")
+    run(
+        recipe,
+        out,
+        data=data,
+        settings=settings or [],
+        registers=[] if registers is None else [registers, *(more or [])],
+        evals=evals or [],
+        machine=Machine(
+            accelerator=accelerator,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            precision=precision,
+            workers=workers,
+            tensorboard=tensorboard,
+            progress=True,
+        ),
+    )
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the report goes.")] = Path(
         "vitreg-demo"
     ),
+    real: Annotated[bool, typer.Option("--real", help="A public ViT-Ti from the hub instead.")] = False,
+    images: Annotated[
+        str | None, typer.Option(metavar="IMAGES", help=f"With --real, other photos. {_IMAGES_HELP}")
+    ] = None,
 ) -> None:
-    """The whole story on a bundled example, offline: a phantom planted in a random-weight model."""
-    from vitreg.demo import run
+    """The whole story, offline: artifacts planted in a small bundled ViT (a phantom), found and removed."""
+    from vitreg.demo import run, run_real
 
-    run(out)
+    if real:
+        run_real(out, images)
+    elif images is not None:
+        raise typer.BadParameter("the bundled model knows its own photos only: add --real.")
+    else:
+        run(out)
 
 
 def _load(

@@ -31,7 +31,7 @@ def controls_of(fix: Fix, anatomy: Anatomy, seed: int = 0) -> Controls:
     """The controls for any fix: variations of it if its type is registers, else of the plainest of these."""
     own = isinstance(fix, TestTimeRegisters)
     plain = fix if isinstance(fix, TestTimeRegisters) else TestTimeRegisters(fix.neurons)
-    inert = replace(plain, neurons=RegisterNeurons(()), registers=max(plain.registers, 1))
+    inert = replace(plain, neurons=RegisterNeurons(()), registers=max(getattr(fix, "registers", 1), 1))
     if not fix.neurons.chosen:
         return Controls({"inert token": inert}, ("neuron controls: the fix edits no neurons",))
     others = random_neurons(fix.neurons, anatomy, seed)

@@ -1,84 +1,159 @@
-"""`vitreg demo`: the whole story on bundled photos, offline.
+"""`vitreg demo`: the whole story, offline, on the bundled example; `--real` tells it of a public ViT.
 
-Until a trained example is bundled, the model is a phantom: random weights with planted artifacts, whose
-ground truth is known. It is labelled as such wherever it is shown.
+The example has no artifacts of its own. Those that are found and removed here were planted: a phantom, with
+known ground truth, and labelled as such wherever it is shown.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import vitreg
+from vitreg.diagnosis import Diagnosis
+from vitreg.example import HELD_OUT, Measured, example, measure, scenes
 from vitreg.images import demo_photos
 from vitreg.output import write_atomically
 from vitreg.phantom import Phantom, plant
 
-MODEL, LAYER = "timm:vit_small_patch16_224", 7
+REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+LAYER = 3  # (0-based) of the example's six blocks, whose MLP the phantom's neurons are planted in
+PHOTOS, MEASURED = 64, 256  # that are diagnosed; that top-1 and attention are measured on
+
+
+@dataclass(frozen=True)
+class Version:
+    """A model as a column of the table: its diagnosis, and what it does on held-out photos, if known."""
+
+    name: str
+    report: Diagnosis
+    measured: Measured | None = None
 
 
 def run(out: Path) -> None:
-    """Diagnose a random model before and after artifacts are planted; print a table, write a report."""
-    from vitreg.report import write_report
-    from vitreg.style import png
-
+    """Plant artifacts in the bundled ViT, find them, remove them, and say what each step did."""
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    vit = vitreg.load(MODEL, random_weights=True)
-    photos = vitreg.read_images(demo_photos(), vit)
-    console.print(
-        f"{photos.total} bundled photos, {MODEL} with random weights: a stand-in, no trained model."
-    )
+    vit, shown = example(PHOTOS)
+    photos = vitreg.read_images([scene.photo for scene in shown], vit)
+    console.print(f"A small ViT that tells 12 shapes apart, and {PHOTOS} drawn photos it has never seen.")
     clean = vitreg.diagnose(vit, photos)
+    console.print(f"It has {clean.verdict}: {clean.reason}\n", highlight=False)
     phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
     report = vitreg.diagnose(phantom.vit, photos)
     console.print(
-        f"Planted {len(phantom.neurons)} register neurons in block {LAYER}: a phantom with known truth.\n"
+        f"So {len(phantom.neurons)} register neurons were planted in block {LAYER} of a copy, a phantom with"
+        f" known truth.\n{truth(phantom, report, photos)}"
     )
-    console.print(_table(clean, report))
-    console.print(_truth(phantom, report, photos), "\n")
-    console.print(str(report), "\n", highlight=False)
-    neurons = vitreg.find_register_neurons(phantom.vit, photos, report)
-    fix = vitreg.TokenSplitting.calibrate(phantom.vit, photos, neurons)
-    verdict = vitreg.verify(phantom.vit, fix, photos, report=report, controls=False)
-    hits = len(set(neurons.by_layer.get(LAYER, [])) & set(phantom.neurons))
+    cure = vitreg.find_cure(phantom.vit, photos, report=report)
+    _tell(console, phantom, report, cure)
+    held_out = scenes(MEASURED, HELD_OUT)
+    versions = [
+        Version("as trained", clean, measure(vit, held_out)),
+        Version("phantom", report, measure(phantom.vit, held_out)),
+        *_fixed(phantom.vit, cure, lambda: measure(phantom.vit, held_out)),
+    ]
+    console.print(table(versions))
+    _write(console, out, versions, cure, phantom.vit, [scene.mask for scene in shown])
+    console.print(f"ground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
+
+
+def run_real(out: Path, images: str | None = None, model: str = REAL) -> None:
+    """The same of a public model with artifacts of its own, on the bundled photos or others of your own.
+
+    Raises ModelLoadError where neither the hub nor its cache has the model.
+    """
+    console = Console()
+    vit = vitreg.load(model)
+    out.mkdir(parents=True, exist_ok=True)
+    photos = vitreg.read_images(demo_photos() if images is None else images, vit)
+    report = vitreg.diagnose(vit, photos)
+    console.print(f"{report}\n", highlight=False)
+    cure = vitreg.find_cure(vit, photos, report=report)
+    console.print(f"{cure}\n", highlight=False)
+    versions = [Version("as published", report), *_fixed(vit, cure)]
+    console.print(table(versions))
+    _write(console, out, versions, cure, vit)
+
+
+def _fixed(
+    vit: vitreg.Backbone, cure: vitreg.Cure, measured: Callable[[], Measured] | None = None
+) -> list[Version]:
+    """The version with the fix, if there is one."""
+    if cure.fix is None or cure.verdict.after is None:
+        return []
+    with cure.fix.applied_to(vit):
+        return [Version("fixed", cure.verdict.after, measured() if measured else None)]
+
+
+def _tell(console: Console, phantom: Phantom, report: Diagnosis, cure: vitreg.Cure) -> None:
+    """What was found and done, against what was planted."""
+    if cure.fix is None:
+        return
+    named = cure.fix.neurons
+    hits = len(set(named.by_layer.get(phantom.layer, [])) & set(phantom.neurons))
     console.print(
-        f"Register neurons found: {hits} of {len(phantom.neurons)} planted, of {neurons.top_k} named."
+        f"Register neurons found: {hits} of {len(phantom.neurons)} planted, of {named.top_k} named."
     )
-    console.print(f"Token splitting {verdict.verdict}: {verdict.reason}\n", highlight=False)
-    console.print(f"fix: {fix.save(out / 'fix', vit=phantom.vit)}", highlight=False)
-    page = write_report(report, out / "report.html")
-    console.print(f"report: {page}\nground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
-    picture = out / "overview.png"
-    write_atomically(picture, png(report.figure()))
-    console.print(f"picture: {picture}", highlight=False)
+    console.print(f"Fix: {cure.choice}\nIt {cure.verdict.verdict}: {cure.verdict.reason}\n", highlight=False)
 
 
-def _table(clean: "vitreg.Diagnosis", report: "vitreg.Diagnosis") -> Table:
-    table = Table(box=None, header_style="bold")
-    for heading in ("", "before planting", "phantom"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, value in (
-        ("verdict", lambda d: d.verdict),
-        ("onset layer", lambda d: "-" if d.onset_layer is None else str(d.onset_layer)),
-        ("outlier patches", lambda d: f"{d.outlier_fraction:.2%}"),
-        ("largest norm / median", lambda d: f"{max(x.max_norm / x.median_norm for x in d.layers):.1f}x"),
-        ("attention on outliers, last block", lambda d: f"{d.attention_to_outliers:.1%}"),
-    ):
-        table.add_row(name, value(clean), value(report))
-    return table
-
-
-def _truth(phantom: Phantom, report: "vitreg.Diagnosis", photos: "vitreg.Images") -> str:
+def truth(phantom: Phantom, report: Diagnosis, photos: vitreg.Images) -> str:
     """How well the diagnosis found what was planted."""
     hits = found = planted = 0
     for batch in photos:
-        truth, mask = phantom.marked(batch.pixels), report.outliers(phantom.vit, batch.pixels)
-        hits, found, planted = (
-            hits + int((truth & mask).sum()),
-            found + int(mask.sum()),
-            planted + int(truth.sum()),
-        )
+        marked, mask = phantom.marked(batch.pixels), report.outliers(phantom.vit, batch.pixels)
+        hits += int((marked & mask).sum())
+        found, planted = found + int(mask.sum()), planted + int(marked.sum())
     return (
         f"Against the ground truth: {hits} of {planted} planted patches found, {found - hits} false alarms."
     )
+
+
+def table(versions: Sequence[Version]) -> Table:
+    """A column for each version of the model."""
+    found = Table(box=None, header_style="bold")
+    for heading in ("", *(version.name for version in versions)):
+        found.add_column(heading, justify="right" if heading else "left")
+    rows: dict[str, Callable[[Version], str]] = {
+        "verdict": lambda v: v.report.verdict,
+        "outlier patches": lambda v: f"{v.report.outlier_fraction:.2%}",
+        "largest norm / median": lambda v: f"{max(x.max_norm / x.median_norm for x in v.report.layers):.1f}x",
+        "attention on outliers, last block": lambda v: f"{v.report.attention_to_outliers:.1%}",
+    }
+    for name, value in rows.items():
+        found.add_row(name, *map(value, versions))
+    measured = [version.measured for version in versions if version.measured]
+    if len(measured) == len(versions):
+        found.add_row(f"top-1, {MEASURED} other photos", *(f"{m.top1:.1%}" for m in measured))
+        found.add_row(
+            f"attention on the object ({measured[0].area:.0%} of the area)",
+            *(f"{m.on_object:.1%}" for m in measured),
+        )
+    return found
+
+
+def _write(
+    console: Console,
+    out: Path,
+    versions: Sequence[Version],
+    cure: vitreg.Cure,
+    vit: vitreg.Backbone,
+    masks: Sequence[Any] = (),
+) -> None:
+    """The fix, the report on the model before it, and the picture of before and after."""
+    from vitreg.plot_versions import before_after
+    from vitreg.report import write_report
+    from vitreg.style import png
+
+    console.print()
+    paths = {"report": write_report(cure.report, out / "report.html")}
+    if cure.fix is not None:
+        paths["fix"] = cure.save(out / "fix", vit=vit)
+    figure = before_after([(version.name, version.report) for version in versions])
+    paths["picture"] = write_atomically(out / "before_after.png", png(figure))
+    for what, path in paths.items():
+        console.print(f"{what}: {path}", highlight=False)

@@ -82,10 +82,10 @@ def photo_strip(report: Diagnosis, index: int) -> Figure:
     axes = figure.subplots(1, 3)
     _draw_photo(axes[0], report, example, side)
     for ax, shown in zip(axes[1:], maps, strict=True):
-        image = _draw_map(ax, report, example, shown, side)
+        image = draw_map(ax, report, example, shown, side)
         _small_title(ax, shown.label)
         place = ax.inset_axes((0, -0.18 / height, 1, 0.1 / height))
-        _label(figure.colorbar(image, cax=place, orientation="horizontal"), shown)
+        label_map(figure.colorbar(image, cax=place, orientation="horizontal"), shown)
     mark_phantom(figure, report.model)
     return figure
 
@@ -116,10 +116,10 @@ def draw_photo_rows(
     for ax, example in zip(axes[0], examples, strict=False):
         _draw_photo(ax, report, example, side)
     for row, shown in zip(axes[1:], maps, strict=True):
-        images = [_draw_map(ax, report, x, shown, side) for ax, x in zip(row, examples, strict=False)]
+        images = [draw_map(ax, report, x, shown, side) for ax, x in zip(row, examples, strict=False)]
         _small_title(row[0], shown.label)
         bar = figure.colorbar(images[0], ax=list(row[: len(images)]), pad=0.015, aspect=18, shrink=0.95)
-        _label(bar, shown)
+        label_map(bar, shown)
 
 
 # -- one photo, one map ----------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _draw_photo(ax: Axes, report: Diagnosis, example: Example, side: float) -> N
     no_frame(ax)
 
 
-def _draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, side: float) -> AxesImage:
+def draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, side: float) -> AxesImage:
     high, wide = example.photo.shape[:2]
     image = ax.imshow(
         shown.values(example),
@@ -204,6 +204,6 @@ def _small_title(ax: Axes, text: str) -> None:
     ax.set_title(text, fontsize=8, fontweight="normal", pad=3)
 
 
-def _label(bar: Colorbar, shown: PatchMap) -> None:
+def label_map(bar: Colorbar, shown: PatchMap) -> None:
     low, high = shown.scale.vmin or 0.0, shown.scale.vmax or 1.0
     label_bar(bar, (number_ticks if shown.quantity == "norms" else percent_ticks)(low, high), "")

@@ -7,6 +7,7 @@ from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.fixes.shift_average import ShiftAverage
 from vitreg.fixes.shifting import ShiftSink
 from vitreg.fixes.splitting import Fork, TokenSplitting
+from vitreg.fixes.trained import TrainedRegisters
 
 __all__ = [
     "Applied",
@@ -17,6 +18,7 @@ __all__ = [
     "ShiftSink",
     "TestTimeRegisters",
     "TokenSplitting",
+    "TrainedRegisters",
     "applied",
     "load_fix",
     "save_fix",

@@ -39,6 +39,7 @@ _CLASSES = {
     "splitting": ("vitreg.fixes.splitting", "TokenSplitting"),
     "bias": ("vitreg.fixes.attention_bias", "AttentionBias"),
     "shift-average": ("vitreg.fixes.shift_average", "ShiftAverage"),
+    "trained": ("vitreg.fixes.trained", "TrainedRegisters"),
 }
 _KEYS = dict.fromkeys(("format", "vitreg", "type", "config", "neurons", "fingerprint", "tensors", "evidence"))
 _AGAIN = "The file is damaged or was edited; save or download it again."
@@ -78,9 +79,14 @@ def _contents(fix: Fix, vit: Backbone | None, evidence: Mapping[str, Any]) -> di
         raise FixError(f"a {type(fix).__name__} cannot be saved: expected one of {', '.join(_CLASSES)}.")
     if vit is not None:
         fix.check(vit)
-    fingerprint = Fingerprint.of(vit) if vit is not None else fix.neurons.fingerprint
+    fingerprint = fix.made_for(vit)
     tensors = _tensors_of(fix)
     files = {TENSORS: _to_safetensors(tensors)} if tensors else {}
+    if tensors and len(files[TENSORS]) > _MOST_BYTES[TENSORS]:
+        raise FixError(
+            f"the fix has {len(files[TENSORS]):,} bytes of tensors; expected at most"
+            f" {_MOST_BYTES[TENSORS]:,}. So much is a model of its own: save that."
+        )
     document = {
         "format": FORMAT,
         "vitreg": __version__,

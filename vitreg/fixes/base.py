@@ -21,6 +21,7 @@ from torch import nn
 
 from vitreg.carry import BlockEdit, inserted_tokens, install, refuse_own_forward, uninstall
 from vitreg.errors import FixError
+from vitreg.fingerprint import Fingerprint
 from vitreg.models import Backbone, wrap
 from vitreg.neurons import RegisterNeurons
 
@@ -59,9 +60,13 @@ class Fix(ABC):
                 f"token splitting is applied to the model, and {self.type!r} would add tokens between its"
                 " originals and copies. Undo it, apply this fix first, and token splitting last."
             )
-        handle = Applied(self, vit, self.edits(vit))
+        handle = self.handle(vit)
         handle.install()
         return handle
+
+    def handle(self, vit: Backbone) -> "Applied":
+        """How this fix goes onto a model and off again."""
+        return Applied(self, vit, self.edits(vit))
 
     @contextmanager
     def applied_to(self, model: nn.Module | Backbone) -> Iterator["Applied"]:
@@ -89,6 +94,10 @@ class Fix(ABC):
                     f"the fix edits neurons {list(indices)[:5]} of block {layer}, but the model has"
                     f" {anatomy.depth} blocks of {anatomy.neurons} neurons. It was made for another model."
                 )
+
+    def made_for(self, vit: Backbone | None) -> Fingerprint | None:
+        """The model that the fix belongs to: `vit` if it is given, else that of its neurons."""
+        return self.neurons.fingerprint if vit is None else Fingerprint.of(vit)
 
     def save(
         self,
@@ -127,6 +136,9 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
+        blocks = list(self._stack.children())
+        for layer in edits:
+            refuse_own_forward(blocks[layer])
 
     @property
     def carried(self) -> Any:
@@ -139,8 +151,6 @@ class Applied:
 
     def install(self) -> None:
         blocks = list(self._stack.children())
-        for layer in self.edits:
-            refuse_own_forward(blocks[layer])
         for layer, edit in self.edits.items():
             install(blocks[layer], edit)
         self._stack.__dict__.setdefault(_FIXES, []).append(self)
@@ -165,6 +175,19 @@ class Applied:
 def applied(model: nn.Module) -> list[Applied]:
     """The fixes that are applied to a model, in the order in which they were."""
     return [handle for module in model.modules() for handle in module.__dict__.get(_FIXES, [])]
+
+
+@contextmanager
+def unfixed(model: nn.Module) -> Iterator[None]:
+    """The model as it is without the fixes that are applied to it, for as long as one looks at it."""
+    handles = applied(model)
+    for handle in reversed(handles):
+        handle.undo()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.install()
 
 
 def backbone_of(model: nn.Module | Backbone) -> Backbone:

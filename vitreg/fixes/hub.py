@@ -21,6 +21,7 @@ _WHAT = {
     "splitting": "forks the tokens that register neurons mark and cleans the copies (token splitting)",
     "bias": "sets register neurons to zero and adds constant keys and values to attention",
     "shift-average": "averages features over shifted views",
+    "trained": "adds trained register tokens, and has new values for weights that were trained with them",
 }
 
 
@@ -100,8 +101,9 @@ def model_card(repo_id: str, document: Mapping[str, Any]) -> str:
             "---",
             f"# {repo_id}",
             "",
-            "Removes attention artifacts (high-norm outlier tokens) from a Vision Transformer. The weights of"
-            " the model stay as they are.",
+            "Removes attention artifacts (high-norm outlier tokens) from a Vision Transformer. "
+            + ("Undone, it leaves" if document["type"] == "trained" else "It leaves")
+            + " the weights of the model as they were.",
             "",
             *(f"- {fact}" for fact in facts),
             "",

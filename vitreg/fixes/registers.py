@@ -144,10 +144,10 @@ class TestTimeRegisters(Fix):
         carry: Carry[Tensor] = Carry()
         value = _initial_value(self, vit)
         layers = range(self.entry, vit.anatomy.depth)
-        return {layer: _Edit(self, vit, layer, carry, value) for layer in layers}
+        return {layer: RegisterEdit(self, vit, layer, carry, value) for layer in layers}
 
 
-class _Edit(BlockEdit):
+class RegisterEdit(BlockEdit):
     """Registers in, the block with its neurons' activation moved, registers out."""
 
     def __init__(

@@ -57,11 +57,17 @@ def _replace(path: Path, unfinished: Path, problem: Exception | None) -> None:
         with suppress(OSError):
             unfinished.unlink()
         kept = "The one before it is whole: see" if path.exists() else "There was none before it. See"
-        reason = " ".join(str(error).split())[:200]
         raise OutputError(
-            f"cannot write the checkpoint {path}: {reason}. {kept} to space and permissions there and run the"
-            " same command again."
+            f"cannot write the checkpoint {path}: {_reason(error)}. {kept} to space and permissions there and"
+            " run the same command again."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """That of the system, if it is known: torch's file format fails in its own words after it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _reason(error.__context__) if error.__context__ else " ".join(str(error).split())[:200]
 
 
 def check(path: Path, objective: nn.Module, recipe: Recipe) -> None:

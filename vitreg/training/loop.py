@@ -29,7 +29,7 @@ from vitreg.output import check_writable
 from vitreg.settings import nearest
 from vitreg.training import checkpoint
 from vitreg.training.log import Log, read_log
-from vitreg.training.machine import Fabric, Machine, first, quiet, whole
+from vitreg.training.machine import Fabric, Machine, first, plain_attention, quiet, whole
 from vitreg.training.objective import Objective
 from vitreg.training.order import MicroBatches, Seeded, seed_all
 from vitreg.training.progress import Progress
@@ -43,13 +43,15 @@ __all__ = ["Machine", "Run", "train"]
 class Run:
     """What came out. `stopped`: a signal ended it early, after a checkpoint; the same call goes on.
 
-    `written` names what was made at the end, in the first of several processes alone.
+    `written` names what was made at the end. `first`: this is the first of several processes, the one that
+    writes; in the others nothing is written.
     """
 
     folder: Path
     step: int
     stopped: bool = False
     written: dict[str, Path] = field(default_factory=dict)
+    first: bool = True
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -124,12 +126,15 @@ class _Training:
                 self._regularly(values, stop)
                 bar.show(self.step, values)
                 if stop:
-                    return Run(self.folder, self.step, stopped=True)
+                    return self._result(stopped=True)
             with whole(self.module):
                 written = first(self.fabric, lambda: self.objective.finish(self.folder))
+        return self._result(written=written)
+
+    def _result(self, stopped: bool = False, written: dict[str, Path] | None = None) -> Run:
         if self.log is not None:
             self.log.close()
-        return Run(self.folder, self.step, written=written or {})
+        return Run(self.folder, self.step, stopped, written or {}, self.fabric.is_global_zero)
 
     def _loader(self) -> Any:
         loader: Any = DataLoader(
@@ -169,7 +174,10 @@ class _Training:
         for i in range(passes):
             batch = next(loader)
             seed_all(self.recipe.seed, self.step, self.batches.first + i)
-            with self.fabric.no_backward_sync(self.module, enabled=i + 1 < passes):
+            with (
+                plain_attention(self.objective, self.fabric.device),
+                self.fabric.no_backward_sync(self.module, enabled=i + 1 < passes),
+            ):
                 losses = self.module(batch)
                 self.fabric.backward(losses["loss"] / passes)
             for name, value in losses.items():
@@ -206,9 +214,10 @@ class _Training:
         return found
 
     def _save(self) -> None:
-        tensors = [*self.objective.parameters(), *self.objective.buffers()]
-        if self._anywhere(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
-            raise self._not_finite(f"a weight after step {self.step} is")
+        finite = all(bool(weight.isfinite().all()) for weight in self.objective.parameters())
+        # Buffers may hold infinity on purpose: the causal mask of a text tower.
+        if self._anywhere(not finite or any(bool(b.isnan().any()) for b in self.objective.buffers())):
+            raise self._not_finite(f"a weight after step {self.step} is no number")
         settings = checkpoint.settings_of(self.recipe)
         checkpoint.save(self.fabric, self.path, self.state | {"step": self.step, "recipe": settings})
         self.saved = self.step
@@ -232,7 +241,7 @@ class _Training:
 def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's, which does not decay biases and norms. Raises DataError for a name that timm does not have."""
     try:
-        has_betas = get_optimizer_info(recipe.optimizer).has_betas
+        info = get_optimizer_info(recipe.optimizer)
     except ValueError as error:
         near = nearest(recipe.optimizer, list_optimizers())
         raise DataError(f"timm has no optimizer {recipe.optimizer!r}.{near}") from error
@@ -241,7 +250,7 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
         opt=recipe.optimizer,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
-        **({"betas": recipe.betas} if has_betas else {}),
+        **({"betas": recipe.betas} if info.has_betas and info.num_betas == 2 else {}),
     )
     return optimizer
 

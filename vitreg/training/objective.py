@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from vitreg.training.registers import NAME as ADDED
+
 
 @runtime_checkable
 class Items(Protocol):
@@ -41,11 +43,27 @@ class Objective(nn.Module, ABC):
     def after_step(self, step: int, steps: int) -> None:
         """Called after each optimizer step, 1 to `steps`: a moving average, say."""
 
+    def no_weight_decay(self) -> set[str]:
+        """What is not decayed beside biases and norms: what timm lists for each model, and added registers."""
+        exempt: set[str] = set()
+        for path, module in self.named_modules():
+            listed: Any = getattr(module, "no_weight_decay", None) if module is not self else None
+            exempt |= {f"{path}.{name}" for name in (*(listed() if listed else ()), ADDED)}
+        return exempt
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, in per cent where they are shares."""
         return {}
 
     def finish(self, out: Path) -> dict[str, Path]:
         """Write what the run is for into its folder: {what: path}. Here, the ViT in timm's folder format."""
-        save_for_hf(self.vit, str(out / "model"), safe_serialization=True)
-        return {"model": out / "model"}
+        return save_model(self.vit, out)
+
+
+def save_model(model: nn.Module, out: Path) -> dict[str, Path]:
+    """Write model/, a folder in the library's own format that `vitreg.load` reads: {"model": its path}."""
+    if hasattr(model, "save_pretrained"):  # transformers
+        model.save_pretrained(out / "model")
+    else:
+        save_for_hf(model, str(out / "model"), safe_serialization=True)
+    return {"model": out / "model"}

@@ -12,13 +12,17 @@ _PERIOD = 600.0
 
 
 class Progress:
-    """Drawn when a step is done, by no thread of its own: data workers are forked meanwhile."""
+    """Drawn when a step is done, by no thread of its own: data workers are forked meanwhile.
+
+    Nothing is drawn where stderr is no terminal.
+    """
 
     def __init__(self, shown: bool, done: int, steps: int) -> None:
+        console = Console(stderr=True)
         columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         self._bar = Bar(
-            *columns, "{task.fields[note]}", console=Console(stderr=True), auto_refresh=False,
-            disable=not shown, transient=True, speed_estimate_period=_PERIOD,
+            *columns, "{task.fields[note]}", console=console, auto_refresh=False,
+            disable=not (shown and console.is_terminal), transient=True, speed_estimate_period=_PERIOD,
         )  # fmt: skip
         self._task = self._bar.add_task("", completed=done, total=steps, note="")
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -28,7 +28,7 @@ class Recipe(ABC):
     """What all regimes share. Steps are optimizer steps, counted from 1.
 
     about, expected, cost   in words: what is trained, what came out, and on what machine in what time
-    data                    where the training data lie; what it must hold, each regime says
+    data                    where the training data lie; what they are, the regime's `needs` says
     model, model_args       timm's name of the architecture and arguments for it
     pretrained              None, or the model to start from, as `vitreg.load` takes it
     registers               trainable register tokens
@@ -42,6 +42,7 @@ class Recipe(ABC):
                             at the end (log, checkpoint), never (diagnosis), only at the end (evaluation)
     """
 
+    needs: ClassVar[str] = "photos"
     about: str = field(kw_only=True)
     expected: str = field(kw_only=True)
     cost: str = field(kw_only=True)

@@ -4,20 +4,21 @@ Touvron et al., DeiT III: Revenge of the ViT, 2022.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vitreg.evals import classification
+from vitreg.errors import DataError
 from vitreg.evals.datasets.classes import splits
 from vitreg.models import load, wrap
 from vitreg.training.data import Photos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 from vitreg.training.registers import add_registers
+from vitreg.training.tuned import top1
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,16 @@ class Supervised(Recipe):
     """Classification of `data`/train/CLASS/*.jpg, measured on `data`/val.
 
     augment        "3a" (3-Augment), another policy of timm's ("rand-m9-mstd0.5"), or "" for crop and flip
-    crop           "rrc" (random resized crop) or "rkrc" (DeiT-III's simple crop: resize, then crop)
+    crop           "rrc" (random resized crop) or "rkrr" (with crop_scale=1 nearly DeiT-III's simple crop:
+                   resize, then crop at random)
     crop_scale     the smallest share of the photo that a random resized crop keeps
-    loss           "bce" (a yes or no for each class, as DeiT-III on ImageNet-1k) or "ce"
+    loss           "bce" (a yes or no for each class that a photo has part in, as DeiT-III on ImageNet-1k) or
+                   "ce"
     drop_path      stochastic depth: the share of blocks that are skipped
     pretrained     the model to tune, with its own head; registers are then added to it
     """
 
+    needs: ClassVar[str] = "train/CLASS/ and val/CLASS/ of photos"
     augment: str = "3a"
     color_jitter: float = 0.3
     crop: str = "rrc"
@@ -41,6 +45,12 @@ class Supervised(Recipe):
     smoothing: float = 0.0
     loss: str = "ce"
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("loss", ("ce", "bce")), ("crop", ("rrc", "rkrr", "rkrc"))):
+            if (found := getattr(self, name)) not in known:
+                raise DataError(f"{name}={found}: expected {' or '.join(known)}.")
 
     def objective(self) -> "SupervisedObjective":
         return SupervisedObjective(self)
@@ -86,7 +96,9 @@ class SupervisedObjective(Objective):
 
     def _criterion(self) -> nn.Module:
         if self.recipe.loss == "bce":
-            return BinaryCrossEntropy(smoothing=self.recipe.smoothing)
+            # The classes of both photos of a mix are in it. Smoothed targets are above 0 everywhere.
+            threshold = None if self.recipe.smoothing else 0.0
+            return BinaryCrossEntropy(smoothing=self.recipe.smoothing, target_threshold=threshold)
         return (
             LabelSmoothingCrossEntropy(self.recipe.smoothing)
             if self.mixup is None
@@ -97,7 +109,12 @@ class SupervisedObjective(Objective):
         """Loss and top-1 (against the photo that has more of the mix) of (b, 3, h, w) pixels, (b,) labels."""
         pixels, labels = batch
         targets = labels
-        if self.mixup is not None and len(pixels) % 2 == 0:
+        if self.mixup is not None:
+            if len(pixels) % 2:
+                raise DataError(
+                    f"Mixup and CutMix mix photos in pairs, found {len(pixels)} in a forward pass. Set an"
+                    " even micro_batch, or mixup=0 and cutmix=0."
+                )
             pixels, targets = self.mixup(pixels, labels)
         logits = self.vit(pixels)
         right = logits.argmax(-1) == (targets.argmax(-1) if targets.ndim == 2 else targets)
@@ -107,5 +124,4 @@ class SupervisedObjective(Objective):
     def evaluate(self) -> dict[str, float]:
         """Top-1 on val, in per cent."""
         vit = wrap(self.vit.eval(), self.preprocess, image_size=self.recipe.image_size)
-        found = classification.evaluate(vit, self.recipe.data, classification.ClassificationConfig(workers=0))
-        return {"top1": 100 * found.metrics["top-1"].value}
+        return {"top1": top1(vit, self.recipe.data)}
