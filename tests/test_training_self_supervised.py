@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.settings import with_settings
+from vitreg.training.centring import balanced, health
 from vitreg.training.loop import train
 from vitreg.training.order import seed_all
 from vitreg.training.recipe import find_recipe
-from vitreg.training.self_supervised import DinoIbot, SelfSupervised, _health
+from vitreg.training.self_supervised import DinoIbot, SelfSupervised
 
 pytest.importorskip("lightly")
 
@@ -139,8 +140,23 @@ def test_centres_move_once_per_step_to_the_mean_of_all_micro_batches(data) -> No
     assert objective.ibot.center.value.any()
 
 
+def test_sinkhorn_balances_the_prototypes(data) -> None:
+    """The loss gets scores whose softmax is the assignment: rows are shares, columns nearly equally full."""
+    objective = tiny(data, centring="sinkhorn").objective().eval()
+    scores = torch.randn(40, 32).mul(0.3) + 2.0 * torch.eye(32)[0]  # everybody prefers the first
+    assert (scores / 0.3).softmax(-1).mean(0)[0] > 0.8
+    chosen = (balanced(scores, 0.3) / 0.3).softmax(-1)
+    torch.testing.assert_close(chosen.mean(0), torch.full((32,), 1 / 32), atol=0.01, rtol=0)
+    order = scores[:, 1:].argmax(-1)
+    assert (chosen[:, 1:].argmax(-1) == order).float().mean() > 0.5  # still each its own
+    objective(batch_of(objective))["loss"].backward()
+    objective.after_step(1, 4)
+    assert not objective.dino.center.any()
+
+
 def test_a_batch_without_masked_patches_leaves_their_centre(data) -> None:
     objective = tiny(data, mask_probability=0.0).objective()
+    tiny(data, mask_probability=0.0, centring="sinkhorn").objective()(batch_of(objective))
     found = objective(batch_of(objective))
     found["loss"].backward()
     objective.after_step(1, 4)
@@ -196,7 +212,7 @@ def test_a_state_loads_back(data) -> None:
 
 def test_health_tells_a_collapse() -> None:
     same, apart = torch.ones(4, 6), torch.eye(4, 6)
-    collapsed, healthy = _health(same, 1 * same, 0.1), _health(apart, apart, 0.01)
+    collapsed, healthy = health(same, 1 * same, 0.1), health(apart, apart, 0.01)
     assert collapsed["std"] == 0
     assert collapsed["entropy"] == pytest.approx(math.log(6))
     assert collapsed["entropy_mean"] == pytest.approx(math.log(6))
@@ -229,6 +245,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from runs import CPU
 from test_training_self_supervised import tiny
+from vitreg.training.centring import balanced, health
 from vitreg.training.loop import train
 torch.set_num_threads(1)
 train(tiny(sys.argv[2]), sys.argv[3], CPU)
@@ -270,6 +287,7 @@ def test_settings_that_do_not_fit(data, settings: dict[str, Any], message: str) 
     ("settings", "message"),
     [
         ({"micro_batch": 1}, "KoLeo compares the photos of a micro-batch. Use 2 or more"),
+        ({"centring": "median"}, "centring='median': expected 'mean' or 'sinkhorn'"),
         ({"pretrained": "timm:x"}, "starts from random weights"),
     ],
 )

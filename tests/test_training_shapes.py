@@ -37,6 +37,14 @@ def test_the_mask_is_where_the_label_makes_a_difference():
     assert differs[masks].mean() > 5 * differs[~masks].mean()
 
 
+def test_the_mask_of_a_disc_is_a_disc():
+    mask = draw(8, label=CLASSES.index("disc")).mask
+    rows, columns = np.nonzero(mask)
+    box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    assert 0.6 < mask.sum() / box < 0.9  # pi / 4 for one that is not tilted
+    assert mask[round(rows.mean()), round(columns.mean())]
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_shape_fills_its_circle_and_no_more(name):
     line = np.linspace(-1.5, 1.5, 301, dtype=np.float32)

@@ -320,7 +320,7 @@ def train(
     devices: Annotated[int, typer.Option(metavar="N", min=1, help="Processes; torchrun has the say.")] = 1,
     nodes: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
     strategy: Annotated[str, typer.Option(metavar="S", help="auto, ddp or fsdp.")] = "auto",
-    precision: Annotated[str, typer.Option(metavar="P", help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    precision: Annotated[str, typer.Option(metavar="P", help="32-true or bf16-mixed.")] = "32-true",
     workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data loading processes, each.")] = 0,
     tensorboard: Annotated[bool, typer.Option(help="Write events for TensorBoard as well.")] = False,
 ) -> None:

@@ -65,7 +65,12 @@ def _draw_artifacts(ax: Axes, arms: Sequence[Arm]) -> None:
     ax.plot(places, ratios, "o-", color=OUTLIER)
     for place, ratio in zip(places, ratios, strict=True):
         words = f"{arms[place].logged['outliers']:.2g}%"
-        above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "color": QUIET}
+        above: dict[str, Any] = {
+            "textcoords": "offset points",
+            "ha": "center",
+            "fontsize": 7.5,
+            "color": QUIET,
+        }
         ax.annotate(words, (place, ratio), (0, 6), **above)
     ax.set_ylim(0, 1.2 * max(ratios, default=1.0))
     ax.set_ylabel("largest norm over median")

@@ -176,7 +176,7 @@ class _Reading:
     def _outputs(self, residual: Tensor, seen: watch) -> Float[Tensor, "b k d"]:
         layout = seen.layout
         cls = residual[:, :1] if layout.prefix else residual[:, :0]
-        registers = [*self._carried(), residual[:, layout.register_slice]]
+        registers = [residual[:, layout.register_slice], *self._carried()]
         count = sum(part.shape[1] for part in registers)
         self._check(count, seen.inside(self._layer).registers)
         self.queries = ["CLS"] * bool(layout.prefix) + [f"register {i}" for i in range(count)]

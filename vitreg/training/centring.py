@@ -1,12 +1,13 @@
-"""lightly's DINO and iBOT losses, with centres that move once per optimizer step.
+"""What keeps the teacher from collapse: centres that move once per optimizer step, Sinkhorn, signs of it.
 
-lightly's own move within the forward pass, so that the second micro-batch of a step would meet another
-centre than the first. Here they wait for the end of the step: neither gradient accumulation nor the number of
-processes changes a loss.
+The losses are lightly's. Their own centres move within the forward pass: the second micro-batch of a step
+would meet another centre than the first. Here they wait for the end of the step, so that neither gradient
+accumulation nor the number of processes changes a loss.
 """
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from vitreg.errors import MissingExtraError
 
 try:
     from lightly.loss import DINOLoss, IBOTPatchLoss
+    from lightly.loss.swav_loss import sinkhorn
     from lightly.models.modules.center import Center, center_momentum
 except ImportError as error:
     raise MissingExtraError("lightly", "train") from error
@@ -82,3 +84,31 @@ def _move(center: Tensor, tally: Tally, momentum: float) -> None:
     mean = tally.take()
     if mean is not None:
         center.copy_(center_momentum(center, mean.expand_as(center), momentum))
+
+
+@torch.no_grad()
+def balanced(scores: Float[Tensor, "n k"], temperature: float) -> Float[Tensor, "n k"]:
+    """Scores whose softmax at this temperature is Sinkhorn's assignment (arXiv 2006.09882, 3 iterations)."""
+    if not len(scores):
+        return scores
+    inside = (scores - scores.max()).clamp_min(-80 * temperature)  # no exp() over- or underflows
+    chosen: Tensor = sinkhorn(inside, iterations=3, epsilon=temperature)
+    return temperature * chosen.clamp_min(1e-30).log()
+
+
+@torch.no_grad()
+def health(
+    cls: Float[Tensor, "b d"], scores: Float[Tensor, "b k"], temperature: float
+) -> dict[str, Float[Tensor, ""]]:
+    """Signs of collapse. `std`: of the teacher's unit CLS over the photos, 1 for directions at random.
+
+    `entropy` (nats) of the teacher's choice for one crop, and of `entropy_mean`, its mean over the crops: no
+    collapse while the first is well below the second, and the second far from 0.
+    """
+    chosen = (scores / temperature).softmax(-1)
+    spread = F.normalize(cls, dim=-1).std(0, correction=0).square().sum().sqrt()
+    return {"std": spread, "entropy": _entropy(chosen).mean(), "entropy_mean": _entropy(chosen.mean(0))}
+
+
+def _entropy(chances: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
+    return torch.special.entr(chances).sum(-1)

@@ -1,6 +1,5 @@
 """`vitreg train`: one run, or the same recipe with several numbers of registers."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ def run(
         raise DataError("--eval compares several --registers. Use `vitreg eval` for one model.")
     recipe = replace(recipe, registers=registers[0]) if registers else recipe
     result = train(recipe, folder, machine)
-    if os.environ.get("RANK", "0") == "0":
+    if result.first:
         sys.stdout.write(_told(recipe, result))
 
 

@@ -47,7 +47,7 @@ class Objective(nn.Module, ABC):
         """What is not decayed beside biases and norms: what timm lists for each model, and added registers."""
         exempt: set[str] = set()
         for path, module in self.named_modules():
-            listed: Any = getattr(module, "no_weight_decay", None) if module is not self else None
+            listed: Any = None if module is self else getattr(module, "no_weight_decay", None)
             exempt |= {f"{path}.{name}" for name in (*(listed() if listed else ()), ADDED)}
         return exempt
 

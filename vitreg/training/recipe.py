@@ -34,7 +34,9 @@ class Recipe(ABC):
     registers               trainable register tokens
     image_size              side in pixels
     batch_size              photos for one optimizer step: over all processes, with gradients accumulated
-    micro_batch             photos for one forward pass; None: as many as come to one process
+    micro_batch             photos for one forward pass; None: as many as come to one process. What is random in the
+                            model (mixup, stochastic depth) is drawn for each of these: give it a number
+                            for a run that is the same with another number of processes
     steps, warmup           all steps; those with a rising learning rate, before a half cosine to `min_lr`
     optimizer               timm's name
     clip_grad               the largest gradient norm; None: any
@@ -77,8 +79,9 @@ class Recipe(ABC):
                 f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}. Choose one"
                 " that does, or leave it out."
             )
-        if self.registers < 0:
-            raise DataError(f"registers={self.registers}: expected 0 or more.")
+        for name in ("registers", "seed"):
+            if getattr(self, name) < 0:
+                raise DataError(f"{name}={getattr(self, name)}: expected 0 or more.")
 
     @abstractmethod
     def objective(self) -> Objective:

@@ -6,15 +6,13 @@ ViTs timm's.
 """
 
 import random
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -22,14 +20,14 @@ from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals import knn
 from vitreg.evals.datasets.classes import photos_in, splits
 from vitreg.models import wrap
-from vitreg.training.centring import DinoLoss, IbotLoss
+from vitreg.training.centring import DinoLoss, IbotLoss, balanced, health
 from vitreg.training.data import Photos, watched
+from vitreg.training.network import Network
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 
 try:
     from lightly.loss import KoLeoLoss
-    from lightly.models.modules.heads import DINOProjectionHead
     from lightly.models.utils import random_block_mask, update_momentum
     from lightly.transforms.dino_transform import DINOTransform
     from lightly.utils.scheduler import cosine_schedule, linear_warmup_schedule
@@ -49,7 +47,10 @@ class SelfSupervised(Recipe):
     freeze_last_layer           steps in which the prototypes stay as they are
     student_temp, teacher_temp, warmup_teacher_temp, warmup_teacher_temp_steps   of the softmaxes
     momentum                    of the teacher, on a half cosine to 1
-    center_momentum             of the centres of the teacher's scores
+    centring                    what keeps the teacher from one answer to everything. "mean": subtract a
+                                moving mean of its scores, as in DINO. "sinkhorn": choose all prototypes
+                                equally often within a micro-batch (in DINOv2, over all GPUs)
+    center_momentum             of the moving mean
     mask_probability            share of large crops with masked patches
     mask_ratio                  least and largest share of masked patches in them
     ibot_weight, koleo_weight   beside the DINO loss, whose weight is 1
@@ -71,6 +72,7 @@ class SelfSupervised(Recipe):
     warmup_teacher_temp: float = 0.04
     warmup_teacher_temp_steps: int = 0
     momentum: float = 0.992
+    centring: str = "mean"
     center_momentum: float = 0.9
     mask_probability: float = 0.5
     mask_ratio: tuple[float, float] = (0.1, 0.5)
@@ -84,6 +86,8 @@ class SelfSupervised(Recipe):
             raise DataError(
                 f"pretrained={self.pretrained}: self-supervision starts from random weights here."
             )
+        if self.centring not in ("mean", "sinkhorn"):
+            raise DataError(f"centring={self.centring!r}: expected 'mean' or 'sinkhorn'.")
         if self.koleo_weight and (self.micro_batch or self.batch_size) < 2:
             raise DataError(
                 "micro_batch=1: KoLeo compares the photos of a micro-batch. Use 2 or more, or koleo_weight=0."
@@ -93,41 +97,13 @@ class SelfSupervised(Recipe):
         return DinoIbot(self)
 
 
-class Network(nn.Module):
-    """A ViT, the token that stands for a masked patch, and the heads for CLS and for patches."""
-
-    def __init__(self, recipe: SelfSupervised) -> None:
-        super().__init__()
-        vit: Any = recipe.build(dynamic_img_size=True)
-        self.vit, width = vit, vit.embed_dim
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.cls_head, self.patch_head = _head(width, recipe), _head(width, recipe)
-
-    def forward(
-        self, photos: Float[Tensor, "b 3 h w"], mask: Bool[Tensor, "b i j"] | None = None
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """CLS and patch tokens after the final norm; masked patches enter as the mask token."""
-
-        def masked(module: nn.Module, args: Any, patches: Float[Tensor, "b i j d"]) -> Tensor:
-            assert mask is not None
-            return torch.where(mask[..., None], self.mask_token.to(patches), patches)
-
-        hook = self.vit.patch_embed.register_forward_hook(masked) if mask is not None else None
-        try:
-            tokens = self.vit.forward_features(photos)
-        finally:
-            if hook is not None:
-                hook.remove()
-        return tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :]
-
-
 class DinoIbot(Objective):
     """Student and teacher. `vit` is the teacher's, a moving average: the one that papers evaluate."""
 
     def __init__(self, recipe: SelfSupervised) -> None:
         super().__init__()
         self.recipe = recipe
-        self.student, self.teacher = Network(recipe), Network(recipe)
+        self.student, self.teacher = _network(recipe), _network(recipe)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.vit = self.teacher.vit
@@ -174,20 +150,24 @@ class DinoIbot(Objective):
         if small:
             guesses += self.student.cls_head(self.student(torch.cat(small))[0]).chunk(len(small))
         with torch.autocast(large.device.type, enabled=False):  # logarithms, and differences of large numbers
-            temperature, target = self._temperature(), target.float()
+            temperature = self._temperature()
+            target, patch_target = target.float(), patch_target.float()
+            if self.recipe.centring == "sinkhorn":
+                target, patch_target = balanced(target, temperature), balanced(patch_target, temperature)
             dino = self.dino([*target.chunk(2)], [guess.float() for guess in guesses], temperature)
-            ibot = self.ibot(patch_target.float(), patch_guess.float(), mask, temperature)
+            ibot = self.ibot(patch_target, patch_guess.float(), mask, temperature)
             first, second = tokens.float().chunk(2)
             koleo = self.koleo(first) + self.koleo(second)
-            health = _health(seen.float(), target - self.dino.center[0], temperature)
+            signs = health(seen.float(), target - self.dino.center[0], temperature)
         loss = dino + self.recipe.ibot_weight * ibot + self.recipe.koleo_weight * koleo
         parts = {"dino": dino.detach(), "ibot": ibot.detach(), "koleo": koleo.detach()}
-        return {"loss": loss, **parts, **health}
+        return {"loss": loss, **parts, **signs}
 
     def after_step(self, step: int, steps: int) -> None:
         """Move the centres, and the teacher towards the student."""
-        self.dino.move_center()
-        self.ibot.move_center()
+        if self.recipe.centring == "mean":
+            self.dino.move_center()
+            self.ibot.move_center()
         momentum = cosine_schedule(step - 1, steps, self.recipe.momentum, 1.0)
         update_momentum(self.student, self.teacher, momentum)
         self.done.fill_(step)
@@ -235,34 +215,14 @@ class DinoIbot(Objective):
         )
 
 
-@torch.no_grad()
-def _health(
-    cls: Float[Tensor, "b d"], scores: Float[Tensor, "b k"], temperature: float
-) -> dict[str, Float[Tensor, ""]]:
-    """Signs of collapse. `std`: of the teacher's unit CLS over the photos, 1 for directions at random.
-
-    `entropy` (nats) of the teacher's choice for one crop, and of `entropy_mean`, its mean over the crops: no
-    collapse while the first is well below the second, and the second far from 0.
-    """
-    chosen = (scores / temperature).softmax(-1)
-    spread = F.normalize(cls, dim=-1).std(0, correction=0).square().sum().sqrt()
-    return {"std": spread, "entropy": _entropy(chosen).mean(), "entropy_mean": _entropy(chosen.mean(0))}
-
-
-def _entropy(chances: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
-    return torch.special.entr(chances).sum(-1)
-
-
-def _head(width: int, recipe: SelfSupervised) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's about the weight norm that lightly uses
-        return DINOProjectionHead(
-            width,
-            recipe.hidden_dim,
-            recipe.bottleneck_dim,
-            recipe.output_dim,
-            norm_last_layer=recipe.norm_last_layer,
-        )
+def _network(recipe: SelfSupervised) -> Network:
+    return Network(
+        recipe.build(dynamic_img_size=True),
+        hidden_dim=recipe.hidden_dim,
+        bottleneck_dim=recipe.bottleneck_dim,
+        output_dim=recipe.output_dim,
+        norm_last_layer=recipe.norm_last_layer,
+    )
 
 
 def _folder(data: str) -> Path:

@@ -32,7 +32,7 @@ class Shapes(Recipe):
 
     photos         drawn photos in an epoch; each epoch draws new ones
     patch_loss     weight of the cross-entropy of patches, which learn what they lie on: one of the shapes,
-                   or the ground. Without it a ViT this small needs several times as many photos.
+                   or the ground
     patch_drop     share of the patches that are left out in training, which saves as much time
     held_out       photos for the evaluation
     """

@@ -10,9 +10,10 @@ ssl_default_config.yaml, on 96 GPUs with 32 photos each): 625,000 steps of 3072 
 warm-up; AdamW at 2e-4 x sqrt(3072 / 1024), the same for all blocks; gradients up to 3; two crops of 224
 pixels with 0.32-1 of the photo and eight of 98 with 0.05-0.32; stochastic depth 0.4; layer scale 1e-5; two
 heads with 131,072 prototypes each and a bottleneck of 384; prototypes still for 1250 steps; teacher
-temperature 0.04 to 0.07 in 37,500 steps; momentum 0.994 to 1; half the crops masked, by 10-50%; KoLeo 0.1.
+temperature 0.04 to 0.07 in 37,500 steps; momentum 0.994 to 1; Sinkhorn-Knopp; half the crops masked, by
+10-50%; KoLeo 0.1.
 
-Ours: centring, where that configuration has Sinkhorn-Knopp; weight decay 0.04 throughout, where it ends at
+Ours: Sinkhorn sees one micro-batch (there, all GPUs' photos); weight decay 0.04 throughout, where it ends at
 0.2; the same learning rate for the patch embedding, where it has 0.2 of it; timm's MLP, as in the published
 ViT-L (which was distilled), where it has SwiGLU; stochastic depth that grows linearly from block to block;
 384 also for the bottleneck of the patches' head, where it has 256.
@@ -36,6 +37,7 @@ recipe = SelfSupervised(
     freeze_last_layer=1250,
     warmup_teacher_temp_steps=37_500,
     momentum=0.994,
+    centring="sinkhorn",
     batch_size=3072,
     micro_batch=32,
     steps=625_000,
