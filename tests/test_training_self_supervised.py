@@ -308,7 +308,7 @@ def test_without_lightly_the_extra_is_named(monkeypatch) -> None:
 def test_the_small_recipe_starts(data, tmp_path) -> None:
     recipe = with_settings(
         find_recipe("self_supervised_small"),
-        {"data": str(data), "steps": "2", "batch_size": "4", "neighbours": "3"},
+        {"data": str(data), "steps": "2", "batch_size": "4", "micro_batch": "4", "neighbours": "3"},
     )
     for registers in ("0", "4"):
         run = train(with_settings(recipe, {"registers": registers}), tmp_path / registers, CPU)

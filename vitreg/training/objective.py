@@ -44,7 +44,7 @@ class Objective(nn.Module, ABC):
         """Called after each optimizer step, 1 to `steps`: a moving average, say."""
 
     def no_weight_decay(self) -> set[str]:
-        """What is not decayed beside biases and norms: what timm lists for each model, and added registers."""
+        """What is not decayed beside biases and norms: what timm lists for a model, and added registers."""
         exempt: set[str] = set()
         for path, module in self.named_modules():
             listed: Any = None if module is self else getattr(module, "no_weight_decay", None)
@@ -60,7 +60,7 @@ class Objective(nn.Module, ABC):
         return save_model(self.vit, out)
 
 
-def save_model(model: nn.Module, out: Path) -> dict[str, Path]:
+def save_model(model: Any, out: Path) -> dict[str, Path]:
     """Write model/, a folder in the library's own format that `vitreg.load` reads: {"model": its path}."""
     if hasattr(model, "save_pretrained"):  # transformers
         model.save_pretrained(out / "model")

@@ -34,9 +34,9 @@ class Recipe(ABC):
     registers               trainable register tokens
     image_size              side in pixels
     batch_size              photos for one optimizer step: over all processes, with gradients accumulated
-    micro_batch             photos for one forward pass; None: as many as come to one process. What is random in the
-                            model (mixup, stochastic depth) is drawn for each of these: give it a number
-                            for a run that is the same with another number of processes
+    micro_batch             photos for one forward pass; None: as many as come to one process. What is random in a
+                            forward pass (mixup, stochastic depth) is drawn for each: give it a number for
+                            a run that is the same with another number of processes
     steps, warmup           all steps; those with a rising learning rate, before a half cosine to `min_lr`
     optimizer               timm's name
     clip_grad               the largest gradient norm; None: any

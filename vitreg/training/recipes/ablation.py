@@ -9,8 +9,8 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="ViT (width 128, depth 4, patch 8) on Imagenette at 64 px, supervised",
-    expected="",
-    cost="",
+    expected="with 4 registers top-1 37.8% (chance is 10%), no outliers, CamVid mIoU 14.4%; others not run",
+    cost="19,200 photos a run, at about 110 photos/s on one CPU core in bf16",
     model="vit_tiny_patch16_224",
     model_args={"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
     image_size=64,
