@@ -249,6 +249,8 @@ from vitreg.training.centring import balanced, health
 from vitreg.training.loop import train
 torch.set_num_threads(1)
 train(tiny(sys.argv[2]), sys.argv[3], CPU)
+torch.distributed.barrier()  # a process that is gone makes gloo abort the other
+torch.distributed.destroy_process_group()
 """
 
 

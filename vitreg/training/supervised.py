@@ -3,7 +3,9 @@
 Touvron et al., DeiT III: Revenge of the ViT, 2022.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +14,15 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from vitreg.errors import DataError
-from vitreg.evals.datasets.classes import splits
+from vitreg.evals.datasets.classes import by_wordnet, splits
+from vitreg.images import read_images
+from vitreg.labels import find_readout
 from vitreg.models import load, wrap
 from vitreg.training.data import Photos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 from vitreg.training.registers import add_registers
-from vitreg.training.tuned import top1
+from vitreg.training.tuned import top1, write_tuned
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Supervised(Recipe):
         for name, known in (("loss", ("ce", "bce")), ("crop", ("rrc", "rkrr", "rkrc"))):
             if (found := getattr(self, name)) not in known:
                 raise DataError(f"{name}={found}: expected {' or '.join(known)}.")
+        if self.pretrained is not None and self.drop_path:
+            raise DataError(f"drop_path={self.drop_path}: a pretrained model keeps its own. Leave it out.")
 
     def objective(self) -> "SupervisedObjective":
         return SupervisedObjective(self)
@@ -63,7 +69,11 @@ class SupervisedObjective(Objective):
         super().__init__()
         train, val = splits(recipe.data)
         self.recipe, self.classes = recipe, len(train.classes)
+        self.before = load(recipe.pretrained, size=recipe.image_size) if recipe.pretrained else None
         self.vit = self._model()
+        if self.before is not None and self.classes != (own := find_readout(self.before).classes):
+            # Its head has other classes, ImageNet's 1000 perhaps: what the photos are called there.
+            self.classes, train = own or 0, by_wordnet(Path(recipe.data) / "train", own or 0)
         data = resolve_model_data_config(self.vit) | {"input_size": (3, recipe.image_size, recipe.image_size)}
         transform = create_transform(
             **data,
@@ -81,9 +91,10 @@ class SupervisedObjective(Objective):
 
     def _model(self) -> nn.Module:
         recipe = self.recipe
-        if recipe.pretrained is None:
+        if self.before is None:
             return recipe.build(self.classes, drop_path_rate=recipe.drop_path)
-        model = load(recipe.pretrained, size=recipe.image_size).model
+        model = deepcopy(self.before.model)
+        self.before.model.requires_grad_(False)
         if recipe.registers:
             add_registers(model, recipe.registers)
         return model
@@ -125,3 +136,11 @@ class SupervisedObjective(Objective):
         """Top-1 on val, in per cent."""
         vit = wrap(self.vit.eval(), self.preprocess, image_size=self.recipe.image_size)
         return {"top1": top1(vit, self.recipe.data)}
+
+    def finish(self, out: Path) -> dict[str, Path]:
+        """Write model/; of a pretrained model also fix/ and verdict.json, before and after on val."""
+        if self.before is None:
+            return super().finish(out)
+        after = wrap(self.vit.eval(), self.preprocess, image_size=self.recipe.image_size)
+        images = read_images(Path(self.recipe.data) / "val", self.before, workers=0)
+        return write_tuned(self.before, after, images, out)
