@@ -1,6 +1,8 @@
 """Shared fixtures. Shapes in vitreg's signatures are checked at run time while the tests run."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from pkgutil import iter_modules
@@ -21,6 +23,7 @@ _hook = install_import_hook(
     # The numeric tower: an int is a fine float.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # tests run in parallel processes instead
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

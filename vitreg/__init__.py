@@ -36,6 +36,7 @@ from vitreg.models import Backbone, load, wrap
 from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
 from vitreg.noop import NoopTest, noop_test
 from vitreg.phantom import Phantom, plant
+from vitreg.register_maps import RegisterStudy, what_registers_learn
 from vitreg.trace import trace, watch
 from vitreg.training.export import export
 from vitreg.training.registers import add_registers, remove_registers
@@ -68,6 +69,7 @@ __all__ = [
     "Phantom",
     "RegisterNeuron",
     "RegisterNeurons",
+    "RegisterStudy",
     "ShiftAverage",
     "ShiftSink",
     "TestTimeRegisters",
@@ -94,5 +96,6 @@ __all__ = [
     "trace",
     "verify",
     "watch",
+    "what_registers_learn",
     "wrap",
 ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitreg.diagnosis import Diagnosis
     from vitreg.emergence import Emergence
     from vitreg.models import Backbone
+    from vitreg.register_maps import RegisterStudy
 
 app = typer.Typer(
     name="vitreg",
@@ -292,6 +293,42 @@ def papers(
 
 
 @app.command()
+def registers(
+    model: Model,
+    images: Photos,
+    fix: Annotated[
+        str | None, typer.Option(metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(metavar="L", min=0, help="Block, from 0; default: the last.")
+    ] = None,
+    json_path: Json = None,
+    figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write attention maps.")] = None,
+    size: Size = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+) -> None:
+    """What do registers learn? Where each of them looks, and how alike they are."""
+    import vitreg
+
+    _check_writable(json_path, figure)
+    loaded = vitreg.load_fix(fix) if fix else None
+    vit = _load(model, size, random_weights, device, dtype)
+    if loaded:
+        loaded.apply(vit)
+    photos = vitreg.read_images(
+        images, vit, batch_size=batch_size, limit=limit, workers=workers, progress=True
+    )
+    study = vitreg.what_registers_learn(vit, photos, layer=layer)
+    typer.echo(str(study))
+    _write(study, json_path, None, figure)
+
+
+@app.command()
 def train(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A bundled recipe, or a Python file with one.")
@@ -412,8 +449,12 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
 
 
 def _write(
-    result: "Diagnosis | Emergence", json_path: Path | None, report: Path | None, figure: Path | None
+    result: "Diagnosis | Emergence | RegisterStudy",
+    json_path: Path | None,
+    report: Path | None,
+    figure: Path | None,
 ) -> None:
+    from vitreg.diagnosis import Diagnosis
     from vitreg.emergence import Emergence
     from vitreg.output import write_atomically
     from vitreg.report import write_comparison, write_report
@@ -428,7 +469,7 @@ def _write(
     if report is not None:
         if isinstance(result, Emergence):
             write_comparison(result.diagnoses, report)
-        else:
+        elif isinstance(result, Diagnosis):
             write_report(result, report)
         typer.echo(f"report: {report}")
 

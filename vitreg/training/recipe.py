@@ -34,9 +34,9 @@ class Recipe(ABC):
     registers               trainable register tokens
     image_size              side in pixels
     batch_size              photos for one optimizer step: over all processes, with gradients accumulated
-    micro_batch             photos for one forward pass; None: as many as come to one process. What is random in a
-                            forward pass (mixup, stochastic depth) is drawn for each: give it a number for
-                            a run that is the same with another number of processes
+    micro_batch             photos for one forward pass; None: as many as come to one process. What is random
+                            in a forward pass (mixup, stochastic depth) is drawn for each: give it a number
+                            for a run that is the same with another number of processes
     steps, warmup           all steps; those with a rising learning rate, before a half cosine to `min_lr`
     optimizer               timm's name
     clip_grad               the largest gradient norm; None: any
@@ -44,7 +44,7 @@ class Recipe(ABC):
                             at the end (log, checkpoint), never (diagnosis), only at the end (evaluation)
     """
 
-    needs: ClassVar[str] = "photos"
+    needs: ClassVar[str] = "photos in folders"
     about: str = field(kw_only=True)
     expected: str = field(kw_only=True)
     cost: str = field(kw_only=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,7 @@ class TextSupervised(Recipe):
                      micro-batches. None: all
     """
 
+    needs: ClassVar[str] = "webdataset shards of photos with captions"
     val: str = ""
     prompts: tuple[str, ...] = ("a photo of a {}.",)
     embed: int = 512

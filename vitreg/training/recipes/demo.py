@@ -7,7 +7,7 @@ No data are needed. The folder run/model/ is what vitreg/example/ holds.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Shapes(Recipe):
     held_out       photos for the evaluation
     """
 
+    needs: ClassVar[str] = ""
     photos: int = 100_000
     patch_loss: float = 1.0
     patch_drop: float = 0.5
