@@ -1,6 +1,7 @@
 """The supervised regime: its labels, pixels, mixes and losses are what DeiT-III says, and it learns."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from timm.models import create_model, save_for_hf
 from torch import Tensor, nn
 
 from vitreg.errors import DataError
+from vitreg.fixes import load_fix
+from vitreg.models import load
 from vitreg.settings import with_settings
 from vitreg.training.loop import train
 from vitreg.training.order import seed_all
@@ -145,6 +148,33 @@ def test_a_pretrained_model_gets_registers_that_are_trained(data, tmp_path):
     after = torch.load(run.folder / "last.ckpt", weights_only=True)["objective"][f"vit.{NAME}"]
     assert before.shape == after.shape == (2, 48)
     assert not torch.equal(before, after)
+
+
+def test_fine_tuning_keeps_the_head_and_ends_with_a_verdict(data, tmp_path):
+    """A head of ImageNet's 1000 classes: photos are what their WordNet ids are there."""
+    shape = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    made = create_model("vit_tiny_patch16_224", num_classes=1000, **shape)
+    save_for_hf(made, str(tmp_path / "model"), model_args=shape, safe_serialization=True)
+    named = {"c0": "n01440764", "c1": "n01443537", "c2": "n04557648"}  # classes 0, 1 and 898
+    for old, new in named.items():
+        for part in ("train", "val"):
+            shutil.copytree(data / part / old, tmp_path / "named" / part / new)
+    settings = PLAIN | {"pretrained": str(tmp_path / "model"), "registers": 2}
+    assert sorted(set(objective(tmp_path / "named", **settings).dataset.labels)) == [0, 1, 898]
+    run = train(tiny(tmp_path / "named", **settings, steps=2, lr=1e-3), tmp_path / "run", CPU)
+    assert run.written.keys() == {"fix", "verdict", "model"}
+    vit, images = load(str(tmp_path / "model"), size=32), torch.randn(2, 3, 32, 32)
+    after = load(str(run.written["model"]))
+    plain = vit(images)
+    with load_fix(run.written["fix"]).applied_to(vit):
+        fixed = vit(images)
+    torch.testing.assert_close(fixed, after(images), atol=1e-5, rtol=0)
+    assert not torch.allclose(fixed, plain, atol=1e-3)
+
+
+def test_stochastic_depth_of_a_pretrained_model_is_its_own(data):
+    with pytest.raises(DataError, match=r"drop_path=0\.2: a pretrained model keeps its own"):
+        tiny(data, pretrained="a/", drop_path=0.2)
 
 
 def test_it_learns_what_photos_show_and_says_how_well(data, tmp_path):
