@@ -7,8 +7,8 @@ known ground truth, and labelled as such wherever it is shown.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -39,10 +39,14 @@ def run(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     vit, shown = example(PHOTOS)
     photos = vitreg.read_images([scene.photo for scene in shown], vit)
+    phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
+    # The figures show the first few photos: let these have the most to show.
+    planted = torch.cat([phantom.marked(batch.pixels).sum((1, 2)) for batch in photos])
+    shown = [shown[i] for i in planted.argsort(descending=True, stable=True)]
+    photos = vitreg.read_images([scene.photo for scene in shown], vit)
     console.print(f"A small ViT that tells 12 shapes apart, and {PHOTOS} drawn photos it has never seen.")
     clean = vitreg.diagnose(vit, photos)
     console.print(f"It has {clean.verdict}: {clean.reason}\n", highlight=False)
-    phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
     report = vitreg.diagnose(phantom.vit, photos)
     console.print(
         f"So {len(phantom.neurons)} register neurons were planted in block {LAYER} of a copy, a phantom with"
@@ -57,7 +61,7 @@ def run(out: Path) -> None:
         *_fixed(phantom.vit, cure, lambda: measure(phantom.vit, held_out)),
     ]
     console.print(table(versions))
-    _write(console, out, versions, cure, phantom.vit, [scene.mask for scene in shown])
+    _write(console, out, versions, cure, phantom.vit)
     console.print(f"ground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
 
 
@@ -142,9 +146,11 @@ def _write(
     versions: Sequence[Version],
     cure: vitreg.Cure,
     vit: vitreg.Backbone,
-    masks: Sequence[Any] = (),
 ) -> None:
-    """The fix, the report on the model before it, and the picture of before and after."""
+    """The fix, the report on the model before it, and the picture of before and after.
+
+    The picture shows the photos that come first: of a phantom, those with the most planted patches.
+    """
     from vitreg.plot_versions import before_after
     from vitreg.report import write_report
     from vitreg.style import png
