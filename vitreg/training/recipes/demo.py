@@ -143,8 +143,8 @@ class _Dropped(nn.Module):
 
 recipe = Shapes(
     about="ViT (width 128, depth 6, patch 8) on drawn photos of 12 shapes at 96 px",
-    expected="top-1 on 500 other drawn photos 89.6% (chance 8%), 31% of the CLS attention on the object, which"
-    " is 15% of the area; no outliers",
+    expected="top-1 on 500 other drawn photos 89.6% (chance 8%), 31% of the CLS attention on the object,"
+    " which is 15% of the area; no outliers",
     cost="under an hour of one CPU core, and of another for the drawing (EPYC, bf16-mixed)",
     model="vit_tiny_patch16_224",
     model_args={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
