@@ -10,8 +10,8 @@ from vitreg.training.text import TextSupervised
 
 recipe = TextSupervised(
     about="ViT (width 192, depth 6, patch 8) and a text tower on Imagenette at 64 px, text-supervised",
-    expected="not measured to the end yet",
-    cost="not measured yet; estimated at 9 minutes on one free CPU core with bf16-mixed",
+    expected="zero-shot top-1 on val 45.8% without registers (one seed; chance 10%)",
+    cost="6 minutes of one CPU core (EPYC, bf16-mixed)",
     model="vit_tiny_patch16_224",
     model_args={"depth": 6, "patch_size": 8},
     image_size=64,
