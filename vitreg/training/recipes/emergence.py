@@ -9,8 +9,8 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="ViT-Ti (width 192, depth 12, patch 16) on Imagenette at 112 px, supervised, hundreds of epochs",
-    expected="",
-    cost="",
+    expected="not run yet",
+    cost="not run yet",
     model="vit_tiny_patch16_224",
     image_size=112,
     batch_size=50,

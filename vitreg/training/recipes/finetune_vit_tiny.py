@@ -9,8 +9,8 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="4 registers for ViT-Ti/16 (AugReg, ImageNet-21k to 1k) at 224 px, by fine-tuning",
-    expected="",
-    cost="",
+    expected="not run yet",
+    cost="not run yet",
     pretrained="timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     registers=4,
     image_size=224,
