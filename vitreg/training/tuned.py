@@ -3,7 +3,6 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -33,8 +32,8 @@ def write_tuned(
     """
     fix = TrainedRegisters.between(before, after)
     verdict = verify(before, fix, images)
-    written = {"fix": fix.save(out / "fix", vit=before, evidence=verdict.to_json())}
-    document: dict[str, Any] = verdict.to_json()
+    document = verdict.to_json()
+    written = {"fix": fix.save(out / "fix", vit=before, evidence=document)}
     written["verdict"] = write_atomically(out / "verdict.json", json.dumps(document, indent=1))
     with suppress(UnsupportedModelError):  # the fix is then the only form that the library can have it in
         written |= save_model(export(after.model), out)
