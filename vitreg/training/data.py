@@ -1,20 +1,22 @@
 """Photos for training: a file is decoded as everywhere in vitreg, and one that cannot be is replaced."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 from torch import Tensor
 
-from vitreg.decoding import decode
+from vitreg.decoding import decode, reason
 from vitreg.errors import DataError
 from vitreg.evals.features import spread
 from vitreg.images import printable, read_images
 
 Transform = Callable[[PIL.Image.Image], Any]
 
+# So many pictures that cannot be decoded are no accident any more.
+IN_A_ROW = 10
 # Photos on which a model is diagnosed while it trains.
 WATCHED = 64
 
@@ -35,18 +37,30 @@ class Photos:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Any:
-        for i in (k % len(self) for k in range(index, index + 10)):
-            try:
-                image = decode(self.paths[i].read_bytes())
-            except Exception as error:  # decoders raise many kinds
-                name = printable(str(self.paths[i]))
-                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-                continue
-            pixels = self.transform(image)
-            return pixels if self.labels is None else (pixels, self.labels[i])
-        raise DataError(
-            f"ten photos in a row cannot be read, the first of them {self.paths[index]}. See to them."
+        found = readable(
+            range(index, index + IN_A_ROW),
+            lambda i: self.paths[i % len(self)].read_bytes(),
+            lambda i: printable(str(self.paths[i % len(self)])),
         )
+        if found is None:
+            raise DataError(
+                f"ten photos in a row cannot be read, the first of them {self.paths[index]}. See to them."
+            )
+        i, image = found
+        pixels = self.transform(image)
+        return pixels if self.labels is None else (pixels, self.labels[i % len(self)])
+
+
+def readable(
+    places: Iterable[int], read: Callable[[int], bytes], name: Callable[[int], str]
+) -> tuple[int, PIL.Image.Image] | None:
+    """The first place whose picture can be decoded, and the picture; warns of those before it by name."""
+    for place in places:
+        try:
+            return place, decode(read(place))
+        except Exception as error:  # decoders raise what they like
+            warnings.warn(f"{name(place)} is left out: {reason(error)}", stacklevel=3)
+    return None
 
 
 def watched(paths: Sequence[Path], transform: Transform, number: int = WATCHED) -> list[Tensor]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vitreg.decoding import decode, photo_extensions, reason
+from vitreg.decoding import photo_extensions, reason
 from vitreg.errors import DataError, MissingExtraError, OutputError
 from vitreg.evals.datasets.classes import photos_in
 from vitreg.labels import wordnet_classes
 from vitreg.output import write_atomically
+from vitreg.training.data import IN_A_ROW, readable
 
 try:
     from webdataset.shardlists import expand_urls
@@ -43,7 +43,6 @@ CAPTIONS = (
     "the {} that we saw today",
 )
 _PLACE = np.dtype([("image", "u8"), ("image_size", "u4"), ("text", "u8"), ("text_size", "u4"), ("json", "?")])
-_IN_A_ROW = 10  # pictures that cannot be decoded: no accident any more
 Places = np.ndarray[Any, np.dtype[Any]]  # (n,) of _PLACE
 Span = tuple[int, int]  # offset and size in bytes
 
@@ -87,20 +86,18 @@ class ImageTextShards(Dataset[tuple[Any, Any, float]]):
     def __getitem__(self, index: int) -> tuple[Any, Any, float]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index}: expected 0 to {len(self) - 1}.")
-        for tried in range(min(_IN_A_ROW, len(self))):
-            i = (index + tried) % len(self)
-            try:
-                image = decode(self._read(i, "image"))
-            except Exception as error:  # decoders raise what they like
-                warnings.warn(f"{self.name(i)} is left out: {reason(error)}", stacklevel=2)
-                continue
-            caption = self.caption(i)
-            pixels = self.transform(image) if self.transform else image
-            return pixels, self.tokenize(caption) if self.tokenize else caption, float(tried > 0)
-        raise DataError(
-            f"{min(_IN_A_ROW, len(self))} pictures in a row cannot be decoded, from {self.name(index)} on."
-            " Expected .jpg, .png, .webp, ..."
-        )
+        tries = min(IN_A_ROW, len(self))
+        places = ((index + tried) % len(self) for tried in range(tries))
+        found = readable(places, lambda i: self._read(i, "image"), self.name)
+        if found is None:
+            raise DataError(
+                f"{tries} pictures in a row cannot be decoded, from {self.name(index)} on."
+                " Expected .jpg, .png, .webp, ..."
+            )
+        i, image = found
+        caption = self.caption(i)
+        pixels = self.transform(image) if self.transform else image
+        return pixels, self.tokenize(caption) if self.tokenize else caption, float(i != index)
 
     def caption(self, index: int) -> str:
         """The text of a pair."""
