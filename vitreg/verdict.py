@@ -89,10 +89,11 @@ class Verdict:
     def __str__(self) -> str:
         lines = [f"{self.model} with fix of type {self.fix.type!r}: {self.verdict}", self.reason]
         if self.measures:
-            lines += ["", _table(self).rstrip(), "", *self._footnotes()]
+            lines += ["", _table(self).rstrip(), "", *self.footnotes()]
         return "\n".join(lines)
 
-    def _footnotes(self) -> list[str]:
+    def footnotes(self) -> list[str]:
+        """What the numbers are of."""
         seen = f"{self.images} images"
         if self.labelled:
             seen += f", {self.images - self.labelled} of them without a known class"
@@ -111,21 +112,29 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(verdict: Verdict) -> str:
-    """Measures down, versions of the model across."""
+def measure_table(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of texts: measures down, versions of the model across."""
     others = [control for control in verdict.controls if control.name not in ("unfixed", "fix")]
-    table = Table(box=None, pad_edge=False, header_style="")
-    for heading in ("", "before", "after", "change", *(control.name for control in others)):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    rows = []
     for measure in verdict.measures:
         change = measure.difference or measure.after
-        table.add_row(
+        row = [
             KINDS[measure.name].label,
             _written(measure.name, measure.before),
             _written(measure.name, measure.after),
             _with_interval(measure.name, change, signed=measure.difference is not None),
-            *(_written(measure.name, control.measures.get(measure.name)) for control in others),
-        )
+        ]
+        rows.append(row + [_written(measure.name, x.measures.get(measure.name)) for x in others])
+    return ["", "before", "after", "change", *(control.name for control in others)], rows
+
+
+def _table(verdict: Verdict) -> str:
+    table = Table(box=None, pad_edge=False, header_style="")
+    heads, rows = measure_table(verdict)
+    for heading in heads:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     text = io.StringIO()
     Console(file=text, width=200, no_color=True).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
