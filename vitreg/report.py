@@ -3,6 +3,7 @@
     write_report(report, "report.html")                       # a Diagnosis
     write_verdict(verdict, "report.html")                     # before and after a fix; write_cure for a Cure
     write_comparison([report, other], "comparison.html")      # checkpoints, or sizes of a model
+    write(result, "report.html")                              # any of these
 
 With scripts, photos, layers and the threshold can be chosen (report_view.py); without, and on paper, still
 pictures of the same stand in their place. All text from outside (names of models and files, reasons) is
@@ -15,7 +16,7 @@ from pathlib import Path
 from vitreg import plots
 from vitreg.cure import Cure
 from vitreg.diagnosis import Diagnosis, versions
-from vitreg.emergence import short_labels
+from vitreg.emergence import Emergence, short_labels
 from vitreg.measures import KINDS
 from vitreg.output import write_atomically
 from vitreg.page import facts, note, page, picture, section, table
@@ -43,12 +44,26 @@ _HOW_VERDICT = (
     "controls: an inert token and random neurons must do less than the fix; the neurons zeroed or at their "
     "mean show what their absence alone does."
 )
+_KINDS = "a Diagnosis, Verdict, Cure or Emergence"
 _TITLES = {
     "helps": ("none", "The fix helps"),
     "no effect": ("", "The fix has no effect"),
     "harms": ("found", "The fix harms"),
     "no artifacts": ("none", "No artifacts: nothing to fix"),
 }
+
+
+def write(result: object, path: str | Path) -> Path:
+    """Write the report that a result of any of these kinds has; returns the path."""
+    if isinstance(result, Diagnosis):
+        return write_report(result, path)
+    if isinstance(result, Verdict):
+        return write_verdict(result, path)
+    if isinstance(result, Cure):
+        return write_cure(result, path)
+    if isinstance(result, Emergence):
+        return write_comparison(result.diagnoses, path)
+    raise TypeError(f"found a {type(result).__name__}, but reports are of {_KINDS}.")
 
 
 def write_report(report: Diagnosis, path: str | Path) -> Path:
@@ -116,7 +131,9 @@ def _verdict(verdict: Verdict) -> str:
     drawn = ", ".join(KINDS[measure.name].label.strip() for measure in verdict.measures)
     figure = picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}", _HOW_VERDICT)
     heads, rows = measure_table(verdict)
-    fix = facts([("Fix", f"type {verdict.fix.type!r}"), ("Neurons", "; ".join(str(verdict.fix.neurons).splitlines()))])
+    fix = facts(
+        [("Fix", f"type {verdict.fix.type!r}"), ("Neurons", "; ".join(str(verdict.fix.neurons).splitlines()))]
+    )
     return fix + figure + table(heads, rows) + "".join(map(note, verdict.footnotes()))
 
 
@@ -139,5 +156,3 @@ def _comparison_table(labels: Sequence[str], reports: Sequence[Diagnosis]) -> st
         for label, x in zip(labels, reports, strict=True)
     ]
     return table(heads, rows) + facts((x.model, x.reason) for x in reports)
-
-

@@ -137,7 +137,7 @@ def photos(report: Diagnosis) -> str:
         for i, example in enumerate(report.examples)
     ]
     still = f'{note(_HOW_PHOTOS)}<div class="photos">{"".join(strips)}</div>'
-    return f'{view([("as it is", report)])}\n<div class="still">{still}</div>'
+    return f'{view([("the model", report)])}\n<div class="still">{still}</div>'
 
 
 def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> str:
@@ -148,7 +148,9 @@ def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> str:
     alt = "Photos, maps of norms and maps of attention: as it is, and with the fix"
     still = "".join(
         picture(
-            before_after([(name, replace(x, examples=x.examples[i : i + _ON_A_SHEET])) for name, x in versions]),
+            before_after(
+                [(name, replace(x, examples=x.examples[i : i + _ON_A_SHEET])) for name, x in versions]
+            ),
             alt,
             _HOW_VERSIONS,
             colours=None,
@@ -175,7 +177,12 @@ def _layer_row(x: LayerDiagnosis) -> list[str]:
     norms = [x.median_norm, x.p99_norm, x.max_norm, x.mean_plus_3_sigma, x.threshold]
     ratio = "-" if x.value_norm_ratio is None else f"{x.value_norm_ratio:.2f}x"
     shares = [percent(x.outlier_fraction), f"{x.gap:.2f}x", percent(x.attention_to_outliers), ratio]
-    return [str(x.layer), *map(plain_number, norms), *shares, *map(plain_number, [x.cls_norm, x.register_norm])]
+    return [
+        str(x.layer),
+        *map(plain_number, norms),
+        *shares,
+        *map(plain_number, [x.cls_norm, x.register_norm]),
+    ]
 
 
 def failed(images: list[dict[str, str]]) -> list[str]:

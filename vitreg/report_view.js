@@ -41,6 +41,7 @@
   }
 
   const percent = (share) => (share > 0 && share < 0.9995 ? (100 * share).toPrecision(3) : Math.round(100 * share)) + "%";
+  const written = { norms: number, attention: percent };
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   const largest = (values) => values.reduce((most, value) => Math.max(most, value));
   const logShare = (value, [low, high]) => Math.log(value / low) / Math.log(high / low);
@@ -118,22 +119,22 @@
     over.replaceChildren(svg("path", { d: path, class: "casing" }), svg("path", { d: path, class: "outline" }));
   }
 
-  function drawPanes(section, quantity, layer, masks) {
+  function drawPanes(stage, quantity, layer, masks, captions) {
     const photo = within(view, ".thumbs img")[state.photo];
-    for (const pane of within(section, ".pane")) {
-      const version = versions[pane.dataset.version ?? 0];
-      drawOutline(pane, masks[pane.dataset.version ?? 0]);
+    for (const pane of within(stage, ".pane")) {
+      const index = pane.dataset.version ?? 0;
+      drawOutline(pane, masks[index]);
       if (pane.dataset.kind === "photo") {
         Object.assign(pane.querySelector("img"), { src: photo.src, alt: photo.alt });
-        pane.querySelector("figcaption").textContent = photo.alt;
+        write(pane.querySelector("b"), photo.alt);
         continue;
       }
-      const values = patchesOf(version, quantity, layer);
+      const values = patchesOf(versions[index], quantity, layer);
       const canvas = pane.querySelector("canvas");
       paint(canvas, Array.from(values, unitOf[quantity]), columns, rows, colours[quantity]);
-      const words = quantity === "norms" ? `norms after block ${layer}, up to ` : `attention inside block ${layer}, up to `;
-      const most = (quantity === "norms" ? number : percent)(largest(values));
-      canvas.setAttribute("aria-label", `${photo.alt}, ${version.name}: ${words}${most}`);
+      const most = written[quantity](largest(values));
+      canvas.setAttribute("aria-label", `${photo.alt}, ${versions[index].name}: map of ${quantity}, layer ${layer}, up to ${most}`);
+      write(pane.querySelector("output"), captions[index]);
     }
   }
 
@@ -154,6 +155,7 @@
 
   const BINS = 96;
   const countRange = [0.6, patches * 1.3]; // logarithmic, the same for all layers
+  const powers = [1, 10, 100, 1000, 10000].filter((count) => count < countRange[1]);
   const heightOf = (count) => (count ? 100 * logShare(count, countRange) : 0);
 
   function drawHistogram(plot, version) {
@@ -169,7 +171,7 @@
       if (bin < split) bars.normal += bar(bin, Math.min(bin + 1, split));
       if (bin + 1 > split) bars.beyond += bar(Math.max(bin, split), bin + 1);
     });
-    const lines = [1, 10, 100, 1000].filter((count) => count < countRange[1]).map((count) => `M0 ${100 - heightOf(count)}H${BINS}`);
+    const lines = powers.map((count) => `M0 ${100 - heightOf(count)}H${BINS}`);
     plot.setAttribute("viewBox", `0 0 ${BINS} 100`);
     plot.setAttribute("preserveAspectRatio", "none");
     plot.replaceChildren(
@@ -182,51 +184,57 @@
 
   // -- words ---------------------------------------------------------------------------------------
 
-  const named = (version, words) => (versions.length > 1 ? `${version.name[0].toUpperCase()}${version.name.slice(1)}: ${words}` : words);
+  function write(element, words) {
+    if (element.textContent !== words) element.textContent = words; // what is told again is read out again
+  }
 
-  function countWords(version, mask) {
+  function countOf(mask) {
     const count = sum(mask);
-    return named(version, `${count} of ${patches} patches (${percent(count / patches)})`);
+    return `${count} of ${patches} patches outlined (${percent(count / patches)})`;
   }
 
-  function shareWords(version, mask) {
+  function shareOf(version, mask) {
     const attention = patchesOf(version, "attention", state.block);
-    return named(version, percent(sum(attention.filter((_, i) => mask[i]))));
+    return `${percent(sum(attention.filter((_, i) => mask[i])))} on outlined patches`;
   }
 
-  function write(id, words) {
-    if (byId(id).textContent !== words) byId(id).textContent = words; // what is told again is read out again
-  }
-
-  function writeWords(masks) {
+  function writeWords(count) {
     const bound = threshold();
-    const none = "none: the norms of this layer are one population";
-    write("threshold-value", Number.isFinite(bound) ? number(bound) : none);
-    byId("threshold").setAttribute("aria-valuetext", Number.isFinite(bound) ? number(bound) : none);
-    write("automatic-note", automatic() === null ? "The norms of this layer are one population: the diagnosis sets no threshold." : `The diagnosis sets it to ${number(automatic())}.`);
-    write("count", `Outlined: ${versions.map((version, i) => countWords(version, masks[i])).join("; ")}.`);
-    const count = sum(masks[0]);
-    const even = ` An even share would be ${percent(count / patches)}.`;
-    const shares = versions.map((version) => shareWords(version, masks[0])).join("; ");
-    write("share", count ? `Attention on the ${count} outlined patches: ${shares}.${even}` : "No patch is outlined: none reaches the threshold.");
-    write("layer-value", `${state.layer}${state.layer === data.detect ? " (detect layer)" : ""}`);
-    write("block-value", `${state.block}${state.block === data.depth - 1 ? " (the last)" : ""}`);
+    const words = Number.isFinite(bound) ? number(bound) : "none";
+    write(byId("threshold-value"), words);
+    byId("threshold").setAttribute("aria-valuetext", words);
+    const own = automatic();
+    write(byId("automatic-note"), own === null ? "The norms of this layer are one population: the diagnosis sets no threshold here." : `The diagnosis sets it to ${number(own)}, in the gap between two populations.`);
+    write(byId("even"), count ? `An even share of ${count} patches is ${percent(count / patches)}.` : "No patch is outlined: none reaches the threshold.");
+    write(byId("layer-value"), `${state.layer}${state.layer === data.detect ? data.detectWords : ""}`);
+    write(byId("block-value"), `${state.block}${state.block === data.depth - 1 ? " (the last)" : ""}`);
   }
 
   // -- all of it -----------------------------------------------------------------------------------
 
+  function drawNorms(stage, masks) {
+    drawPanes(stage, "norms", state.layer, masks, masks.map(countOf));
+    within(stage, ".histogram").forEach((plot, i) => drawHistogram(plot, versions[i]));
+    const place = Math.min(Math.max(logShare(threshold(), data.axis), 0), 1);
+    stage.querySelector(".mark").style.left = `${100 * place}%`;
+    const [low, high] = data.axis;
+    const unitAt = (place) => unitOf.norms(low * (high / low) ** place);
+    drawScale(stage.querySelector(".scale"), colours.norms, unitAt, data.axisTicks, (norm) => logShare(norm, data.axis));
+  }
+
+  function drawAttention(stage, mask) {
+    const captions = versions.map((version) => shareOf(version, mask));
+    drawPanes(stage, "attention", state.block, versions.map(() => mask), captions);
+    const ticks = data.layers[state.block].topTicks;
+    drawScale(stage.querySelector(".scale"), colours.attention, (place) => place, ticks, unitOf.attention);
+  }
+
   function draw() {
     const masks = versions.map(marked);
-    const [norms, attention] = within(view, "section");
-    drawPanes(norms, "norms", state.layer, masks);
-    drawPanes(attention, "attention", state.block, versions.map(() => masks[0]));
-    within(view, ".histogram").forEach((plot, i) => drawHistogram(plot, versions[i]));
-    const place = Math.min(Math.max(logShare(threshold(), data.axis), 0), 1);
-    view.querySelector(".mark").style.left = `${100 * place}%`;
-    const [low, high] = data.axis;
-    drawScale(norms.querySelector(".scale"), colours.norms, (unit) => unitOf.norms(low * (high / low) ** unit), data.axisTicks, (norm) => logShare(norm, data.axis));
-    drawScale(attention.querySelector(".scale"), colours.attention, (unit) => unit, data.layers[state.block].topTicks, unitOf.attention);
-    writeWords(masks);
+    const [norms, attention] = within(view, ".stage");
+    drawNorms(norms, masks);
+    drawAttention(attention, masks[0]);
+    writeWords(sum(masks[0]));
     setInputs();
   }
 
@@ -243,6 +251,15 @@
     writeAddress();
   }
 
+  for (const plot of within(view, ".histogram")) {
+    for (const count of powers) {
+      const label = document.createElement("span");
+      label.className = "count";
+      label.textContent = count;
+      label.style.bottom = `${heightOf(count)}%`;
+      plot.after(label);
+    }
+  }
   const [axisLow, axisHigh] = data.axis.map(Math.log);
   Object.assign(byId("threshold"), { min: axisLow, max: axisHigh, step: (axisHigh - axisLow) / 500 });
   byId("threshold").addEventListener("input", (event) => choose({ threshold: Math.exp(event.target.valueAsNumber) }));
@@ -251,6 +268,35 @@
     byId(name).addEventListener("input", (event) => choose({ [name]: event.target.valueAsNumber }));
   }
   within(view, ".thumbs input").forEach((input, photo) => input.addEventListener("change", () => choose({ photo })));
+  // The patch under the pointer, in every picture at once: where it is, and what stands there.
+  for (const frame of within(view, ".frame")) {
+    frame.addEventListener("pointermove", (event) => {
+      const box = frame.getBoundingClientRect();
+      const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
+      const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
+      if (row >= 0 && row < rows && column >= 0 && column < columns) point(row, column);
+    });
+    frame.addEventListener("pointerleave", () => unpoint());
+  }
+
+  function unpoint() {
+    within(view, ".pointed").forEach((element) => element.remove());
+  }
+
+  function point(row, column) {
+    unpoint();
+    const patch = row * columns + column;
+    for (const pane of within(view, ".pane")) {
+      pane.querySelector("svg").append(svg("rect", { x: column, y: row, width: 1, height: 1, class: "pointed" }));
+      const { kind, version } = pane.dataset;
+      const layer = kind === "norms" ? state.layer : state.block;
+      const label = document.createElement("span");
+      label.className = "pointed";
+      label.textContent = kind === "photo" ? `row ${row}, column ${column}` : written[kind](patchesOf(versions[version], kind, layer)[patch]);
+      pane.querySelector(".frame").append(label);
+    }
+  }
+
   addEventListener("hashchange", () => {
     readAddress();
     draw();

@@ -33,12 +33,12 @@ Versions = Sequence[tuple[str, Diagnosis]]
 _STEPS = 65535  # of 16 bits
 _SMALLEST = 1e-6  # a norm of 0 has no logarithm
 _NORMS = (
-    "Drag the threshold: patches whose norm reaches it are outlined. Colours, histogram and threshold share "
-    "one logarithmic axis."
+    "Drag the threshold: patches whose norm reaches it are outlined. Histogram, threshold and colours share "
+    "one logarithmic axis. A tick below the slider is a layer with outliers."
 )
 _ATTENTION = (
-    "How the attention {source} is spread over the patches of the photo (mean over heads; it sums to 100%). "
-    "Outlined are the patches that the threshold above marks{before}."
+    "How the attention from {source} is spread over the patches of the photo: the mean over heads, 100% in "
+    "all. Outlined are the patches that the threshold above marks{before}."
 )
 
 
@@ -77,37 +77,44 @@ def _thumbnails(report: Diagnosis) -> str:
 
 
 def _norms(versions: Versions) -> str:
-    panes = "".join(_pane("norms", i, name) for i, (name, _) in enumerate(versions))
     plots = "".join(_histogram(name if len(versions) > 1 else "") for name, _ in versions)
-    return f"""<section>
-<h3>Norms of patch tokens</h3>
-<p class="note">{text(_NORMS)}{_phantom(versions)}</p>
-{_slider("layer", "After block", len(versions[0][1].layers))}
-<div class="panes">{_photo_pane()}{panes}</div>
-<div class="plot">
-<label for="threshold">Threshold</label> <output id="threshold-value" for="threshold"></output>
+    plot = f"""<div class="plot">
+<p class="row"><label for="threshold">Threshold</label> <output id="threshold-value" for="threshold"></output>
+<button type="button" id="automatic">Set automatically</button></p>
 <div class="histograms">{plots}<div class="mark"></div></div>
-<input type="range" id="threshold" step="any">
-<div class="scale" data-scale="norms"><canvas height="1" aria-hidden="true"></canvas><div class="ticks"></div></div>
+<input type="range" id="threshold">
+{_SCALE}
 <p class="axis">L2 norm</p>
-</div>
-<p id="count" role="status"></p>
-<p><button type="button" id="automatic">Set automatically</button> <span id="automatic-note"></span></p>
-</section>"""
+<p class="note" id="automatic-note"></p>
+</div>"""
+    slider = _slider("layer", "After block", versions[0][1])
+    return _stage("norms", "Norms of patch tokens", _NORMS, slider, plot, versions)
 
 
 def _attention(versions: Versions) -> str:
     report = versions[0][1]
-    source = "of CLS" if report.attention_queries == "CLS" else f"of {report.attention_queries}"
-    words = _ATTENTION.format(source=source, before=f" {versions[0][0]}" if len(versions) > 1 else "")
-    panes = "".join(_pane("attention", i, name) for i, (name, _) in enumerate(versions))
-    return f"""<section>
-<h3>Attention</h3>
-<p class="note">{text(words)}{_phantom(versions)}</p>
-{_slider("block", "Inside block", len(report.layers))}
-<div class="panes">{_photo_pane()}{panes}</div>
-<div class="scale" data-scale="attention"><canvas height="1" aria-hidden="true"></canvas><div class="ticks"></div></div>
-<p id="share" role="status"></p>
+    source = "CLS" if report.attention_queries == "CLS" else report.attention_queries
+    words = _ATTENTION.format(source=source, before=", in the model as it is" if len(versions) > 1 else "")
+    slider = _slider("block", "Inside block", report)
+    scale = f'<div class="plot">{_SCALE}<p class="axis">share of the attention</p><p class="note" id="even"></p></div>'
+    return _stage("attention", "Attention", words, slider, scale, versions)
+
+
+def _stage(kind: str, title: str, words: str, slider: str, plot: str, versions: Versions) -> str:
+    """A slider of layers; the photo and a map of each version beside each other; what stands below or beside."""
+    many = len(versions) > 1
+    panes = "".join(
+        _pane(kind, i, name[:1].upper() + name[1:] if many else kind.capitalize())
+        for i, (name, _) in enumerate(versions)
+    )
+    planted = any(is_phantom(report.model) for _, report in versions)
+    label = " <strong>A phantom: its artifacts were planted.</strong>" if planted else ""
+    return f"""<section class="stage {"many" if many else "one"}" data-kind="{kind}">
+<h3>{text(title)}</h3>
+<p class="note">{text(words)}{label}</p>
+{slider}
+<div class="panes">{_PHOTO}{panes}</div>
+{plot}
 </section>"""
 
 
@@ -116,31 +123,28 @@ def _histogram(name: str) -> str:
     return f'<div>{label}<svg class="histogram" role="img"></svg></div>'
 
 
-def _phantom(versions: Versions) -> str:
-    planted = any(is_phantom(report.model) for _, report in versions)
-    return " <strong>A phantom: its artifacts were planted.</strong>" if planted else ""
-
-
-def _slider(name: str, label: str, depth: int) -> str:
+def _slider(name: str, label: str, report: Diagnosis) -> str:
+    """A slider of layers, with a tick at each that has outliers."""
+    ticks = "".join(f'<option value="{x.layer}"></option>' for x in report.layers if x.threshold is not None)
     return (
-        f'<p class="slider"><label for="{name}">{label}</label>'
-        f'<input type="range" id="{name}" min="0" max="{depth - 1}" step="1">'
-        f'<output id="{name}-value" for="{name}"></output></p>'
+        f'<p class="row"><label for="{name}">{label}</label>'
+        f'<input type="range" id="{name}" min="0" max="{len(report.layers) - 1}" step="1" list="{name}-ticks">'
+        f'<output id="{name}-value" for="{name}"></output><datalist id="{name}-ticks">{ticks}</datalist></p>'
     )
 
 
-def _photo_pane() -> str:
-    return (
-        '<figure class="pane" data-kind="photo"><div class="frame"><img alt=""><svg aria-hidden="true"></svg>'
-        "</div><figcaption></figcaption></figure>"
-    )
+_SCALE = '<div class="scale"><canvas aria-hidden="true"></canvas><div class="ticks"></div></div>'
+_PHOTO = (
+    '<figure class="pane" data-kind="photo"><div class="frame"><img alt=""><svg aria-hidden="true"></svg></div>'
+    "<figcaption><b></b> <output></output></figcaption></figure>"
+)
 
 
 def _pane(kind: str, version: int, name: str) -> str:
     return (
         f'<figure class="pane" data-kind="{kind}" data-version="{version}"><div class="frame">'
         '<canvas role="img"></canvas><svg aria-hidden="true"></svg></div>'
-        f"<figcaption>{text(name[:1].upper() + name[1:])}</figcaption></figure>"
+        f"<figcaption><b>{text(name)}</b> <output></output></figcaption></figure>"
     )
 
 
@@ -175,6 +179,7 @@ def _data(versions: Versions) -> dict[str, Any]:
         "grid": report.grid,
         "depth": len(report.layers),
         "detect": report.detect_layer,
+        "detectWords": " (where outliers stand out most)" if report.has_artifacts else " (what came closest)",
         "axis": axis,
         "axisTicks": number_ticks(*axis),
         "normRange": (low, high),
