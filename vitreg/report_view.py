@@ -96,12 +96,13 @@ def _attention(versions: Versions) -> str:
     source = "CLS" if report.attention_queries == "CLS" else report.attention_queries
     words = _ATTENTION.format(source=source, before=", in the model as it is" if len(versions) > 1 else "")
     slider = _slider("block", "Inside block", report)
-    scale = f'<div class="plot">{_SCALE}<p class="axis">share of the attention</p><p class="note" id="even"></p></div>'
+    words_below = '<p class="axis">share of the attention</p><p class="note" id="even"></p>'
+    scale = f'<div class="plot">{_SCALE}{words_below}</div>'
     return _stage("attention", "Attention", words, slider, scale, versions)
 
 
 def _stage(kind: str, title: str, words: str, slider: str, plot: str, versions: Versions) -> str:
-    """A slider of layers; the photo and a map of each version beside each other; what stands below or beside."""
+    """A slider of layers, the photo and a map of each version beside it, and `plot` below or beside."""
     many = len(versions) > 1
     panes = "".join(
         _pane(kind, i, name[:1].upper() + name[1:] if many else kind.capitalize())
@@ -126,17 +127,18 @@ def _histogram(name: str) -> str:
 def _slider(name: str, label: str, report: Diagnosis) -> str:
     """A slider of layers, with a tick at each that has outliers."""
     ticks = "".join(f'<option value="{x.layer}"></option>' for x in report.layers if x.threshold is not None)
+    last = len(report.layers) - 1
     return (
         f'<p class="row"><label for="{name}">{label}</label>'
-        f'<input type="range" id="{name}" min="0" max="{len(report.layers) - 1}" step="1" list="{name}-ticks">'
+        f'<input type="range" id="{name}" min="0" max="{last}" step="1" list="{name}-ticks">'
         f'<output id="{name}-value" for="{name}"></output><datalist id="{name}-ticks">{ticks}</datalist></p>'
     )
 
 
 _SCALE = '<div class="scale"><canvas aria-hidden="true"></canvas><div class="ticks"></div></div>'
 _PHOTO = (
-    '<figure class="pane" data-kind="photo"><div class="frame"><img alt=""><svg aria-hidden="true"></svg></div>'
-    "<figcaption><b></b> <output></output></figcaption></figure>"
+    '<figure class="pane" data-kind="photo"><div class="frame"><img alt=""><svg aria-hidden="true"></svg>'
+    "</div><figcaption><b></b> <output></output></figcaption></figure>"
 )
 
 
