@@ -55,10 +55,10 @@
   function readAddress() {
     const asked = new URLSearchParams(location.hash.slice(1));
     for (const [name, count] of Object.entries(limits)) {
-      const value = Number(asked.get(name) ?? NaN);
-      if (Number.isInteger(value) && value >= 0 && value < count) state[name] = value;
+      const words = asked.get(name) ?? "";
+      if (/^\d+$/.test(words) && Number(words) < count) state[name] = Number(words);
     }
-    const threshold = Number(asked.get("threshold") ?? NaN);
+    const threshold = Number(asked.get("threshold"));
     state.threshold = threshold > 0 && Number.isFinite(threshold) ? threshold : null;
   }
 
@@ -106,7 +106,7 @@
   }
 
   function svg(name, attributes) {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    const element = document.createElementNS(view.querySelector("svg").namespaceURI, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     return element;
   }
@@ -251,6 +251,7 @@
     writeAddress();
   }
 
+  within(view, "[data-kind=photo] .frame").forEach((frame) => frame.prepend(new Image()));
   for (const plot of within(view, ".histogram")) {
     for (const count of powers) {
       const label = document.createElement("span");

@@ -137,7 +137,7 @@ def _slider(name: str, label: str, report: Diagnosis) -> str:
 
 _SCALE = '<div class="scale"><canvas aria-hidden="true"></canvas><div class="ticks"></div></div>'
 _PHOTO = (
-    '<figure class="pane" data-kind="photo"><div class="frame"><img alt=""><svg aria-hidden="true"></svg>'
+    '<figure class="pane" data-kind="photo"><div class="frame"><svg aria-hidden="true"></svg>'
     "</div><figcaption><b></b> <output></output></figcaption></figure>"
 )
 
