@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 from vitreg import plots
 from vitreg.diagnosis import Diagnosis, LayerDiagnosis, describe_places
@@ -32,7 +33,7 @@ _HOW_VERSIONS = (
     "Norms after the layer where outliers stand out most, attention in the last block. Colours mean the same "
     "before and after; each version's own outliers are outlined."
 )
-_ON_A_SHEET = 6  # photos beside each other
+_ON_A_SHEET = 8  # photos beside each other
 _HOW_TABLE = (
     "Layers count from 0. Layer i is the residual stream after block i, before the model's final norm. Gap: "
     "upper end over lower end of the widest almost empty range of norms. Attention: its share on tokens that "
@@ -148,16 +149,21 @@ def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> str:
     alt = "Photos, maps of norms and maps of attention: as it is, and with the fix"
     still = "".join(
         picture(
-            before_after(
-                [(name, replace(x, examples=x.examples[i : i + _ON_A_SHEET])) for name, x in versions]
-            ),
+            before_after([(name, replace(x, examples=x.examples[part])) for name, x in versions]),
             alt,
             _HOW_VERSIONS,
             colours=None,
         )
-        for i in range(0, len(before.examples), _ON_A_SHEET)
+        for part in _sheets(len(before.examples))
     )
     return f'{view(versions)}\n<div class="still">{still}</div>'
+
+
+def _sheets(photos: int) -> list[slice]:
+    """So many photos on as few pictures as hold them, and about equally many on each."""
+    sheets = -(-photos // _ON_A_SHEET)
+    ends = [i * photos // sheets for i in range(sheets + 1)]
+    return [slice(first, last) for first, last in pairwise(ends)]
 
 
 def layer_table(report: Diagnosis) -> str:

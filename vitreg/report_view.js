@@ -256,7 +256,7 @@
     for (const count of powers) {
       const label = document.createElement("span");
       label.className = "count";
-      label.textContent = count;
+      label.textContent = count === powers.at(-1) ? `${count} patches` : count;
       label.style.bottom = `${heightOf(count)}%`;
       plot.after(label);
     }
