@@ -39,6 +39,8 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if tag in ("td", "th", "dt"):
+            self.texts.append(" ")
 
     def handle_data(self, data):
         if not {"style", "script"} & set(self.open):

@@ -1,4 +1,4 @@
-"""The report in a browser: opened from disk, offline, and used with the keyboard and by setting its inputs."""
+"""The report in a browser: opened from disk, offline, and used by keyboard and by setting its inputs."""
 
 import io
 import math
