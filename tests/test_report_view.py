@@ -253,6 +253,7 @@ def test_the_address_holds_what_is_seen(opened):
     first.set("#layer", 3)
     first.set("#block", 1)
     first.set("#threshold", 3)
+    first.page.wait_for_url(re.compile("threshold="))
     address = first.page.evaluate("location.hash")
     again = opened("verdict", address)
     for selector in ("#layer-value", "#block-value", "#threshold-value", NORMS, ATTENTION):
@@ -291,6 +292,8 @@ def test_the_policy_stops_every_other_script(browser, pages):
     page.goto(pages["report"].as_uri())
     with pytest.raises(playwright.sync_api.Error, match="Content Security Policy"):
         page.add_script_tag(content="window.hit = 1")
+    with pytest.raises(playwright.sync_api.Error, match="unsafe-eval"):
+        page.wait_for_function("1 + 1")  # which playwright asks the page to evaluate
     assert page.evaluate("window.hit") is None
     context.close()
 

@@ -1,6 +1,6 @@
-// Brings a report's view to life: which photo, which layer, which threshold. Python (report_view.py) writes the
-// page's skeleton and its data; here they are only decoded, coloured, counted and drawn. The page's policy
-// allows this script by its hash and nothing else, so it may not change after the page is written.
+// Brings a report's view to life: which photo, which layer, which threshold. Python (report_view.py) writes
+// the page's skeleton and its data; here they are only decoded, coloured, counted and drawn. The page's
+// policy allows this script by its hash and no other.
 "use strict";
 (() => {
   const view = document.getElementById("view");
@@ -35,12 +35,17 @@
     return version[quantity].subarray(start, start + patches);
   }
 
+  // Three significant digits, as vitreg.style writes them.
   function number(value) {
     const short = Number(value.toPrecision(3));
-    return Math.abs(short) >= 1e-3 && short < 1e6 ? short.toLocaleString("en", { maximumFractionDigits: 6 }) : String(short);
+    const plain = Math.abs(short) >= 1e-3 && short < 1e6;
+    return plain ? short.toLocaleString("en", { maximumFractionDigits: 6 }) : String(short);
   }
 
-  const percent = (share) => (share > 0 && share < 0.9995 ? (100 * share).toPrecision(3) : Math.round(100 * share)) + "%";
+  function percent(share) {
+    return `${share > 0 && share < 0.9995 ? (100 * share).toPrecision(3) : Math.round(100 * share)}%`;
+  }
+
   const written = { norms: number, attention: percent };
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   const largest = (values) => values.reduce((most, value) => Math.max(most, value));
@@ -65,12 +70,18 @@
   function writeAddress() {
     const { threshold, ...places } = state;
     const moved = threshold === null ? {} : { threshold: threshold.toPrecision(6) };
-    history.replaceState(null, "", `#${new URLSearchParams({ ...places, ...moved })}`);
+    try {
+      history.replaceState(null, "", `#${new URLSearchParams({ ...places, ...moved })}`);
+    } catch {
+      // A page within another page may have no address of its own.
+    }
   }
 
+  const layerOf = { norms: () => state.layer, attention: () => state.block };
   const automatic = () => versions[0].thresholds[state.layer];
   const threshold = () => state.threshold ?? automatic() ?? Infinity;
-  const marked = (version) => Uint8Array.from(patchesOf(version, "norms", state.layer), (norm) => norm >= threshold());
+  const normsOf = (version) => patchesOf(version, "norms", state.layer);
+  const marked = (version) => Uint8Array.from(normsOf(version), (norm) => norm >= threshold());
 
   // -- maps ----------------------------------------------------------------------------------------
 
@@ -94,12 +105,13 @@
 
   /** Borders between patches in the mask and others, as an SVG path in units of patches. */
   function outline(mask) {
-    const at = (row, column) => row >= 0 && row < rows && column >= 0 && column < columns && mask[row * columns + column];
+    const inGrid = (row, column) => row >= 0 && row < rows && column >= 0 && column < columns;
+    const at = (row, column) => (inGrid(row, column) ? mask[row * columns + column] : 0);
     let path = "";
     for (let row = 0; row <= rows; row++) {
       for (let column = 0; column <= columns; column++) {
-        if (Boolean(at(row, column)) !== Boolean(at(row - 1, column))) path += `M${column} ${row}h1`;
-        if (Boolean(at(row, column)) !== Boolean(at(row, column - 1))) path += `M${column} ${row}v1`;
+        if (at(row, column) !== at(row - 1, column)) path += `M${column} ${row}h1`;
+        if (at(row, column) !== at(row, column - 1)) path += `M${column} ${row}v1`;
       }
     }
     return path;
@@ -112,11 +124,11 @@
   }
 
   function drawOutline(pane, mask) {
-    const path = outline(mask);
     const over = pane.querySelector("svg");
     over.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
     over.setAttribute("preserveAspectRatio", "none");
-    over.replaceChildren(svg("path", { d: path, class: "casing" }), svg("path", { d: path, class: "outline" }));
+    const d = outline(mask);
+    over.replaceChildren(svg("path", { d, class: "casing" }), svg("path", { d, class: "outline" }));
   }
 
   function drawPanes(stage, quantity, layer, masks, captions) {
@@ -133,22 +145,26 @@
       const canvas = pane.querySelector("canvas");
       paint(canvas, Array.from(values, unitOf[quantity]), columns, rows, colours[quantity]);
       const most = written[quantity](largest(values));
-      canvas.setAttribute("aria-label", `${photo.alt}, ${versions[index].name}: map of ${quantity}, layer ${layer}, up to ${most}`);
+      const what = `map of ${quantity}, layer ${layer}, up to ${most}`;
+      canvas.setAttribute("aria-label", `${photo.alt}, ${versions[index].name}: ${what}`);
       write(pane.querySelector("output"), captions[index]);
     }
   }
 
-  function drawScale(scale, table, unitAt, ticks, placeOf) {
+  function span(kind, words, place = {}) {
+    const element = document.createElement("span");
+    element.className = kind;
+    element.textContent = words;
+    Object.assign(element.style, place);
+    return element;
+  }
+
+  function drawScale(scale, table, unitAt, [values, words], placeOf) {
     const width = 512;
-    paint(scale.querySelector("canvas"), Array.from({ length: width }, (_, i) => unitAt((i + 0.5) / width)), width, 1, table);
-    scale.querySelector(".ticks").replaceChildren(
-      ...ticks[0].map((value, i) => {
-        const tick = document.createElement("span");
-        tick.textContent = ticks[1][i];
-        tick.style.left = `${100 * placeOf(value)}%`;
-        return tick;
-      }),
-    );
+    const units = Array.from({ length: width }, (_, i) => unitAt((i + 0.5) / width));
+    paint(scale.querySelector("canvas"), units, width, 1, table);
+    const ticks = values.map((value, i) => span("tick", words[i], { left: `${100 * placeOf(value)}%` }));
+    scale.querySelector(".ticks").replaceChildren(...ticks);
   }
 
   // -- the histogram -------------------------------------------------------------------------------
@@ -158,28 +174,40 @@
   const powers = [1, 10, 100, 1000, 10000].filter((count) => count < countRange[1]);
   const heightOf = (count) => (count ? 100 * logShare(count, countRange) : 0);
 
-  function drawHistogram(plot, version) {
+  /** Bars as SVG paths, below the threshold and beyond it; the threshold may cut a bar. */
+  function barsOf(norms) {
     const counts = new Array(BINS).fill(0);
-    const norms = patchesOf(version, "norms", state.layer);
     for (const norm of norms) counts[Math.min(Math.floor(BINS * logShare(norm, data.axis)), BINS - 1)]++;
     const split = Math.min(BINS * logShare(threshold(), data.axis), BINS);
     const bars = { normal: "", beyond: "" };
     counts.forEach((count, bin) => {
-      const height = heightOf(count);
-      const bar = (from, to) => `M${from} 100V${100 - height}H${to}V100Z`;
-      if (!count) return;
-      if (bin < split) bars.normal += bar(bin, Math.min(bin + 1, split));
-      if (bin + 1 > split) bars.beyond += bar(Math.max(bin, split), bin + 1);
+      const bar = (from, to) => `M${from} 100V${100 - heightOf(count)}H${to}V100Z`;
+      if (count && bin < split) bars.normal += bar(bin, Math.min(bin + 1, split));
+      if (count && bin + 1 > split) bars.beyond += bar(Math.max(bin, split), bin + 1);
     });
-    const lines = powers.map((count) => `M0 ${100 - heightOf(count)}H${BINS}`);
+    return bars;
+  }
+
+  function drawHistogram(plot, version) {
+    const norms = normsOf(version);
+    const bars = barsOf(norms);
+    const lines = powers.map((count) => `M0 ${100 - heightOf(count)}H${BINS}`).join("");
     plot.setAttribute("viewBox", `0 0 ${BINS} 100`);
     plot.setAttribute("preserveAspectRatio", "none");
     plot.replaceChildren(
-      svg("path", { d: lines.join(""), class: "grid" }),
+      svg("path", { d: lines, class: "grid" }),
       svg("path", { d: bars.normal, class: "normal" }),
       svg("path", { d: bars.beyond, class: "beyond" }),
     );
-    plot.setAttribute("aria-label", `Histogram of norms after block ${state.layer}, ${version.name}: up to ${number(largest(norms))}`);
+    const what = `Histogram of norms after block ${state.layer}, ${version.name}`;
+    plot.setAttribute("aria-label", `${what}: up to ${number(largest(norms))}`);
+  }
+
+  function labelHistogram(plot) {
+    for (const count of powers) {
+      const words = count === powers.at(-1) ? `${count} patches` : count;
+      plot.after(span("count", words, { bottom: `${heightOf(count)}%` }));
+    }
   }
 
   // -- words ---------------------------------------------------------------------------------------
@@ -198,14 +226,21 @@
     return `${percent(sum(attention.filter((_, i) => mask[i])))} on outlined patches`;
   }
 
-  function writeWords(count) {
+  function writeThreshold() {
     const bound = threshold();
     const words = Number.isFinite(bound) ? number(bound) : "none";
     write(byId("threshold-value"), words);
     byId("threshold").setAttribute("aria-valuetext", words);
     const own = automatic();
-    write(byId("automatic-note"), own === null ? "The norms of this layer are one population: the diagnosis sets no threshold here." : `The diagnosis sets it to ${number(own)}, in the gap between two populations.`);
-    write(byId("even"), count ? `An even share of ${count} patches is ${percent(count / patches)}.` : "No patch is outlined: none reaches the threshold.");
+    const none = "The norms of this layer are one population: the diagnosis sets no threshold here.";
+    const some = `The diagnosis sets it to ${number(own ?? 0)}, in the gap between two populations.`;
+    write(byId("automatic-note"), own === null ? none : some);
+  }
+
+  function writeWords(count) {
+    writeThreshold();
+    const even = `An even share of ${count} patches is ${percent(count / patches)}.`;
+    write(byId("even"), count ? even : "No patch is outlined: none reaches the threshold.");
     write(byId("layer-value"), `${state.layer}${state.layer === data.detect ? data.detectWords : ""}`);
     write(byId("block-value"), `${state.block}${state.block === data.depth - 1 ? " (the last)" : ""}`);
   }
@@ -218,15 +253,16 @@
     const place = Math.min(Math.max(logShare(threshold(), data.axis), 0), 1);
     stage.querySelector(".mark").style.left = `${100 * place}%`;
     const [low, high] = data.axis;
-    const unitAt = (place) => unitOf.norms(low * (high / low) ** place);
-    drawScale(stage.querySelector(".scale"), colours.norms, unitAt, data.axisTicks, (norm) => logShare(norm, data.axis));
+    const unitAt = (share) => unitOf.norms(low * (high / low) ** share);
+    const placeOf = (norm) => logShare(norm, data.axis);
+    drawScale(stage.querySelector(".scale"), colours.norms, unitAt, data.axisTicks, placeOf);
   }
 
   function drawAttention(stage, mask) {
     const captions = versions.map((version) => shareOf(version, mask));
     drawPanes(stage, "attention", state.block, versions.map(() => mask), captions);
     const ticks = data.layers[state.block].topTicks;
-    drawScale(stage.querySelector(".scale"), colours.attention, (place) => place, ticks, unitOf.attention);
+    drawScale(stage.querySelector(".scale"), colours.attention, (unit) => unit, ticks, unitOf.attention);
   }
 
   function draw() {
@@ -245,40 +281,16 @@
     byId("threshold").value = Math.log(Math.min(threshold(), data.axis[1]));
   }
 
+  let later;
+
   function choose(change) {
     Object.assign(state, change);
     draw();
-    writeAddress();
+    clearTimeout(later); // browsers refuse an address that changes with every step of a drag
+    later = setTimeout(writeAddress, 150);
   }
 
-  within(view, "[data-kind=photo] .frame").forEach((frame) => frame.prepend(new Image()));
-  for (const plot of within(view, ".histogram")) {
-    for (const count of powers) {
-      const label = document.createElement("span");
-      label.className = "count";
-      label.textContent = count === powers.at(-1) ? `${count} patches` : count;
-      label.style.bottom = `${heightOf(count)}%`;
-      plot.after(label);
-    }
-  }
-  const [axisLow, axisHigh] = data.axis.map(Math.log);
-  Object.assign(byId("threshold"), { min: axisLow, max: axisHigh, step: (axisHigh - axisLow) / 500 });
-  byId("threshold").addEventListener("input", (event) => choose({ threshold: Math.exp(event.target.valueAsNumber) }));
-  byId("automatic").addEventListener("click", () => choose({ threshold: null }));
-  for (const name of ["layer", "block"]) {
-    byId(name).addEventListener("input", (event) => choose({ [name]: event.target.valueAsNumber }));
-  }
-  within(view, ".thumbs input").forEach((input, photo) => input.addEventListener("change", () => choose({ photo })));
-  // The patch under the pointer, in every picture at once: where it is, and what stands there.
-  for (const frame of within(view, ".frame")) {
-    frame.addEventListener("pointermove", (event) => {
-      const box = frame.getBoundingClientRect();
-      const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
-      const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
-      if (row >= 0 && row < rows && column >= 0 && column < columns) point(row, column);
-    });
-    frame.addEventListener("pointerleave", () => unpoint());
-  }
+  // -- the patch under the pointer, in every picture at once: where it is, and what stands there ----
 
   function unpoint() {
     within(view, ".pointed").forEach((element) => element.remove());
@@ -288,21 +300,49 @@
     unpoint();
     const patch = row * columns + column;
     for (const pane of within(view, ".pane")) {
-      pane.querySelector("svg").append(svg("rect", { x: column, y: row, width: 1, height: 1, class: "pointed" }));
       const { kind, version } = pane.dataset;
-      const layer = kind === "norms" ? state.layer : state.block;
-      const label = document.createElement("span");
-      label.className = "pointed";
-      label.textContent = kind === "photo" ? `row ${row}, column ${column}` : written[kind](patchesOf(versions[version], kind, layer)[patch]);
-      pane.querySelector(".frame").append(label);
+      const values = kind === "photo" ? [] : patchesOf(versions[version], kind, layerOf[kind]());
+      const words = kind === "photo" ? `row ${row}, column ${column}` : written[kind](values[patch]);
+      const square = { x: column, y: row, width: 1, height: 1, class: "pointed" };
+      pane.querySelector("svg").append(svg("rect", square));
+      pane.querySelector(".frame").append(span("pointed", words));
     }
   }
 
-  addEventListener("hashchange", () => {
-    readAddress();
-    draw();
-  });
+  function follow(event) {
+    const box = event.currentTarget.getBoundingClientRect();
+    const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
+    const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
+    if (row >= 0 && row < rows && column >= 0 && column < columns) point(row, column);
+  }
 
+  // -- begin ---------------------------------------------------------------------------------------
+
+  function listen() {
+    const [low, high] = data.axis.map(Math.log);
+    const slider = byId("threshold");
+    Object.assign(slider, { min: low, max: high, step: (high - low) / 500 });
+    slider.addEventListener("input", () => choose({ threshold: Math.exp(slider.valueAsNumber) }));
+    byId("automatic").addEventListener("click", () => choose({ threshold: null }));
+    for (const name of ["layer", "block"]) {
+      byId(name).addEventListener("input", (event) => choose({ [name]: event.target.valueAsNumber }));
+    }
+    within(view, ".thumbs input").forEach((input, photo) => {
+      input.addEventListener("change", () => choose({ photo }));
+    });
+    for (const frame of within(view, ".frame")) {
+      frame.addEventListener("pointermove", follow);
+      frame.addEventListener("pointerleave", unpoint);
+    }
+    addEventListener("hashchange", () => {
+      readAddress();
+      draw();
+    });
+  }
+
+  within(view, "[data-kind=photo] .frame").forEach((frame) => frame.prepend(new Image()));
+  within(view, ".histogram").forEach(labelHistogram);
+  listen();
   readAddress();
   draw();
   view.hidden = false;

@@ -79,7 +79,7 @@ def _thumbnails(report: Diagnosis) -> str:
 def _norms(versions: Versions) -> str:
     plots = "".join(_histogram(name if len(versions) > 1 else "") for name, _ in versions)
     plot = f"""<div class="plot">
-<p class="row"><label for="threshold">Threshold</label> <output id="threshold-value" for="threshold"></output>
+<p class="row"><label for="threshold">Threshold</label> <output id="threshold-value" for="threshold" aria-live="off"></output>
 <button type="button" id="automatic">Set automatically</button></p>
 <div class="histograms">{plots}<div class="mark"></div></div>
 <input type="range" id="threshold">
@@ -131,7 +131,7 @@ def _slider(name: str, label: str, report: Diagnosis) -> str:
     return (
         f'<p class="row"><label for="{name}">{label}</label>'
         f'<input type="range" id="{name}" min="0" max="{last}" step="1" list="{name}-ticks">'
-        f'<output id="{name}-value" for="{name}"></output><datalist id="{name}-ticks">{ticks}</datalist></p>'
+        f'<output id="{name}-value" for="{name}" aria-live="off"></output><datalist id="{name}-ticks">{ticks}</datalist></p>'
     )
 
 
