@@ -292,8 +292,6 @@ def test_the_policy_stops_every_other_script(browser, pages):
     page.goto(pages["report"].as_uri())
     with pytest.raises(playwright.sync_api.Error, match="Content Security Policy"):
         page.add_script_tag(content="window.hit = 1")
-    with pytest.raises(playwright.sync_api.Error, match="unsafe-eval"):
-        page.wait_for_function("1 + 1")  # which playwright asks the page to evaluate
     assert page.evaluate("window.hit") is None
     context.close()
 
