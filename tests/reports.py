@@ -1,5 +1,6 @@
 """Small diagnoses to draw: a tiny random ViT, with or without artifacts planted at chosen patches."""
 
+from dataclasses import replace
 from functools import cache
 
 import timm
@@ -8,6 +9,8 @@ from torch import nn
 
 import vitreg
 from vitreg.diagnosis import Diagnosis
+from vitreg.measures import Estimate
+from vitreg.verdict import Control, Measure, Verdict
 
 DEPTH, ONSET = 4, 2
 PLANTED = (0, 7)  # grid cells, row-major
@@ -41,3 +44,24 @@ def make_report(
             model.blocks[ONSET].drop_path2 = _Massive(model.num_prefix_tokens)
         vit = vitreg.wrap(model, image_size=size, name=name)
         return vitreg.diagnose(vit, [torch.randn(5, 3, *size)], examples=examples)
+
+
+def make_verdict(name: str = "tiny", examples: int = 3) -> Verdict:
+    """Of the model with planted artifacts and the same one without, with a control; all numbers made up."""
+    less, equal = Estimate(-0.12, -0.13, -0.11), Estimate(0.98, 0.96, 1.0)
+    outliers = Measure("outliers", Estimate(0.125, 0.12, 0.13), Estimate(0.005, 0.0, 0.01), less)
+    same = Measure("cls", None, equal, None)
+    measures = {"outliers": Estimate(0.125, 0.12, 0.13), "cls": equal}
+    before, after = (make_report(artifacts, examples=examples) for artifacts in (True, False))
+    return Verdict(
+        "helps",
+        "it removes the artifacts.",
+        name,
+        vitreg.TestTimeRegisters({ONSET: [3]}),
+        replace(before, model=name),
+        replace(after, model=name),
+        (outliers, same),
+        tuple(Control(version, measures, less) for version in ("unfixed", "fix", "inert token")),
+        images=5,
+        control_images=5,
+    )

@@ -273,8 +273,12 @@ def read_json(path: Path) -> dict:
 def test_fix_finds_verifies_and_saves_and_verify_reads_it_back(run, planted, crop_files, tmp_path):
     model, phantom = planted
     out, result = tmp_path / "fix", tmp_path / "f.json"
-    code, said, progress = run("fix", model, crop_files, "-o", out, "--json", result, "--workers", 0)
+    written = ("--json", result, "--report", tmp_path / "f.html")
+    code, said, progress = run("fix", model, crop_files, "-o", out, *written, "--workers", 0)
     assert code == 0
+    assert f"report: {tmp_path / 'f.html'}" in said
+    assert "The fix helps" in (tmp_path / "f.html").read_text()
+    assert "Chosen: " in (tmp_path / "f.html").read_text()
     assert ": helps" in said
     assert f"fix: {out}" in said
     assert "random neurons" in said
@@ -288,8 +292,11 @@ def test_fix_finds_verifies_and_saves_and_verify_reads_it_back(run, planted, cro
     assert set(vitreg.load_fix(out).neurons.by_layer[1]) == set(phantom.neurons)
     assert read_json(out / "fix.json")["evidence"]["verdict"] == "helps"
 
-    code, said, _ = run("verify", model, out, crop_files, "--json", tmp_path / "v.json", "--workers", 0)
+    written = ("--json", tmp_path / "v.json", "--report", tmp_path / "v.html")
+    code, said, _ = run("verify", model, out, crop_files, *written, "--workers", 0)
     assert code == 0
+    assert "The fix helps" in (tmp_path / "v.html").read_text()
+    assert "Chosen: " not in (tmp_path / "v.html").read_text()
     assert ": helps" in said
     again = read_json(tmp_path / "v.json")
     assert again.keys() >= FIX_KEYS
@@ -333,8 +340,10 @@ def test_verify_without_controls(run, planted, crop_files, saved_fix, tmp_path):
 
 
 def test_no_artifacts_no_fix(run, model, photos, tmp_path):
-    code, said, _ = run("fix", model, photos, "-o", tmp_path / "fix", "--json", tmp_path / "f.json")
+    written = ("--json", tmp_path / "f.json", "--report", tmp_path / "f.html")
+    code, said, _ = run("fix", model, photos, "-o", tmp_path / "fix", *written)
     assert code == 0
+    assert "No artifacts: nothing to fix" in (tmp_path / "f.html").read_text()
     assert f"{model}: no artifacts" in said
     assert "no fix was written" in said
     assert not (tmp_path / "fix").exists()
@@ -359,14 +368,10 @@ def test_an_unwritable_folder_is_found_before_the_work(run, photos, tmp_path):
         fails(run("fix", "timm:never-loaded", photos, "-o", target), str(target))
     (tmp_path / "fix.json").mkdir()  # in nobody's way
     fails(run("fix", "timm:never-loaded", photos, "-o", tmp_path / "fix"), "never-loaded")
-    fails(
-        run("fix", "timm:never-loaded", photos, "-o", tmp_path / "fix", "--json", tmp_path / "no" / "f"),
-        str(tmp_path / "no" / "f"),
-    )
-    fails(
-        run("verify", "timm:never-loaded", tmp_path, photos, "--json", tmp_path / "no" / "f"),
-        str(tmp_path / "no" / "f"),
-    )
+    missing = tmp_path / "no" / "f"
+    for option in ("--json", "--report"):
+        fails(run("fix", "timm:never-loaded", photos, "-o", tmp_path / "fix", option, missing), str(missing))
+        fails(run("verify", "timm:never-loaded", tmp_path, photos, option, missing), str(missing))
 
 
 def test_a_fix_that_is_not_there(run, photos, saved_fix):

@@ -66,7 +66,10 @@ def test_the_fix_restores_what_the_phantom_spoiled(told):
 
 def test_what_it_writes(told):
     _, out = told
-    assert "phantom" in (out / "report.html").read_text().lower()
+    report = (out / "report.html").read_text()
+    assert "artifacts were planted here on purpose" in report
+    assert "The fix helps" in report
+    assert report.count('data-version="1"') == 2  # before and after, in norms and in attention
     assert vitreg.load_fix(out / "fix").neurons.by_layer
     assert json.loads((out / "phantom.json").read_text())["layer"] == LAYER
     assert matplotlib.image.imread(out / "before_after.png").std() > 0.1

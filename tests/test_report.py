@@ -1,22 +1,28 @@
 """The HTML report: complete, self-contained, and safe whatever the files are called."""
 
+from base64 import b64encode
 from dataclasses import replace
+from hashlib import sha256
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from reports import ONSET, make_report
+from reports import ONSET, make_report, make_verdict
 
+import vitreg.report
+from vitreg.cure import Cure
+from vitreg.emergence import Emergence
 from vitreg.errors import OutputError
 from vitreg.page import text
-from vitreg.report import write_comparison, write_report
+from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
 
 
 class Page(HTMLParser):
-    """All tags with their attributes, and all text outside of <style>, of a page that must be well-formed."""
+    """All tags with their attributes, and all text that is read, of a page that must be well-formed."""
 
-    EMPTY = ("meta", "img")
+    EMPTY = ("meta", "img", "input")
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -33,9 +39,11 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if tag in ("td", "th", "dt"):
+            self.texts.append(" ")
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.texts.append(data)
 
     @property
@@ -60,25 +68,32 @@ def written(tmp_path_factory):
 def test_loads_nothing_from_outside(written):
     _, path, page = written
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object", "base", "form")
+        assert tag not in ("link", "iframe", "object", "base", "form")
         assert not [name for name in attributes if name.startswith("on") or name == "href"]
         if "src" in attributes:
-            assert attributes["src"].startswith("data:image/png;base64,")
+            assert tag == "img"
+            assert attributes["src"].startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
     source = path.read_text(encoding="utf-8")
     assert "://" not in source
     assert "url(" not in source
     assert "@import" not in source
     (policy,) = [x["content"] for x in page.named("meta") if x.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'")
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policy
+    data, script = page.named("script")
+    assert data == {"type": "application/json", "id": "view-data"}
+    assert script == {}
+    ours = Path(vitreg.report.__file__).with_name("report_view.js").read_bytes()
+    assert f"script-src 'sha256-{b64encode(sha256(ours).digest()).decode()}'" in policy
 
 
 def test_hostile_names_are_text(written):
     _, path, page = written
-    assert "<script" not in path.read_text(encoding="utf-8")
-    assert "<b>" not in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8").count("<script") == 2  # the data's and ours
+    assert "<b>broken" not in path.read_text(encoding="utf-8")
     shown = "<script>alert(1)</script>\"'&\\u202e.jpg"
     assert page.text.count(shown) >= 3  # model, photo, failed image
-    assert [x["alt"] for x in page.named("img")][3].startswith(shown)
+    assert sum(x["alt"].startswith(shown) for x in page.named("img")) == 1
 
 
 def test_shows_every_finding(written):
@@ -104,9 +119,9 @@ def test_lists_every_failed_image(written):
 def test_every_picture_has_a_description_and_words(written):
     report, path, page = written
     images = page.named("img")
-    assert len(images) == 3 + len(report.examples)
+    assert len(images) == 3 + 2 * len(report.examples)  # figures; still pictures, and photos to choose from
     assert all(image["alt"] for image in images)
-    assert [tag for tag, _ in page.tags].count("figcaption") == len(images)
+    assert len(page.named("figcaption")) == len(page.named("figure"))
     assert path.stat().st_size < 2e6
 
 
@@ -152,6 +167,56 @@ def test_comparison(tmp_path):
     assert all(report.reason in page.text for report in reports)
     (image,) = page.named("img")
     assert "step-1 0%" in image["alt"]
+
+
+# -- before and after a fix ------------------------------------------------------------------------
+
+
+def test_a_verdict_with_its_controls_and_the_choice(tmp_path):
+    verdict = make_verdict()
+    cure = Cure(verdict.fix, "the paper's register, for <reasons>.", verdict)
+    page = Page(write_cure(cure, tmp_path / "cure.html").read_text(encoding="utf-8"))
+    assert page.named("header") == [{"class": "none"}]
+    for words in (
+        "The fix helps", "It removes the artifacts.", "Chosen: the paper's register, for <reasons>.",
+        "type 'registers'", "block 2: 3", "-12.00% [-13.00%, -11.00%]", "inert token", "0.9800",
+        "Controls: 5 of them.", "The model with the fix: every layer",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "title"),
+    [("harms", "found", "The fix harms"), ("no effect", "", "The fix has no effect")],
+)
+def test_a_fix_that_does_not_help_is_not_shown_as_one_that_does(tmp_path, found, kind, title):
+    path = write_verdict(replace(make_verdict(), verdict=found), tmp_path / "verdict.html")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.named("header") == [{"class": kind}]
+    assert title in page.text
+
+
+def test_nothing_to_fix(tmp_path):
+    report = make_report(artifacts=False, examples=1)
+    verdict = replace(make_verdict(), verdict="no artifacts", before=report, after=None, measures=())
+    cure = Cure(None, "nothing to fix", verdict)
+    page = Page(write_cure(cure, tmp_path / "none.html").read_text(encoding="utf-8"))
+    assert "No artifacts: nothing to fix" in page.text
+    assert "Layer that came closest" in page.text
+    assert "Chosen" not in page.text
+
+
+def test_each_result_has_its_report(tmp_path):
+    verdict = make_verdict(examples=1)
+    for result, title in (
+        (verdict.before, "Artifacts"),
+        (verdict, "The fix helps"),
+        (Cure(verdict.fix, "as asked for", verdict), "The fix helps"),
+        (Emergence([verdict.before, verdict.after]), "2 models compared"),
+    ):
+        assert title in Page(write(result, tmp_path / "any.html").read_text(encoding="utf-8")).text
+    with pytest.raises(TypeError, match="found a str, but reports are of"):
+        write("a diagnosis", tmp_path / "none.html")
 
 
 def test_a_target_that_cannot_be_written_is_an_error_of_ours(tmp_path):

@@ -24,10 +24,12 @@ from vitreg.neurons import Method
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vitreg.cure import Cure
     from vitreg.diagnosis import Diagnosis
     from vitreg.emergence import Emergence
     from vitreg.models import Backbone
     from vitreg.register_maps import RegisterStudy
+    from vitreg.verdict import Verdict
 
 app = typer.Typer(
     name="vitreg",
@@ -53,6 +55,7 @@ def _root(
 
 # Options that several commands share.
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
+Report = Annotated[Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")]
 Size = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")]
 Spread = Annotated[int | None, typer.Option(metavar="N", min=1, help="So many images, evenly spread.")]
@@ -77,9 +80,7 @@ def diagnose(
         ),
     ],
     json_path: Json = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")
-    ] = None,
+    report: Report = None,
     figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write the main figure.")] = None,
     fix: Annotated[
         str | None, typer.Option(metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
@@ -111,7 +112,8 @@ def diagnose(
         found.append(vitreg.diagnose(vit, photos))
     result = found[0] if len(found) == 1 else vitreg.Emergence(found)
     typer.echo(str(result))
-    _write(result, json_path, report, figure)
+    _write(result, json_path, report)
+    _write_figure(result, figure)
 
 
 @app.command()
@@ -130,6 +132,7 @@ def fix(
     ] = None,
     recursive: Annotated[bool, typer.Option(help="Find, fix, and find again.")] = False,
     json_path: Json = None,
+    report: Report = None,
     size: Size = None,
     limit: Limit = None,
     batch_size: BatchSize = 32,
@@ -142,9 +145,8 @@ def fix(
     """Find the neurons that make the artifacts, build the fix that suits the model, verify and save it."""
     import vitreg
     from vitreg.fixes.artifact import check_target
-    from vitreg.output import write_atomically
 
-    _check_writable(json_path)
+    _check_writable(json_path, report)
     check_target(out)
     vit = _load(model, size, random_weights, device, dtype)
     photos = vitreg.read_images(
@@ -160,9 +162,7 @@ def fix(
         progress=_say,
     )
     typer.echo(str(cure))
-    if json_path is not None:
-        write_atomically(json_path, json.dumps(cure.to_json(), indent=1))
-        typer.echo(f"JSON: {json_path}")
+    _write(cure, json_path, report)
     if cure.fix is None:
         typer.echo("no fix was written: there is nothing to fix.")
     else:
@@ -176,6 +176,7 @@ def verify(
     images: Photos,
     controls: Annotated[bool, typer.Option(help="Run the controls too.")] = True,
     json_path: Json = None,
+    report: Report = None,
     size: Size = None,
     limit: Limit = None,
     batch_size: BatchSize = 32,
@@ -187,9 +188,8 @@ def verify(
 ) -> None:
     """Does a fix help? The same images before and after, against controls."""
     import vitreg
-    from vitreg.output import write_atomically
 
-    _check_writable(json_path)
+    _check_writable(json_path, report)
     loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
     vit = _load(model, size, random_weights, device, dtype)
     loaded.check(vit)
@@ -198,9 +198,7 @@ def verify(
     )
     verdict = vitreg.verify(vit, loaded, photos, controls=controls, progress=_say)
     typer.echo(str(verdict))
-    if json_path is not None:
-        write_atomically(json_path, json.dumps(verdict.to_json(), indent=1))
-        typer.echo(f"JSON: {json_path}")
+    _write(verdict, json_path, report)
 
 
 _TASKS = "\n\n".join(f"{task.name}: {task.about}. DATA: {task.data}." for task in TASKS.values())
@@ -220,6 +218,7 @@ def eval_(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the task; repeatable."),
     ] = None,
     json_path: Json = None,
+    report: Report = None,
     figure: Annotated[
         Path | None, typer.Option(metavar="F.png", help="Draw what was found, if the task can.")
     ] = None,
@@ -247,6 +246,7 @@ def eval_(
         compared=compare,
         settings=settings or [],
         json_path=json_path,
+        report=report,
         figure=figure,
         machine={
             "cache": None if no_cache else cache or default_cache(),
@@ -325,7 +325,8 @@ def registers(
     )
     study = vitreg.what_registers_learn(vit, photos, layer=layer)
     typer.echo(str(study))
-    _write(study, json_path, None, figure)
+    _write(study, json_path)
+    _write_figure(study, figure)
 
 
 @app.command()
@@ -491,29 +492,28 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
 
 
 def _write(
-    result: "Diagnosis | Emergence | RegisterStudy",
+    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy",
     json_path: Path | None,
-    report: Path | None,
-    figure: Path | None,
+    report: Path | None = None,
 ) -> None:
-    from vitreg.diagnosis import Diagnosis
-    from vitreg.emergence import Emergence
     from vitreg.output import write_atomically
-    from vitreg.report import write_comparison, write_report
-    from vitreg.style import png
 
     if json_path is not None:
         write_atomically(json_path, json.dumps(result.to_json(), indent=1))
         typer.echo(f"JSON: {json_path}")
-    if figure is not None:
-        write_atomically(figure, png(result.figure()))
-        typer.echo(f"figure: {figure}")
     if report is not None:
-        if isinstance(result, Emergence):
-            write_comparison(result.diagnoses, report)
-        elif isinstance(result, Diagnosis):
-            write_report(result, report)
-        typer.echo(f"report: {report}")
+        from vitreg.report import write
+
+        typer.echo(f"report: {write(result, report)}")
+
+
+def _write_figure(result: "Diagnosis | Emergence | RegisterStudy", path: Path | None) -> None:
+    from vitreg.output import write_atomically
+    from vitreg.style import png
+
+    if path is not None:
+        write_atomically(path, png(result.figure()))
+        typer.echo(f"figure: {path}")
 
 
 def main() -> None:

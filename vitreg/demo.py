@@ -147,16 +147,16 @@ def _write(
     cure: vitreg.Cure,
     vit: vitreg.Backbone,
 ) -> None:
-    """The fix, the report on the model before it, and the picture of before and after.
+    """The fix, the report on the model before and after it, and a picture of both.
 
     The picture shows the photos that come first: of a phantom, those with the most planted patches.
     """
     from vitreg.plot_versions import before_after
-    from vitreg.report import write_report
+    from vitreg.report import write_cure
     from vitreg.style import png
 
     console.print()
-    paths = {"report": write_report(cure.report, out / "report.html")}
+    paths = {"report": write_cure(cure, out / "report.html")}
     if cure.fix is not None:
         paths["fix"] = cure.save(out / "fix", vit=vit)
     figure = before_after([(version.name, version.report) for version in versions])

@@ -172,7 +172,7 @@ def diagnose(
     vit: Backbone,
     images: Images | Iterable[Batch] | Iterable[Tensor],
     *,
-    examples: int = 8,
+    examples: int = 12,
 ) -> Diagnosis:
     """Diagnose `vit` on `images` (from read_images, or any batches of (b, 3, h, w) tensors), in one pass.
 

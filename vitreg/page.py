@@ -1,10 +1,22 @@
-"""The HTML that reports are made of. Everything from outside goes through `text`."""
+"""The HTML that reports are made of. Everything from outside goes through `text` or `data_block`.
+
+The page's own policy forbids whatever is not in the file: nothing is loaded, and of styles and scripts only
+ours may act, which the policy knows by their hashes.
+"""
 
 import base64
+import hashlib
 import html
+import io
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from string import Template
+from typing import Any
 
+import numpy as np
+import PIL.Image
+from jaxtyping import Shaped
 from matplotlib.figure import Figure
 
 from vitreg.style import png
@@ -16,7 +28,8 @@ _PAGE = Template("""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src $style_hash; script-src $script_hash;\
+ base-uri 'none'; form-action 'none'">
 <title>$title</title>
 <style>$style</style>
 </head>
@@ -25,81 +38,35 @@ _PAGE = Template("""<!DOCTYPE html>
 $body
 <footer>$versions</footer>
 </main>
+$script
 </body>
 </html>
 """)
 
-_STYLE = """
-:root { --paper: #fff; --ink: #1f2328; --quiet: #59636e; --line: #d8dee4; --shade: #f6f8fa;
-  --found: #b34700; --found-shade: #fff4ec; --none: #005a8c; --none-shade: #edf6fc; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181d; --ink: #e6edf3; --quiet: #a3adb8; --line: #333b44; --shade: #1c2229;
-    --found: #ff9a52; --found-shade: #33200f; --none: #6cc0f5; --none-shade: #10283a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1140px; margin: 0 auto; padding: 24px 20px 48px; }
-header { padding: 18px 22px; border-left: 6px solid var(--line); border-radius: 6px;
-  background: var(--shade); }
-header.found { border-color: var(--found); background: var(--found-shade); }
-header.none { border-color: var(--none); background: var(--none-shade); }
-header.found h1 { color: var(--found); }
-header.none h1 { color: var(--none); }
-header p { margin: 6px 0 0; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
-h2 { margin: 40px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); font-size: 1.2rem; }
-.model { font-family: ui-monospace, monospace; font-size: 0.9rem; }
-.phantom { padding: 6px 10px; border: 2px dashed currentColor; border-radius: 6px; font-weight: 600; }
-.note, figcaption, footer { color: var(--quiet); font-size: 0.9rem; }
-.note { max-width: 75ch; }
-dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 0 24px; margin: 0; }
-dt, dd { margin: 0; padding: 5px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-dt { color: var(--quiet); }
-figure { margin: 0 0 24px; break-inside: avoid; }
-figure img { display: block; max-width: 100%; height: auto; padding: 8px; background: #fff;
-  border: 1px solid var(--line); border-radius: 8px; }
-figcaption { margin-top: 8px; max-width: 640px; overflow-wrap: anywhere; }
-.figures { columns: 2 420px; column-gap: 28px; }
-.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr));
-  gap: 0 28px; }
-.photos figcaption { margin-top: 4px; font-size: 0.8rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { min-width: 9rem; padding-left: 4px; text-align: left; white-space: normal;
-  overflow-wrap: anywhere; }
-div + dl { margin-top: 28px; }
-table.words { table-layout: fixed; }
-table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-tr.marked { background: var(--shade); font-weight: 600; }
-summary { margin-top: 40px; font-size: 1.2rem; font-weight: 600; cursor: pointer; }
-footer { margin-top: 40px; padding-top: 10px; border-top: 1px solid var(--line); }
-@media (max-width: 560px) {
-  main { padding: 12px 12px 32px; }
-  dl { grid-template-columns: 1fr; }
-  dt { padding-bottom: 0; border: 0; }
-  dd { padding-top: 0; } }
-@media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; --quiet: #444; --line: #bbb; --shade: #f4f4f4;
-    --found: #8a3600; --found-shade: #fff; --none: #004a73; --none-shade: #fff; }
-  body { font-size: 11pt; }
-  main { max-width: none; padding: 0; }
-  tr, header { break-inside: avoid; }
-  .figures { columns: auto; }
-  .photos { grid-template-columns: 1fr 1fr; }
-  .scroll { overflow: visible; }
-  table { font-size: 7.5pt; }
-  th, td, th:first-child, td:first-child { min-width: 0; padding: 2px 5px; white-space: normal; }
-  h2 { break-after: avoid; } }
-"""
 
-
-def page(title: str, parts: Iterable[str], versions: dict[str, str]) -> str:
-    """A whole page: a title (text), parts (HTML) and what made it."""
+def page(title: str, parts: Iterable[str], versions: dict[str, str], script: str = "") -> str:
+    """A whole page: a title (text), parts (HTML), what made it, and a script of ours, if it needs one."""
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    style = source("report.css")
     return _PAGE.substitute(
-        title=text(title), style=_STYLE, body="\n".join(parts), versions=f"Made with {text(made)}."
+        title=text(title),
+        style=style,
+        style_hash=_hash(style),
+        script=f"<script>{script}</script>" if script else "",
+        script_hash=_hash(script) if script else "'none'",
+        body="\n".join(parts),
+        versions=f"Made with {text(made)}.",
     )
+
+
+def source(name: str) -> str:
+    """A file of ours beside this one: the pages' style, or a script."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _hash(code: str) -> str:
+    """What a page's policy calls a style or a script that may act."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
 
 def text(raw: str) -> str:
@@ -108,8 +75,15 @@ def text(raw: str) -> str:
     return html.escape(visible)
 
 
-def section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{text(title)}</h2>\n{content}\n</section>"
+def data_block(name: str, data: Any) -> str:
+    """Data for a script, as JSON that no HTML parser can leave early: it holds no "<"."""
+    plain = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{text(name)}">{plain}</script>'
+
+
+def section(title: str, content: str, kind: str = "") -> str:
+    opening = f'<section class="{text(kind)}">' if kind else "<section>"
+    return f"{opening}\n<h2>{text(title)}</h2>\n{content}\n</section>"
 
 
 def note(words: str) -> str:
@@ -122,6 +96,18 @@ def picture(figure: Figure, alt: str, caption: str, dpi: int = 150, colours: int
     width = round(figure.get_figwidth() * 96) + 18  # CSS pixels, with the frame
     image = f'<img width="{width}" alt="{text(alt)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>\n"
+
+
+def photo_source(photo: Shaped[np.ndarray, "h w 3"]) -> str:
+    """A photo as a source of an <img>: a JPEG without subsampled colours, in the page itself."""
+    data = io.BytesIO()
+    PIL.Image.fromarray(photo).save(data, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Terms and what is to be said of them."""
+    return "<dl>" + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows) + "</dl>"
 
 
 def table(

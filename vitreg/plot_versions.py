@@ -17,6 +17,7 @@ from vitreg.style import INK, NORM_COLOURS, OUTLIER, SHARE_COLOURS, house_style,
 Versions = Sequence[tuple[str, Diagnosis]]
 
 WIDTH, MARGINS = 9.6, 1.1  # inches: of the figure, and of what stands beside the photos in it
+FEWEST = 4  # columns, so that one photo does not fill the figure
 
 
 @house_style
@@ -32,7 +33,8 @@ def before_after(versions: Versions, photos: int = 8) -> Figure:
     names = {tuple(example.name for example in report.examples) for report in reports}
     if len(names) != 1 or names == {()}:
         raise ValueError("expected diagnoses of the same photos, each with examples, but found others.")
-    columns = min(photos, len(reports[0].examples))
+    shown = min(photos, len(reports[0].examples))
+    columns = max(shown, FEWEST)
     high, wide = reports[0].examples[0].photo.shape[:2]
     side, rows = (WIDTH - MARGINS) / columns, 1 + 2 * len(reports)
     height = (side * high / wide + 0.06) * rows + 0.75
@@ -41,10 +43,12 @@ def before_after(versions: Versions, photos: int = 8) -> Figure:
     for ax, example in zip(axes[0], reports[0].examples, strict=False):
         ax.imshow(example.photo)
         no_frame(ax)
+    for ax in axes[:, shown:].flat:
+        ax.set_axis_off()
     _head(axes[0], "Photos")
     parts = np.split(axes[1:], 2)
-    for part, shown in zip(parts, _maps(reports, columns), strict=True):
-        _draw_maps(figure, part, versions, shown, side)
+    for part, maps in zip(parts, _maps(reports, shown), strict=True):
+        _draw_maps(figure, part, versions, maps, side)
     for report in reports:
         mark_phantom(figure, report.model)
     return figure

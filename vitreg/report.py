@@ -1,63 +1,104 @@
-"""A Diagnosis as one HTML file that opens offline: no script, no font, no picture from outside.
+"""A result as one HTML file that opens offline: nothing in it comes from outside, and nothing leaves it.
 
-    write_report(report, "report.html")
+    write_report(report, "report.html")                       # a Diagnosis
+    write_verdict(verdict, "report.html")                     # before and after a fix; write_cure for a Cure
     write_comparison([report, other], "comparison.html")      # checkpoints, or sizes of a model
+    write(result, "report.html")                              # any of these
 
-All text from outside (names of models and files, reasons) is escaped, and the page's own policy forbids
-scripts and anything that is not in the file.
+With scripts, photos, layers and the threshold can be chosen (report_view.py); without, and on paper, still
+pictures of the same stand in their place. All text from outside (names of models and files, reasons) is
+escaped, and the page's own policy forbids all but our one script.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitreg import plots
-from vitreg.diagnosis import Diagnosis, LayerDiagnosis, describe_places, versions
-from vitreg.emergence import short_labels
+from vitreg.cure import Cure
+from vitreg.diagnosis import Diagnosis, versions
+from vitreg.emergence import Emergence, short_labels
+from vitreg.measures import KINDS
 from vitreg.output import write_atomically
-from vitreg.page import note, page, picture, section, table, text
-from vitreg.style import is_phantom, number, percent
+from vitreg.page import facts, note, page, picture, section, table
+from vitreg.plot_verdict import versions_figure
+from vitreg.report_parts import (
+    banner,
+    failed,
+    figures,
+    key_facts,
+    layer_table,
+    photos,
+    photos_before_and_after,
+    plain_number,
+)
+from vitreg.report_view import script
+from vitreg.style import is_phantom, percent, safe, short_name
+from vitreg.verdict import Verdict, measure_table
 
-_HOW_NORMS = (
-    "Every row is a layer, and the darker a cell, the more patch tokens have that norm. A model without "
-    "artifacts has one band. Artifacts are a second band far to the right, after an almost empty range; the "
-    "threshold is set in that gap. Below, the same for the layer where the two are furthest apart."
-)
-_HOW_PLACES = (
-    "The patch grid of an image. A few bright cells mean that outliers sit at fixed places whatever "
-    "the image shows; scattered ones mean that they follow the content."
-)
-_HOW_CURVES = (
-    "Where the largest norm leaves the median, outliers come up. Attention is what the last figure is about: "
-    "if few tokens draw much of it, attention maps show them instead of the image. One thin line per head."
-)
-_HOW_PHOTOS = (
-    "Outlined patches are outliers. Colours mean the same in all photos: norms on a logarithmic scale, "
-    "attention (the mean over heads; each photo sums to 100%) on a square-root scale, so that faint "
-    "differences stay visible."
-)
-_HOW_TABLE = (
-    "Layers count from 0. Layer i is the residual stream after block i, before the model's final norm. Gap: "
-    "upper end over lower end of the widest almost empty range of norms. Attention: its share on tokens that "
-    "enter block i as outliers. Values: the norms of their values over those of other tokens."
-)
 _HOW_EMERGENCE = (
     "Above, the share of patch tokens that are outliers, in the layer where they stand out most. Below, the "
     "same for every layer. Models of different depths are stretched to the same height."
 )
+_HOW_VERDICT = (
+    "The same images in every version of the model. Bars are 95% bootstrap intervals over images. The "
+    "controls: an inert token and random neurons must do less than the fix; the neurons zeroed or at their "
+    "mean show what their absence alone does."
+)
+_KINDS = "a Diagnosis, Verdict, Cure or Emergence"
+_TITLES = {
+    "helps": ("none", "The fix helps"),
+    "no effect": ("", "The fix has no effect"),
+    "harms": ("found", "The fix harms"),
+    "no artifacts": ("none", "No artifacts: nothing to fix"),
+}
+
+
+def write(result: object, path: str | Path) -> Path:
+    """Write the report that a result of any of these kinds has; returns the path."""
+    if isinstance(result, Diagnosis):
+        return write_report(result, path)
+    if isinstance(result, Verdict):
+        return write_verdict(result, path)
+    if isinstance(result, Cure):
+        return write_cure(result, path)
+    if isinstance(result, Emergence):
+        return write_comparison(result.diagnoses, path)
+    raise TypeError(f"found a {type(result).__name__}, but reports are of {_KINDS}.")
 
 
 def write_report(report: Diagnosis, path: str | Path) -> Path:
     """Write the report on one model; returns the path. Raises OutputError if it cannot be written."""
-    body = [
-        _banner(report),
-        section("Key facts", _facts(report)),
-        section("Norms, layers, places", f'<div class="figures">{"".join(_figures(report))}</div>'),
-        section("Photos", _photos(report)),
-        section("Every layer", note(_HOW_TABLE) + _layer_table(report)),
-    ]
-    if report.failed_images:
-        body.append(_failed(report.failed_images))
-    return write_atomically(path, page(plots.headline(report), body, report.versions))
+    kind = "found" if report.has_artifacts else "none"
+    top = banner(kind, report.verdict.capitalize(), report.model, [report.reason])
+    body = [top, *_of_one_model(report)]
+    return write_atomically(path, page(plots.headline(report), body, report.versions, script()))
+
+
+def write_cure(cure: Cure, path: str | Path) -> Path:
+    """Write the report on what `find_cure` found: the verdict on its fix, and why the fix is of its kind."""
+    return write_verdict(cure.verdict, path, choice="" if cure.fix is None else cure.choice)
+
+
+def write_verdict(verdict: Verdict, path: str | Path, *, choice: str = "") -> Path:
+    """Write the report on a model before and after a fix; `choice` says why this fix. Returns the path."""
+    kind, title = _TITLES[verdict.verdict]
+    chosen = [f"Chosen: {choice}"] if choice else []
+    body = [banner(kind, title, verdict.model, [verdict.reason, *chosen])]
+    before, after = verdict.before, verdict.after
+    if after is None:
+        body += _of_one_model(before)
+    else:
+        body += [
+            section("Before and after", photos_before_and_after(before, after)),
+            section("Verdict", _verdict(verdict)),
+            section("The model as it is: key facts", key_facts(before)),
+            section("The model as it is: norms, layers, places", figures(before)),
+            section("The model as it is: every layer", layer_table(before)),
+            section("The model with the fix: every layer", layer_table(after)),
+            *failed(before.failed_images),
+        ]
+    headline = f"{safe(short_name(verdict.model), 60)}: {title.lower()}"
+    return write_atomically(path, page(headline, body, verdict.versions, script()))
 
 
 def write_comparison(reports: Sequence[Diagnosis], path: str | Path) -> Path:
@@ -75,127 +116,25 @@ def write_comparison(reports: Sequence[Diagnosis], path: str | Path) -> Path:
     return write_atomically(path, page(f"{len(reports)} models compared", body, versions()))
 
 
-# -- parts of a report -----------------------------------------------------------------------------
-
-
-def _banner(report: Diagnosis) -> str:
-    kind = "found" if report.has_artifacts else "none"
-    warning = "Phantom: artifacts were planted here on purpose. It is no evidence about a real model."
-    label = f'<p class="phantom">{warning}</p>'
-    return f"""<header class="{kind}">
-<h1>{text(report.verdict.capitalize())}</h1>
-<p class="model">{text(report.model)}</p>
-{label if is_phantom(report.model) else ""}
-<p>{text(report.reason[:1].upper() + report.reason[1:])}</p>
-</header>"""
-
-
-def _facts(report: Diagnosis) -> str:
-    rows = [*_facts_of_input(report), *_facts_of_threshold(report)]
-    if report.has_artifacts:
-        rows += _facts_of_outliers(report)
-    return "<dl>" + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows) + "</dl>"
-
-
-def _facts_of_input(report: Diagnosis) -> list[tuple[str, str]]:
-    (rows, columns), (high, wide) = report.grid, report.image_size
-    unread = f", {len(report.failed_images):,} more could not be read" if report.failed_images else ""
-    special = f"{report.prefix_tokens} prefix (CLS and the like), {report.register_tokens} registers"
+def _of_one_model(report: Diagnosis) -> list[str]:
     return [
-        ("Images", f"{report.images:,}{unread}"),
-        ("Image size", f"{high} x {wide} pixels (height x width)"),
-        ("Patch grid", f"{rows} rows x {columns} columns"),
-        ("Tokens", f"{special}, {rows * columns:,} patches"),
-        ("Layers", f"{len(report.layers)}, counted from 0"),
+        section("Key facts", key_facts(report)),
+        section("Photos", photos(report)),
+        section("Norms, layers, places", figures(report)),
+        section("Every layer", layer_table(report)),
+        *failed(report.failed_images),
     ]
 
 
-def _facts_of_threshold(report: Diagnosis) -> list[tuple[str, str]]:
-    sigma = (
-        f"{number(report.mean_plus_3_sigma)}, would mark {percent(report.mean_plus_3_sigma_fraction)}"
-        f" of patch tokens after block {report.detect_layer}"
+def _verdict(verdict: Verdict) -> str:
+    """What was measured, with the controls: a figure, and all numbers."""
+    drawn = ", ".join(KINDS[measure.name].label.strip() for measure in verdict.measures)
+    figure = picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}", _HOW_VERDICT)
+    heads, rows = measure_table(verdict)
+    fix = facts(
+        [("Fix", f"type {verdict.fix.type!r}"), ("Neurons", "; ".join(str(verdict.fix.neurons).splitlines()))]
     )
-    if report.threshold is None:
-        layer = ("Layer that came closest", str(report.detect_layer))
-        threshold = ("Threshold", "none: the norms are one population")
-        return [layer, threshold, ("The papers' mean + 3 sigma", sigma)]
-    marked = f"{number(report.threshold)}, marks {percent(report.outlier_fraction)} of patch tokens"
-    return [
-        ("Onset layer", f"{report.onset_layer} (the first that shows them)"),
-        ("Detect layer", f"{report.detect_layer} (where they stand out most)"),
-        ("Threshold", f"{marked} after block {report.detect_layer}"),
-        ("The papers' mean + 3 sigma", sigma),
-    ]
-
-
-def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
-    even = f"from {report.attention_queries}; an even share is {percent(report.outlier_fraction)}"
-    similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
-    rows = [
-        ("Outliers per image", f"{report.outliers_per_image:.2f}"),
-        ("Places", describe_places(report.position_frequency)),
-        (
-            "Attention on outliers, last block",
-            f"{percent(report.attention_to_outliers)} ({even})",
-        ),
-    ]
-    if similar[0] is not None and similar[1] is not None:
-        cosines = f"cosine {similar[0]:.2f} for outliers, {similar[1]:.2f} for others"
-        rows.append(("Likeness to neighbouring patches", cosines))
-    if report.sink:
-        rows.append(("Kind of sink", report.sink))
-    dimensions = ", ".join(f"{d['dimension']} ({d['share']:.0%})" for d in report.excess_dimensions)
-    return [*rows, ("Residual dimensions with the excess", dimensions)] if dimensions else rows
-
-
-def _figures(report: Diagnosis) -> list[str]:
-    layer = report.layers[report.detect_layer]
-    found = f"threshold {number(report.threshold)}" if report.threshold is not None else "no threshold"
-    median = f"after block {layer.layer} median {number(layer.median_norm)}"
-    norms = f"Norms of patch tokens by layer; {median}, {found}"
-    places = f"Outliers by place: {describe_places(report.position_frequency)}"
-    first = f"from layer {report.onset_layer} on" if report.has_artifacts else "in no layer"
-    curves = f"Norms, share of outliers and attention on them by layer: outliers {first}"
-    return [
-        picture(plots.norm_histograms(report), norms, _HOW_NORMS),
-        picture(plots.position_map(report), places if report.has_artifacts else "No outliers", _HOW_PLACES),
-        picture(plots.layer_curves(report), curves, _HOW_CURVES),
-    ]
-
-
-def _photos(report: Diagnosis) -> str:
-    if not report.examples:
-        return note("No example photos were kept.")
-    strips = [
-        picture(
-            plots.photo_strip(report, i),
-            f"{example.name}: photo, map of norms, map of attention",
-            example.name,
-            colours=None,  # a palette would blur the colour scales
-        )
-        for i, example in enumerate(report.examples)
-    ]
-    return f'{note(_HOW_PHOTOS)}<div class="photos">{"".join(strips)}</div>'
-
-
-def _layer_table(report: Diagnosis) -> str:
-    heads = ["layer", "median", "p99", "max", "mean + 3 sigma", "threshold", "outliers", "gap", "attention"]
-    heads += ["values", "CLS norm", "register norm"]
-    rows = [_layer_row(layer) for layer in report.layers]
-    marks = {report.detect_layer: "detect" if report.has_artifacts else "closest"}
-    if report.onset_layer is not None:
-        both = report.onset_layer == report.detect_layer
-        marks[report.onset_layer] = "onset, detect" if both else "onset"
-    for layer, mark in marks.items():
-        rows[layer][0] += f" ({mark})"
-    return table(heads, rows, set(marks))
-
-
-def _layer_row(x: LayerDiagnosis) -> list[str]:
-    norms = [x.median_norm, x.p99_norm, x.max_norm, x.mean_plus_3_sigma, x.threshold]
-    ratio = "-" if x.value_norm_ratio is None else f"{x.value_norm_ratio:.2f}x"
-    shares = [percent(x.outlier_fraction), f"{x.gap:.2f}x", percent(x.attention_to_outliers), ratio]
-    return [str(x.layer), *map(_number, norms), *shares, *map(_number, [x.cls_norm, x.register_norm])]
+    return fix + figure + table(heads, rows) + "".join(map(note, verdict.footnotes()))
 
 
 def _comparison_table(labels: Sequence[str], reports: Sequence[Diagnosis]) -> str:
@@ -209,23 +148,11 @@ def _comparison_table(labels: Sequence[str], reports: Sequence[Diagnosis]) -> st
             str(len(x.layers)),
             "-" if x.onset_layer is None else str(x.onset_layer),
             str(x.detect_layer) if x.has_artifacts else "-",
-            _number(x.threshold),
+            plain_number(x.threshold),
             percent(x.outlier_fraction),
             f"{x.outliers_per_image:.2f}",
             percent(x.attention_to_outliers),
         ]
         for label, x in zip(labels, reports, strict=True)
     ]
-    reasons = "".join(f"<dt>{text(x.model)}</dt><dd>{text(x.reason)}</dd>" for x in reports)
-    return f"{table(heads, rows)}<dl>{reasons}</dl>"
-
-
-def _failed(images: list[dict[str, str]]) -> str:
-    rows = [[image["path"], image["reason"]] for image in images]
-    few = " open" if len(images) <= 20 else ""
-    title = f"<summary>Images that could not be read: {len(images):,}</summary>"
-    return f"<details{few}>{title}{table(['image', 'reason'], rows, words=True)}</details>"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:#.3g}" if 1e-3 <= value < 100 else number(value)
+    return table(heads, rows) + facts((x.model, x.reason) for x in reports)

@@ -42,4 +42,6 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
         "top-1": Metric.mean(best[:, 0], ".2%"),
         "top-5": Metric.mean(best.any(1), ".2%"),
     }
-    return concluded("classification", vit, photos.root, metrics, config, notes=found.notes())
+    return concluded(
+        "classification", vit, photos.root, metrics, config, notes=found.notes(), photos=photos.paths
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from vitreg.errors import DataError, OutputError
 from vitreg.evals.config import Config
+from vitreg.evals.report import write_evaluation
 from vitreg.evals.result import Result, compare, comparison_json
 from vitreg.evals.tasks import Task, find_task
 from vitreg.fixes import Fix, load_fix
@@ -27,6 +28,7 @@ def run(
     compared: bool = False,
     settings: Sequence[str] = (),
     json_path: Path | None = None,
+    report: Path | None = None,
     figure: Path | None = None,
     machine: dict[str, Any] | None = None,
 ) -> None:
@@ -35,7 +37,7 @@ def run(
     config = with_settings(replace(found.config(), **(machine or {})), pairs(settings))
     if compared and not fix:
         raise DataError("--compare needs --fix: without one there is nothing to compare with.")
-    for path in (json_path, figure):
+    for path in (json_path, report, figure):
         if path is not None:
             check_writable(path)
     loaded = load_fix(fix) if fix else None
@@ -51,6 +53,8 @@ def run(
         sys.stdout.write(f"JSON: {json_path}\n")
     if figure is not None:
         _write_figure(results[-1], figure)
+    if report is not None:
+        sys.stdout.write(f"report: {write_evaluation(results, vit, loaded, config, report)}\n")
 
 
 def _evaluated(

@@ -101,7 +101,9 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
     baseline = constant_note(depth_metrics(np.array(of_constant), known))
     notes = (*tokens.found.notes(), *split_notes(splits, pairs.scenes), baseline, *[_UNKNOWN][: not known])
     picture = partial(depth_figure, shown, "m" if known else "medians")
-    return concluded("depth", vit, pairs.root, metrics, config, notes=notes, picture=picture)
+    return concluded(
+        "depth", vit, pairs.root, metrics, config, notes=notes, picture=picture, photos=pairs.paths
+    )
 
 
 def spaced_layers(vit: Backbone, count: int) -> list[int]:

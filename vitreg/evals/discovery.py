@@ -110,7 +110,9 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
     notes = (*photos.notes, *extracted.notes(), *_notes(found, swept))
     picture = partial(_picture, vit.name, scenes, found)
     metrics = _metrics(scenes, found, swept)
-    return concluded("discovery", vit, photos.root, metrics, config, notes=notes, picture=picture)
+    return concluded(
+        "discovery", vit, photos.root, metrics, config, notes=notes, picture=picture, photos=photos.paths
+    )
 
 
 def _check(config: DiscoveryConfig) -> None:

@@ -46,7 +46,8 @@ def evaluate(vit: Backbone, data: str | Path, config: KnnConfig | None = None) -
     if not config.temperature > 0:
         raise DataError(f"temperature={config.temperature:g}: expected a number above 0, such as 0.07.")
     names = poolings_of(vit, config.poolings, OF_ONE_LAYER)
-    train, val = (pooled(vit, photos, names, config) for photos in splits(data))
+    sides = splits(data)
+    train, val = (pooled(vit, photos, names, config) for photos in sides)
     sizes, notes = _possible(config.k, len(train.labels))
     metrics = {}
     for name in names:
@@ -54,7 +55,15 @@ def evaluate(vit: Backbone, data: str | Path, config: KnnConfig | None = None) -
         guesses = vote(queries, keys, train.labels.to(vit.device), sizes, config.temperature)
         for k, guess in guesses.items():
             metrics[f"{name} k={k}"] = Metric.mean(guess.cpu() == val.labels, ".2%")
-    return concluded("knn", vit, str(data), metrics, config, notes=(*train.notes, *val.notes, *notes))
+    return concluded(
+        "knn",
+        vit,
+        str(data),
+        metrics,
+        config,
+        notes=(*train.notes, *val.notes, *notes),
+        photos=sides[1].paths,
+    )
 
 
 def _possible(k: int | tuple[int, ...], photos: int) -> tuple[list[int], list[str]]:

@@ -86,7 +86,7 @@ def evaluate(vit: Backbone, data: str | Path, config: LinearConfig | None = None
     metrics, note = run(train, val, names, parts, config)
     held = f"chosen on {len(parts[1])} of {len(train.labels)} training photos"
     notes = (*train.notes, *val.notes, f"{fixes_on(vit) or 'as it is'}, {held}, {note}")
-    return concluded("linear", vit, str(data), metrics, config, notes=notes)
+    return concluded("linear", vit, str(data), metrics, config, notes=notes, photos=photos[1].paths)
 
 
 def _check(config: LinearConfig) -> None:

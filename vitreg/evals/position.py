@@ -46,7 +46,9 @@ def evaluate(vit: Backbone, data: str | Path, config: PositionConfig | None = No
     config = config or PositionConfig()
     train, test, notes = drawn_patches(vit, data, config)
     metrics, more = measured(train, test)
-    return concluded("position", vit, str(data), metrics, config, n=len(test.paths), notes=notes + more)
+    return concluded(
+        "position", vit, str(data), metrics, config, n=len(test.paths), notes=notes + more, photos=test.paths
+    )
 
 
 def measured(train: Patches, test: Patches) -> tuple[dict[str, Metric], tuple[str, ...]]:

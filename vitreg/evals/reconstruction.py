@@ -42,7 +42,16 @@ def evaluate(vit: Backbone, data: str | Path, config: ReconstructionConfig | Non
     config = config or ReconstructionConfig()
     train, test, notes = drawn_patches(vit, data, config)
     metrics, more = measured(vit, train, test, config)
-    return concluded("reconstruction", vit, str(data), metrics, config, n=len(test.paths), notes=notes + more)
+    return concluded(
+        "reconstruction",
+        vit,
+        str(data),
+        metrics,
+        config,
+        n=len(test.paths),
+        notes=notes + more,
+        photos=test.paths,
+    )
 
 
 def measured(

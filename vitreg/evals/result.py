@@ -8,6 +8,7 @@ print(compare(before, after))     # paired: the same images are drawn for both
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Result:
     """One evaluation of one model. `n` counts the images that the metrics are of.
 
     `fix` names the fixes that were applied, `config` all settings, `notes` say what a reader must know.
-    `picture`, where a task has one, draws a matplotlib Figure.
+    `picture`, where a task has one, draws a matplotlib Figure; `photos` are those that were measured.
     """
 
     task: str
@@ -88,6 +89,7 @@ class Result:
     seed: int = 0
     notes: tuple[str, ...] = ()
     picture: Callable[[], Any] | None = None
+    photos: tuple[Path, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -105,11 +107,11 @@ class Result:
         head = (
             f"{self.task} of {self.model}{f', {self.fix}' if self.fix else ''} on {self.data}, n = {self.n}"
         )
-        rows = [
-            (name, written(estimate, self.metrics[name].format))
-            for name, estimate in self.estimates().items()
-        ]
-        return "\n".join([head, *_aligned(rows), *self.notes])
+        return "\n".join([head, *_aligned(self.rows()), *self.notes])
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Each metric and its value with the interval, in words."""
+        return [(name, written(x, self.metrics[name].format)) for name, x in self.estimates().items()]
 
 
 def concluded(
@@ -122,12 +124,13 @@ def concluded(
     n: int | None = None,
     notes: tuple[str, ...] = (),
     picture: Callable[[], Any] | None = None,
+    photos: Sequence[Path] = (),
 ) -> Result:
     """A Result that says which fixes are on the model; `n` is the first metric's number of images."""
     images = n if n is not None else len(next(iter(metrics.values())).samples)
-    return Result(
-        task, vit.name, data, metrics, images, config.settings(), fixes_on(vit), config.seed, notes, picture
-    )
+    settings = config.settings()
+    about = (images, settings, fixes_on(vit), config.seed, notes, picture, tuple(photos))
+    return Result(task, vit.name, data, metrics, *about)
 
 
 def fixes_on(vit: Backbone) -> str | None:
@@ -146,14 +149,19 @@ def _described(fix: Fix) -> str:
 def compare(before: Result, after: Result) -> str:
     """Two results of one task as a table: the metrics both have, and the difference with its interval."""
     head = f"{before.task} of {before.model} on {before.data}, n = {before.n}"
+    notes = dict.fromkeys((*before.notes, *after.notes))
+    return "\n".join([head, *_aligned(comparison_rows(before, after)), *notes])
+
+
+def comparison_rows(before: Result, after: Result) -> list[tuple[str, ...]]:
+    """A head, and a row for each metric: before, after and the difference, in words."""
     rows: list[tuple[str, ...]] = [("", before.fix or "as it is", after.fix or "as it is", "difference")]
     one, other, change = before.estimates(), after.estimates(), differences(before, after)
     for name in before.metrics | after.metrics:
         form = (before.metrics | after.metrics)[name].format
         values = [written(side.get(name), form) for side in (one, other)]
         rows.append((name, *values, written(change.get(name), "+" + form)))
-    notes = dict.fromkeys((*before.notes, *after.notes))
-    return "\n".join([head, *_aligned(rows), *notes])
+    return rows
 
 
 def differences(before: Result, after: Result) -> dict[str, Estimate]:

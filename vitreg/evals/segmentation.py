@@ -76,7 +76,9 @@ def evaluate(vit: Backbone, data: str | Path, config: SegmentationConfig | None 
         metrics["pixel accuracy, former outliers"] = share_of_pixels(torch.stack(at_outliers))
     notes = (*tokens.found.notes(), *split_notes(splits, groups))
     picture = partial(segmentation_figure, shown, val.names)
-    return concluded("segmentation", vit, val.root, metrics, config, notes=notes, picture=picture)
+    return concluded(
+        "segmentation", vit, val.root, metrics, config, notes=notes, picture=picture, photos=val.paths
+    )
 
 
 def class_counts(ids: Int[Tensor, "w p pixels"], classes: int) -> Float[Tensor, "w p c"]:

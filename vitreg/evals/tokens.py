@@ -76,7 +76,16 @@ def evaluate(vit: Backbone, data: str | Path, config: TokensConfig | None = None
         right = np.full(len(asked), np.nan)
         right[asked] = _right(train, val, kind, known, asked)
         metrics[kind] = Metric.mean(right, ".2%")
-    return concluded("tokens", vit, str(data), metrics, config, n=len(val.labels), notes=tuple(notes))
+    return concluded(
+        "tokens",
+        vit,
+        str(data),
+        metrics,
+        config,
+        n=len(val.labels),
+        notes=tuple(notes),
+        photos=sides[1].paths,
+    )
 
 
 def _right(

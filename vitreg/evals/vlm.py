@@ -134,7 +134,9 @@ def evaluate(vlm: Backbone, data: str | Path, config: VlmConfig | None = None) -
     seen = torch.cat([image_attention(vlm, batch.pixels, ids).cpu() for batch in photos])
     notes = [f"{len(photos.failed)} photos could not be read."] if photos.failed else []
     notes += _notes(vlm, report, float(outliers.float().mean()))
-    return concluded("vlm", vlm, str(data), _metrics(seen, outliers), config, notes=tuple(notes))
+    return concluded(
+        "vlm", vlm, str(data), _metrics(seen, outliers), config, notes=tuple(notes), photos=paths
+    )
 
 
 def image_attention(

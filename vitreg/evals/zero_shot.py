@@ -73,7 +73,7 @@ def evaluate(vit: Backbone, data: str | Path, config: ZeroShotConfig | None = No
         "top-1": Metric.mean(best[:, 0], ".2%"),
         "top-5": Metric.mean(best.any(1), ".2%"),
     }
-    return concluded("zero-shot", vit, photos.root, metrics, config, notes=found.notes())
+    return concluded("zero-shot", vit, photos.root, metrics, config, notes=found.notes(), photos=photos.paths)
 
 
 def class_embeddings(vit: TextBackbone, config: ZeroShotConfig) -> Float[Tensor, "k c"]:

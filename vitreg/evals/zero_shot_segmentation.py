@@ -66,7 +66,14 @@ def evaluate(vit: Backbone, data: str | Path, config: HeatmapConfig | None = Non
     notes = (*found.notes(), _trivial(masks))
     picture = partial(_picture, examples, maps[:EXAMPLES], masks[:EXAMPLES])
     return concluded(
-        "zero-shot-segmentation", vit, photos.root, metrics, config, notes=notes, picture=picture
+        "zero-shot-segmentation",
+        vit,
+        photos.root,
+        metrics,
+        config,
+        notes=notes,
+        picture=picture,
+        photos=photos.paths,
     )
 
 
