@@ -63,7 +63,8 @@ class User:
         """What stands there, once it is like the pattern."""
         words = re.compile(pattern, re.DOTALL)
         self.page.wait_for_function(
-            "([selector, pattern]) => new RegExp(pattern, 's').test(document.querySelector(selector)?.innerText)",
+            """([selector, pattern]) =>
+                new RegExp(pattern, 's').test(document.querySelector(selector)?.innerText)""",
             arg=[selector, pattern],
         )
         found = words.search(self.page.inner_text(selector))

@@ -1,4 +1,4 @@
-"""The server against what strangers may send: only its own machine, its own files, small uploads, odd requests."""
+"""The server against strangers: its own machine and files only, small uploads, odd requests."""
 
 import gc
 import json
@@ -87,7 +87,7 @@ def test_only_this_machine_is_served(address: str) -> None:
     assert address == f"http://127.0.0.1:{port}"
     socket.create_connection(("127.0.0.1", port), 5).close()
     for other in ("127.0.0.2", "::1"):  # what 0.0.0.0 and :: would listen at, too
-        with pytest.raises(OSError, match="refused|unreachable|Cannot assign|not supported"):
+        with pytest.raises(OSError, match=r"refused|unreachable|Cannot assign|not supported"):
             socket.create_connection((other, port), 5).close()
 
 
@@ -95,7 +95,7 @@ def test_a_port_that_is_taken_is_an_error_of_ours(explorer: Explorer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(OutputError, match="the page cannot be served: .*port"):
+        with pytest.raises(OutputError, match=r"the page cannot be served: .*port"):
             serve(explorer, port=taken.getsockname()[1])
 
 
