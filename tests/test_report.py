@@ -1,5 +1,6 @@
 """The HTML report: complete, self-contained, and safe whatever the files are called."""
 
+import json
 from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
@@ -13,7 +14,7 @@ import vitreg.report
 from vitreg.cure import Cure
 from vitreg.emergence import Emergence
 from vitreg.errors import OutputError
-from vitreg.page import text
+from vitreg.page import data_block, text
 from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
@@ -154,6 +155,9 @@ def test_a_real_model_is_not_called_a_phantom(written):
 def test_without_examples(tmp_path):
     page = Page(write_report(make_report(examples=0), tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "No example photos were kept." in page.text
+    assert not page.named("script")
+    path = write_verdict(make_verdict(examples=0), tmp_path / "verdict.html")
+    assert "script-src 'none'" in path.read_text(encoding="utf-8")
 
 
 def test_comparison(tmp_path):
@@ -223,6 +227,13 @@ def test_a_target_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
         write_report(make_report(examples=0), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_data_cannot_leave_its_block():
+    block = data_block("data", {"name": f"</script>{HOSTILE}<!--"})
+    assert block.count("<") == 2
+    words = block.partition(">")[2].rpartition("<")[0]
+    assert json.loads(words) == {"name": f"</script>{HOSTILE}<!--"}
 
 
 def test_text():
