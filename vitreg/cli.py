@@ -394,6 +394,48 @@ def train(
     )
 
 
+@app.command(name="app")
+def explorer(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help=f"{SCHEMES}. Default: the bundled example, a phantom."),
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="IMAGES", help=f"{_IMAGES_HELP} Default: bundled photos.")
+    ] = None,
+    fix: Annotated[
+        str | None, typer.Option(metavar="FIX", help="A saved fix, or a hub id; without it, one is made.")
+    ] = None,
+    size: Size = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Diagnose the first N images.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+    host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines, too.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=65535, help="Default: the first free one from 7860.")
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+) -> None:
+    """Explore a model on a local page: norms, attention, neurons, objects, before and after a fix."""
+    from vitreg.app import launch
+
+    options = {"size": size, "device": device, "dtype": dtype, "random_weights": random_weights}
+    if model is None and (images or fix):
+        raise typer.BadParameter("the bundled example has its own photos and fix: name a MODEL.")
+    with Console(stderr=True).status("loading and diagnosing") as status:
+
+        def ready(address: str) -> None:
+            status.stop()
+            typer.echo(f"the explorer is at {address} (stop it with Ctrl-C)")
+
+        launch(
+            model, images=images, fix=fix, limit=limit, host=host, port=port,
+            open_browser=open_browser and sys.stdout.isatty(), ready=ready,
+            **({} if model is None else options),
+        )  # fmt: skip
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the report goes.")] = Path(

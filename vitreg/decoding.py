@@ -23,8 +23,12 @@ def photo_extensions() -> frozenset[str]:
     return frozenset(e for e, format in Image.registered_extensions().items() if format not in _NOT_PHOTOS)
 
 
-def decode(content: str | bytes | Image.Image) -> Image.Image:
-    """Any image -> RGB: upright, first frame, 8 bit, transparency on white."""
+def decode(content: str | bytes | Image.Image, most_pixels: int | None = None) -> Image.Image:
+    """Any image -> RGB: upright, first frame, 8 bit, transparency on white.
+
+    One of more than `most_pixels` is an ImageError before any pixel is decoded: a small file may hold a very
+    large image. (Pillow has a limit of its own, 179 million.)
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about metadata, palettes and large sizes
         if isinstance(content, Image.Image):
@@ -38,6 +42,10 @@ def decode(content: str | bytes | Image.Image) -> Image.Image:
             file.seek(0)
             Image.init()  # a spawned worker has not met all formats yet
             with Image.open(file, formats=[name for name in Image.OPEN if name not in _NOT_PHOTOS]) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise ImageError(
+                        f"it has {image.width} x {image.height} pixels, but at most {most_pixels:,} are taken"
+                    )
                 return _to_rgb(image)
 
 

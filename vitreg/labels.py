@@ -44,6 +44,30 @@ def wordnet_classes(classes: int) -> Mapping[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def class_names(vit: Backbone) -> list[str]:
+    """What the classes of the model's head are called: by its own configuration, else by ImageNet's if their
+    number is that of one of its sets, else "class 0" and so on. Empty for a model without a head."""
+    classes = find_readout(vit).classes
+    if classes is None:
+        return []
+    own = (getattr(vit.model, "pretrained_cfg", None) or {}).get("label_names")
+    if own and len(own) == classes and not all(map(_WORDNET_ID.fullmatch, own)):
+        return list(own)
+    described = getattr(getattr(vit.model, "config", None), "id2label", None) or {}
+    if len(described) == classes and not str(described.get(0, "LABEL_")).startswith("LABEL_"):
+        return [str(described[i]) for i in range(classes)]
+    return list(_described(classes)) or [f"class {i}" for i in range(classes)]
+
+
+@cache
+def _described(classes: int) -> tuple[str, ...]:
+    """The first of WordNet's names for each class of an ImageNet head."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return tuple(info.label_name_to_description(name).split(",")[0] for name in wordnet_classes(classes))
+
+
 def class_of(name: str, classes: Mapping[str, int]) -> int | None:
     """The class of a photo by its path; None where its name does not say, or the head does not know it."""
     found = wordnet_id(name)

@@ -51,7 +51,7 @@ def box_grid(photos: Sequence[BoxedPhoto], model: str, columns: int = 4) -> Figu
         _draw(ax, shown, int(11 * side))
     for ax in axes.flat[len(photos) :]:
         ax.set_axis_off()
-    handles = [_line("an object of the photo", _TRUTH)]
+    handles = [_line("an object of the photo", _TRUTH)] if any(len(x.truth) for x in photos) else []
     handles += [
         _line(f"found by {name}", style) for name, style in zip(photos[0].found, _FOUND, strict=False)
     ]

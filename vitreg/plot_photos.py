@@ -178,12 +178,15 @@ def draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, sid
 
 
 def _outline(ax: Axes, report: Diagnosis, example: Example, side: float) -> None:
-    """A line around outliers, thin enough for the size of a patch."""
-    if report.threshold is None:
-        return
-    mask = example.norms[report.detect_layer] >= report.threshold
-    high, wide = example.photo.shape[:2]
-    rows, columns = mask.shape
+    if report.threshold is not None:
+        mask = example.norms[report.detect_layer] >= report.threshold
+        outline(ax, mask, example.photo.shape[:2], side)
+
+
+def outline(ax: Axes, mask: Bool[np.ndarray, "gh gw"], size: tuple[int, ...], side: float) -> None:
+    """A line around marked patches of a photo of `size` (height, width), drawn `side` inches wide; thin
+    enough for the size of a patch."""
+    (high, wide), (rows, columns) = size, mask.shape
     lines = [np.array(edge) * (wide / columns, high / rows) for edge in _edges(mask)]
     width = min(max(0.12 * 72 * side / columns, 0.5), 1.2)
     style = {"colors": OUTLIER, "linewidths": width, "capstyle": "projecting", "clip_on": False}

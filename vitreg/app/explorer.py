@@ -1,0 +1,280 @@
+"""What the page shows, without the page: one model, its photos and its fix; every look is kept.
+
+    explorer = Explorer(vit, photos)
+    photo = explorer.photo("0")                        # of the gallery; or explorer.add("mine.jpg")
+    explorer.look(photo), explorer.attention(photo, "CLS", explorer.fixed)
+
+All users share the one model, so one forward pass runs at a time, with the fix that it needs applied for as
+long as it runs. Nothing here belongs to one user but the photos that they add, which only they can name.
+"""
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from vitreg.cure import build
+from vitreg.decoding import decode, reason
+from vitreg.diagnosis import Diagnosis, diagnose, photos_of
+from vitreg.errors import ImageError
+from vitreg.evals.discovery import DiscoveryConfig, locate, prepared
+from vitreg.fixes import Fix, ShiftSink, TestTimeRegisters
+from vitreg.images import Images
+from vitreg.labels import class_names
+from vitreg.looking import Attention, Look, Query, look, look_at_neuron, look_from, queries
+from vitreg.models import Backbone
+from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
+from vitreg.probe import evaluating
+from vitreg.trace import trace
+from vitreg.verdict import Verdict
+from vitreg.verify import verify
+
+T = TypeVar("T")
+Place = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)
+
+GALLERY = 12  # photos to pick from
+UPLOADS = 200  # that are remembered, of all users together
+KEPT = 2000  # looks that are remembered
+MOST_PIXELS = 50_000_000
+NEURONS = 12  # that can be switched
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A photo as the model takes it, and as people see it (cropped and resized as for the model)."""
+
+    key: str
+    name: str
+    pixels: Float[Tensor, "1 3 h w"]
+    image: UInt8[np.ndarray, "h w 3"]
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """The model with a fix, or as it is; `key` tells versions apart."""
+
+    key: str
+    fix: Fix | None
+
+
+AS_IT_IS = Version("", None)
+
+
+class Explorer:
+    """A model with photos to look at. `images` are what it is diagnosed, searched and judged by.
+
+    `fix`: one that was saved; without it, one is made where the model has artifacts (`prepare`).
+    """
+
+    def __init__(self, vit: Backbone, images: Images, fix: Fix | None = None) -> None:
+        self.vit, self.images = vit, images
+        self.report: Diagnosis = diagnose(vit, images, examples=0)
+        self.names = class_names(vit)
+        self.gallery = _gallery(vit, images)
+        self.choice = "the fix that was given" if fix else ""
+        self._fix = fix
+        self._neurons: RegisterNeurons | None = None
+        self._verdict: Verdict | None = None
+        self._ready = threading.Event()
+        self._failure = ""
+        self._one_pass = threading.RLock()
+        self._uploads: OrderedDict[str, Photo] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    # -- photos ------------------------------------------------------------------------------------
+
+    def photo(self, key: str | None) -> Photo | None:
+        """One of the gallery by its number, or one that was added."""
+        known = {photo.key: photo for photo in self.gallery} | self._uploads
+        return known.get(key or "")
+
+    def add(self, path: str | Path, name: str | None = None) -> Photo:
+        """A photo from a file. Raises ImageError with the reason for one that cannot be shown."""
+        name = name or Path(path).name
+        try:
+            image = decode(str(path), MOST_PIXELS)
+        except Exception as error:
+            raise ImageError(f"{name} cannot be shown: {reason(error)}.") from error
+        if self.vit.preprocess is None:
+            raise ImageError("this model came without preprocessing, so that photos cannot be added.")
+        pixels = self.vit.preprocess(image)[None]
+        photo = Photo(f"upload-{_digest(pixels)}", name, pixels, photos_of(self.vit, pixels)[0])
+        self._uploads[photo.key] = photo
+        _forget_oldest(self._uploads, UPLOADS)
+        return photo
+
+    # -- looks -------------------------------------------------------------------------------------
+
+    def look(self, photo: Photo, version: Version = AS_IT_IS) -> Look:
+        return self._keep(("look", photo.key, version.key), version, lambda: look(self.vit, photo.pixels))
+
+    def attention(self, photo: Photo, query: Query, version: Version = AS_IT_IS) -> Attention:
+        key = ("attention", photo.key, version.key, query)
+        return self._keep(key, version, lambda: look_from(self.vit, photo.pixels, query))
+
+    def activation(self, photo: Photo, layer: int, neuron: int) -> Float[np.ndarray, "gh gw"]:
+        key = ("activation", photo.key, layer, neuron)
+        return self._keep(key, AS_IT_IS, lambda: look_at_neuron(self.vit, photo.pixels, layer, neuron))
+
+    def boxes(self, photo: Photo, version: Version = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
+        """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's values."""
+        return self._keep(("boxes", photo.key, version.key), version, lambda: _boxes(self.vit, photo))
+
+    def outliers(self, photo: Photo) -> Bool[np.ndarray, "gh gw"]:
+        """The photo's outliers in the model as it is, by the diagnosis' layer and threshold."""
+        norms = self.look(photo).norms[self.report.detect_layer]
+        return norms >= (np.inf if self.report.threshold is None else self.report.threshold)
+
+    @property
+    def queries(self) -> list[str]:
+        """The tokens, beside patches, that one can look from: those of the fix, too."""
+        return queries(self.vit, getattr(self._fix, "registers", 0))
+
+    @cached_property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return self.attention(self.gallery[0], self.queries[0]).maps.shape[1]
+
+    @cached_property
+    def norm_axis(self) -> tuple[float, float]:
+        """A range that holds the norms of all images in all layers."""
+        counts, edges = self.report.histograms
+        (bins,) = counts.sum(0).nonzero()
+        return float(edges[bins[0]]) / 1.1, float(edges[bins[-1] + 1]) * 1.1
+
+    # -- the fix -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Find the neurons and make the fix, in a copy of the model: looks go on meanwhile."""
+        try:
+            if self.report.has_artifacts:
+                with self._one_pass:  # while no fix is applied
+                    model = copy.deepcopy(self.vit.model)
+                vit = self.vit.with_model(model, self.vit.name)
+                self._neurons = find_register_neurons(vit, self.images, self.report)
+                if self._fix is None:
+                    self._fix, self.choice = build(vit, self.images, [self._neurons], self.report)
+        except Exception as error:  # told on the page, whatever it was
+            self._failure = str(error) or type(error).__name__
+        finally:
+            self._ready.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `prepare` is done."""
+        return self._ready.is_set()
+
+    @property
+    def fixed(self) -> Version | None:
+        """The model with the fix, if there is one (yet)."""
+        return None if self._fix is None else Version("fix", self._fix)
+
+    @property
+    def why_no_fix(self) -> str:
+        """In words, where there is no fix to show; empty where there is one."""
+        if self._fix is not None:
+            return ""
+        if not self.ready:
+            return "Finding the register neurons and making a fix: it will appear here in a moment."
+        if not self.report.has_artifacts:
+            return "This model has no artifacts, so there is nothing to fix."
+        return f"No fix could be made: {self._failure}"
+
+    @property
+    def candidates(self) -> Sequence[RegisterNeuron]:
+        """The neurons that can be switched, the best first."""
+        if self._neurons is None:
+            return ()
+        shown = max(NEURONS, self._neurons.top_k)
+        return (self._neurons.ranking or self._neurons.chosen)[:shown]
+
+    @property
+    def chosen(self) -> Sequence[RegisterNeuron]:
+        """Those of them that the search chose."""
+        return () if self._neurons is None else self._neurons.chosen
+
+    def switched(self, neurons: Iterable[Place], registers: int) -> Version:
+        """The paper's fix of some candidates (layer, index), with so many registers."""
+        chosen = self._some(neurons)
+        if not chosen:
+            return AS_IT_IS
+        peak: Any = "absolute" if any(neuron.at_outliers < 0 for neuron in chosen) else "signed"
+        fix = TestTimeRegisters(RegisterNeurons(chosen), registers=registers, peak=peak)
+        return Version(f"{_named(chosen)} to {registers}", fix)
+
+    def shifted(self, neurons: Iterable[Place], patch: Place) -> Version:
+        """Some candidates fire at one patch (row, column) and nowhere else."""
+        chosen = self._some(neurons)
+        if not chosen:
+            return AS_IT_IS
+        return Version(f"{_named(chosen)} at {patch}", ShiftSink(RegisterNeurons(chosen), (patch,)))
+
+    def _some(self, places: Iterable[Place]) -> tuple[RegisterNeuron, ...]:
+        wanted = set(places)
+        return tuple(neuron for neuron in self.candidates if (neuron.layer, neuron.index) in wanted)
+
+    def verdict(self, progress: Callable[[str], None] | None = None) -> Verdict | None:
+        """The fix against its controls on all images; measured once, and None without a fix."""
+        with self._one_pass:
+            if self._verdict is None and self._fix is not None:
+                self._verdict = verify(
+                    self.vit, self._fix, self.images, report=self.report, progress=progress
+                )
+            return self._verdict
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def _keep(self, key: Hashable, version: Version, see: Callable[[], T]) -> T:
+        with self._one_pass:
+            if key not in self._kept:
+                with version.fix.applied_to(self.vit) if version.fix is not None else nullcontext():
+                    self._kept[key] = see()
+                _forget_oldest(self._kept, KEPT)
+            self._kept.move_to_end(key)
+            found: T = self._kept[key]
+            return found
+
+
+def _named(neurons: Sequence[RegisterNeuron]) -> str:
+    return " ".join(f"{neuron.layer}:{neuron.index}" for neuron in neurons)
+
+
+def _gallery(vit: Backbone, images: Images) -> list[Photo]:
+    photos: list[Photo] = []
+    for batch in images:
+        for name, pixels in zip(batch.names, batch.pixels, strict=True):
+            image = photos_of(vit, pixels[None])[0]
+            photos.append(Photo(str(len(photos)), Path(name).name, pixels[None], image))
+            if len(photos) == GALLERY:
+                return photos
+    return photos
+
+
+def _boxes(vit: Backbone, photo: Photo) -> dict[str, Float[np.ndarray, "4"]]:
+    config = DiscoveryConfig(features="values", centre=False)
+    last = vit.anatomy.depth - 1
+    with evaluating(vit.model), trace(vit, norms=False, qkv=True, layers=[last]) as t:
+        vit(photo.pixels)
+    values = t.v[0, 0, :, t.inner.patch_slice].transpose(0, 1).flatten(1).cpu()
+    found = locate(prepared(values, config), t.layout.grid, config, 0.0)
+    high, wide = (side / cells for side, cells in zip(photo.image.shape[:2], t.layout.grid, strict=True))
+    return {name: np.array(one.box) * (wide, high, wide, high) for name, one in found.items()}
+
+
+def _digest(pixels: Tensor) -> str:
+    return sha256(pixels.numpy().tobytes()).hexdigest()[:24]
+
+
+def _forget_oldest(kept: OrderedDict[Any, Any], most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,0 +1,142 @@
+"""One image as a model sees it: norms, attention from any token, neurons, prediction.
+
+    view = look(vit, pixels)                     # pixels (1, 3, h, w)
+    view.norms                                   # (l, gh, gw)
+    view.likeliest(class_names(vit))             # [("tench", 0.93), ...]
+    look_from(vit, pixels, "register 0")         # where a token looks: (l, h, gh, gw)
+    look_at_neuron(vit, pixels, 7, 417)          # (gh, gw)
+
+What a fix makes of the image is seen by looking twice, without it and while it is applied. A Diagnosis tells
+what is so in general, over many images; this is what the explorer and notebooks show of one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.anatomy import TokenLayout
+from vitreg.attention import AttentionCall
+from vitreg.errors import NonFiniteError
+from vitreg.labels import logits_of
+from vitreg.models import Backbone
+from vitreg.probe import evaluating
+from vitreg.statistics import query_tokens
+from vitreg.trace import trace, watch
+
+# A token whose attention one can ask for: "CLS", "register 0", a patch as (row, column), or "patches": the
+# mean of some that are spread evenly, for models without CLS.
+Query = str | tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Patch norms of the residual stream after every block, and the model's (c,) output for the image, if it
+    has the shape of logits."""
+
+    norms: Float[np.ndarray, "l gh gw"]
+    logits: Float[Tensor, " c"] | None
+
+    def likeliest(self, names: Sequence[str], count: int = 5) -> list[tuple[str, float]]:
+        """The likeliest of the named classes, with their probabilities (see vitreg.labels.class_names).
+        None without names: the output of a model without a head is no logits."""
+        if self.logits is None or not names:
+            return []
+        chances, classes = self.logits.softmax(-1).topk(min(count, len(names)))
+        return [(names[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Where one token looks, by layer and head: its attention to patches, each map scaled to a sum of 1.
+
+    `to_patches` is the share of its whole attention that goes to patches; the rest is on CLS and registers.
+    Both are 0 in blocks where the token does not exist: a fix's register before it enters.
+    """
+
+    maps: Float[np.ndarray, "l h gh gw"]
+    to_patches: Float[np.ndarray, "l h"]
+
+    def of(self, layer: int, head: int | None = None) -> Float[np.ndarray, "gh gw"]:
+        """One head's map; without a head, the mean of all heads' maps, as in a Diagnosis."""
+        found: np.ndarray = self.maps[layer].mean(0) if head is None else self.maps[layer, head]
+        return found
+
+
+def look(vit: Backbone, pixels: Float[Tensor, "1 3 h w"]) -> Look:
+    """Norms and logits of one image. Raises NonFiniteError where the residual stream holds NaN."""
+    with evaluating(vit.model), trace(vit) as t:
+        output = vit(pixels)
+    norms = t.layout.as_grid(t.norms[:, 0, t.layout.patch_slice]).cpu().numpy()
+    if not np.isfinite(norms).all():
+        raise NonFiniteError(f"the residual stream holds NaN or infinity in {vit.dtype}. Use float32.")
+    logits = logits_of(output)
+    return Look(norms, None if logits is None else logits[0].cpu())
+
+
+def look_from(vit: Backbone, pixels: Float[Tensor, "1 3 h w"], query: Query) -> Attention:
+    """The attention of one token in every layer and head. A fix's registers count behind the model's own.
+
+    Raises ValueError for a token that the model does not have in any layer.
+    """
+    rows: list[Tensor] = []
+
+    def keep(layer: int, call: AttentionCall) -> None:
+        tokens, inner = _tokens(query, seen.inner), seen.inner
+        if tokens is None:
+            rows.append(torch.zeros(call.q.shape[1], inner.patches))
+        else:
+            rows.append(call.rows(tokens.to(call.q.device))[0, ..., inner.patch_slice].mean(1).float().cpu())
+
+    with evaluating(vit.model), watch(vit, on_attention=keep) as seen:
+        vit(pixels)
+    if _tokens(query, seen.inner) is None:
+        raise ValueError(f"the model has no token {query!r}: found {seen.inner}.")
+    to_patches = torch.stack(rows)
+    shares = to_patches.sum(-1)
+    maps = to_patches / shares.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    return Attention(seen.layout.as_grid(maps).numpy(), shares.numpy())
+
+
+def queries(vit: Backbone, registers: int = 0) -> list[str]:
+    """The tokens of a model, beside its patches, that one can look from: "CLS" or "patches", and registers.
+
+    `registers`: how many more a fix brings.
+    """
+    own = vit.layout.registers + registers
+    return ["CLS" if vit.layout.prefix else "patches", *(f"register {i}" for i in range(own))]
+
+
+def look_at_neuron(
+    vit: Backbone, pixels: Float[Tensor, "1 3 h w"], layer: int, neuron: int
+) -> Float[np.ndarray, "gh gw"]:
+    """The activation of one MLP neuron (an input of the down-projection of block `layer`) at each patch.
+
+    Raises ValueError for a neuron that the model does not have.
+    """
+    if not 0 <= neuron < vit.anatomy.neurons:
+        raise ValueError(f"neuron {neuron}: expected 0 to {vit.anatomy.neurons - 1}.")
+    with evaluating(vit.model), trace(vit, norms=False, neurons=True, layers=[layer]) as t:
+        vit(pixels)
+    activation = t.neurons[0, 0, t.inner.patch_slice, neuron]
+    return t.inner.as_grid(activation).float().cpu().numpy()
+
+
+def _tokens(query: Query, layout: TokenLayout) -> Tensor | None:
+    """The indices of the token (or tokens) asked for; None where there is none."""
+    if query == "patches":
+        return query_tokens(TokenLayout(0, 0, layout.grid)) + layout.patch_slice.start
+    if query == "CLS":
+        return torch.zeros(1, dtype=torch.long) if layout.prefix else None
+    if isinstance(query, str):
+        kind, _, number = query.partition(" ")
+        if kind != "register" or not number.isdecimal():
+            raise ValueError(f"{query!r}: expected 'CLS', 'patches', 'register K', or a patch (row, column).")
+        known = int(number) < layout.registers
+        return torch.tensor([layout.register_slice.start + int(number)]) if known else None
+    (row, column), (rows, columns) = query, layout.grid
+    inside = 0 <= row < rows and 0 <= column < columns
+    return torch.tensor([layout.patch_slice.start + row * columns + column]) if inside else None
