@@ -212,13 +212,15 @@ def test_nothing_to_fix(tmp_path):
 
 def test_each_result_has_its_report(tmp_path):
     verdict = make_verdict(examples=1)
-    for result, title in (
-        (verdict.before, "Artifacts"),
-        (verdict, "The fix helps"),
-        (Cure(verdict.fix, "as asked for", verdict), "The fix helps"),
-        (Emergence([verdict.before, verdict.after]), "2 models compared"),
+    for i, (result, words) in enumerate(
+        (
+            (verdict.before, "Key facts"),
+            (verdict, "The fix helps"),
+            (Cure(verdict.fix, "as asked for", verdict), "Chosen: as asked for"),
+            (Emergence([verdict.before, verdict.after]), "2 models compared"),
+        )
     ):
-        assert title in Page(write(result, tmp_path / "any.html").read_text(encoding="utf-8")).text
+        assert words in Page(write(result, tmp_path / f"{i}.html").read_text(encoding="utf-8")).text
     with pytest.raises(TypeError, match="found a str, but reports are of"):
         write("a diagnosis", tmp_path / "none.html")
 
