@@ -39,7 +39,7 @@ _NORMS = (
 )
 _ATTENTION = (
     "How the attention from {source} is spread over the patches of the photo: the mean over heads, 100% in "
-    "all. Outlined are the patches that the threshold above marks{before}."
+    "all. Outlined are the diagnosis' outliers{before}; once the threshold is moved, the patches it marks."
 )
 
 
@@ -95,7 +95,7 @@ def _norms(versions: Versions) -> str:
 def _attention(versions: Versions) -> str:
     report = versions[0][1]
     source = "CLS" if report.attention_queries == "CLS" else report.attention_queries
-    words = _ATTENTION.format(source=source, before=", in the model as it is" if len(versions) > 1 else "")
+    words = _ATTENTION.format(source=source, before=" in the model as it is" if len(versions) > 1 else "")
     slider = _slider("block", "Inside block", report)
     words_below = '<p class="axis">share of the attention</p><p class="note" id="even"></p>'
     scale = f'<div class="plot">{_SCALE}{words_below}</div>'

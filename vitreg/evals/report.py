@@ -71,7 +71,8 @@ def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> l
     some = _some(result.photos, config)
     images = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
     before = diagnose(vit, images, examples=EXAMPLES)
-    words = f"A diagnosis of {before.images} of the photos, evenly spread: {before.verdict}. {before.reason}"
+    words = f"A diagnosis of {before.images} of the photos, evenly spread, finds {before.verdict}:"
+    words = f"{words} {before.reason}"
     if fix is None:
         return [section("Photos", note(words) + photos(before))]
     with fix.applied_to(vit):
