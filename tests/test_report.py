@@ -1,12 +1,15 @@
 """The HTML report: complete, self-contained, and safe whatever the files are called."""
 
+import io
 import json
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 from reports import ONSET, make_report, make_verdict
 
@@ -14,7 +17,7 @@ import vitreg.report
 from vitreg.cure import Cure
 from vitreg.emergence import Emergence
 from vitreg.errors import OutputError
-from vitreg.page import data_block, text
+from vitreg.page import data_block, photo_source, text
 from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
@@ -236,6 +239,13 @@ def test_data_cannot_leave_its_block():
     assert block.count("<") == 2
     words = block.partition(">")[2].rpartition("<")[0]
     assert json.loads(words) == {"name": f"</script>{HOSTILE}<!--"}
+
+
+def test_photos_are_kept_as_they_are():
+    ramp = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
+    data = b64decode(photo_source(ramp).partition(",")[2])
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        assert np.abs(np.asarray(image).astype(int) - ramp).mean() < 2
 
 
 def test_text():
