@@ -57,7 +57,7 @@ def test_one_result_without_a_picture(run, model, classes, tmp_path):  # noqa: F
     assert code == 0
     assert "Classification" in page.text
     assert "What was found" not in page.text
-    assert "A diagnosis of 3 of the photos, evenly spread: no artifacts." in page.text
+    assert "A diagnosis of 3 of the photos, evenly spread, finds no artifacts: in no layer" in page.text
     row = next(line for line in said.splitlines() if "top-1" in line)
     assert " ".join(row.split()) in page.text
 

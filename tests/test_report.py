@@ -1,11 +1,15 @@
 """The HTML report: complete, self-contained, and safe whatever the files are called."""
 
-from base64 import b64encode
+import io
+import json
+from base64 import b64decode, b64encode
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 from reports import ONSET, make_report, make_verdict
 
@@ -13,7 +17,7 @@ import vitreg.report
 from vitreg.cure import Cure
 from vitreg.emergence import Emergence
 from vitreg.errors import OutputError
-from vitreg.page import text
+from vitreg.page import data_block, photo_source, text
 from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
@@ -154,6 +158,9 @@ def test_a_real_model_is_not_called_a_phantom(written):
 def test_without_examples(tmp_path):
     page = Page(write_report(make_report(examples=0), tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "No example photos were kept." in page.text
+    assert not page.named("script")
+    path = write_verdict(make_verdict(examples=0), tmp_path / "verdict.html")
+    assert "script-src 'none'" in path.read_text(encoding="utf-8")
 
 
 def test_comparison(tmp_path):
@@ -208,13 +215,15 @@ def test_nothing_to_fix(tmp_path):
 
 def test_each_result_has_its_report(tmp_path):
     verdict = make_verdict(examples=1)
-    for result, title in (
-        (verdict.before, "Artifacts"),
-        (verdict, "The fix helps"),
-        (Cure(verdict.fix, "as asked for", verdict), "The fix helps"),
-        (Emergence([verdict.before, verdict.after]), "2 models compared"),
+    for i, (result, words) in enumerate(
+        (
+            (verdict.before, "Key facts"),
+            (verdict, "The fix helps"),
+            (Cure(verdict.fix, "as asked for", verdict), "Chosen: as asked for"),
+            (Emergence([verdict.before, verdict.after]), "2 models compared"),
+        )
     ):
-        assert title in Page(write(result, tmp_path / "any.html").read_text(encoding="utf-8")).text
+        assert words in Page(write(result, tmp_path / f"{i}.html").read_text(encoding="utf-8")).text
     with pytest.raises(TypeError, match="found a str, but reports are of"):
         write("a diagnosis", tmp_path / "none.html")
 
@@ -223,6 +232,20 @@ def test_a_target_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
         write_report(make_report(examples=0), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_data_cannot_leave_its_block():
+    block = data_block("data", {"name": f"</script>{HOSTILE}<!--"})
+    assert block.count("<") == 2
+    words = block.partition(">")[2].rpartition("<")[0]
+    assert json.loads(words) == {"name": f"</script>{HOSTILE}<!--"}
+
+
+def test_photos_are_kept_as_they_are():
+    ramp = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
+    data = b64decode(photo_source(ramp).partition(",")[2])
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        assert np.abs(np.asarray(image).astype(int) - ramp).mean() < 2
 
 
 def test_text():

@@ -1,6 +1,5 @@
 """The report in a browser: opened from disk, offline, and used by keyboard and by setting its inputs."""
 
-import io
 import math
 import re
 from dataclasses import replace
@@ -142,7 +141,6 @@ def test_a_layer_of_one_population_has_no_threshold_of_its_own(opened):
     assert counted(visit) == 0
     assert visit.text("#threshold-value") == "none"
     assert "one population: the diagnosis sets no threshold" in visit.text("#automatic-note")
-    assert "none reaches the threshold" in visit.text("#even")
     visit.set("#threshold", math.log(np.median(report.examples[0].norms[0])))
     set_to = math.exp(visit.page.locator("#threshold").evaluate("input => input.valueAsNumber"))
     assert counted(visit) == over(report, set_to, layer=0).sum() > 0
@@ -202,7 +200,26 @@ def test_attention_by_block(opened):
         found = re.search(r"([\d.]+)% on outlined patches", caption(visit, ATTENTION))
         assert float(found[1]) / 100 == pytest.approx(share, rel=6e-3)
     assert visit.text("#block-value") == "1"
-    assert "An even share of 2 patches is 12.5%" in visit.text("#even")
+    assert f"outliers after block {ONSET}: 2. Their even share would be 12.5%." in visit.text("#even")
+
+
+def test_attention_keeps_the_outliers_until_the_threshold_is_moved(opened):
+    visit, report = opened(), make_report()
+    visit.set("#layer", 0)
+    edges = {tuple(map(tuple, edge)) for edge in _edges(over(report, report.threshold))}
+    assert outlined(visit, f"{ATTENTION} [data-kind=attention]") == edges
+    visit.set("#threshold", math.log(np.median(report.examples[0].norms[0])))
+    shown = outlined(visit, f"{NORMS} [data-kind=norms]")
+    assert outlined(visit, f"{ATTENTION} [data-kind=attention]") == shown != edges
+    assert "patches over the threshold after block 0" in visit.text("#even")
+
+
+def test_a_model_without_artifacts_has_nothing_outlined(opened):
+    visit = opened("none")
+    assert counted(visit) == 0
+    assert outlined(visit, f"{ATTENTION} [data-kind=attention]") == set()
+    assert visit.text("#even").endswith("none here.")
+    assert caption(visit, ATTENTION) == "Attention 0% on outlined patches"
 
 
 def test_before_and_after(opened):
@@ -373,16 +390,3 @@ def test_versions_of_other_photos_are_refused():
     one, other = make_report(), make_report(examples=2)
     with pytest.raises(ValueError, match="expected diagnoses of the same photos"):
         view([("as it is", one), ("with the fix", other)])
-
-
-def test_photos_are_kept_as_they_are():
-    from base64 import b64decode
-
-    import PIL.Image
-
-    from vitreg.page import photo_source
-
-    ramp = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
-    data = b64decode(photo_source(ramp).partition(",")[2])
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        assert np.abs(np.asarray(image).astype(int) - ramp).mean() < 2

@@ -31,7 +31,7 @@ from vitreg.report_parts import (
     photos_before_and_after,
     plain_number,
 )
-from vitreg.report_view import script
+from vitreg.report_view import script_for
 from vitreg.style import is_phantom, percent, safe, short_name
 from vitreg.verdict import Verdict, measure_table
 
@@ -39,10 +39,10 @@ _HOW_EMERGENCE = (
     "Above, the share of patch tokens that are outliers, in the layer where they stand out most. Below, the "
     "same for every layer. Models of different depths are stretched to the same height."
 )
-_HOW_VERDICT = (
-    "The same images in every version of the model. Bars are 95% bootstrap intervals over images. The "
-    "controls: an inert token and random neurons must do less than the fix; the neurons zeroed or at their "
-    "mean show what their absence alone does."
+_HOW_VERDICT = "The same images in every version of the model. Bars are 95% bootstrap intervals over images."
+_HOW_CONTROLS = (
+    " The controls: an inert token and random neurons must do less than the fix; the neurons zeroed or at "
+    "their mean show what their absence alone does."
 )
 _KINDS = "a Diagnosis, Verdict, Cure or Emergence"
 _TITLES = {
@@ -71,7 +71,7 @@ def write_report(report: Diagnosis, path: str | Path) -> Path:
     kind = "found" if report.has_artifacts else "none"
     top = banner(kind, report.verdict.capitalize(), report.model, [report.reason])
     body = [top, *_of_one_model(report)]
-    return write_atomically(path, page(plots.headline(report), body, report.versions, script()))
+    return write_atomically(path, page(plots.headline(report), body, report.versions, script_for(body)))
 
 
 def write_cure(cure: Cure, path: str | Path) -> Path:
@@ -98,7 +98,7 @@ def write_verdict(verdict: Verdict, path: str | Path, *, choice: str = "") -> Pa
             *failed(before.failed_images),
         ]
     headline = f"{safe(short_name(verdict.model), 60)}: {title.lower()}"
-    return write_atomically(path, page(headline, body, verdict.versions, script()))
+    return write_atomically(path, page(headline, body, verdict.versions, script_for(body)))
 
 
 def write_comparison(reports: Sequence[Diagnosis], path: str | Path) -> Path:
@@ -129,7 +129,8 @@ def _of_one_model(report: Diagnosis) -> list[str]:
 def _verdict(verdict: Verdict) -> str:
     """What was measured, with the controls: a figure, and all numbers."""
     drawn = ", ".join(KINDS[measure.name].label.strip() for measure in verdict.measures)
-    figure = picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}", _HOW_VERDICT)
+    how = _HOW_VERDICT + (_HOW_CONTROLS if verdict.controls else "")
+    figure = picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}", how)
     heads, rows = measure_table(verdict)
     fix = facts(
         [("Fix", f"type {verdict.fix.type!r}"), ("Neurons", "; ".join(str(verdict.fix.neurons).splitlines()))]

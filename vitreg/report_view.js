@@ -81,7 +81,15 @@
   const automatic = () => versions[0].thresholds[state.layer];
   const threshold = () => state.threshold ?? automatic() ?? Infinity;
   const normsOf = (version) => patchesOf(version, "norms", state.layer);
-  const marked = (version) => Uint8Array.from(normsOf(version), (norm) => norm >= threshold());
+  const beyond = (norms, bound) => Uint8Array.from(norms, (norm) => norm >= bound);
+  const marked = (version) => beyond(normsOf(version), threshold());
+
+  /** In attention the diagnosis' own outliers, whatever layer is looked at, until the threshold is moved. */
+  function attended() {
+    if (state.threshold !== null) return marked(versions[0]);
+    const norms = patchesOf(versions[0], "norms", data.detect);
+    return beyond(norms, versions[0].thresholds[data.detect] ?? Infinity);
+  }
 
   // -- maps ----------------------------------------------------------------------------------------
 
@@ -239,8 +247,11 @@
 
   function writeWords(count) {
     writeThreshold();
-    const even = `An even share of ${count} patches is ${percent(count / patches)}.`;
-    write(byId("even"), count ? even : "No patch is outlined: none reaches the threshold.");
+    const own = `the diagnosis' outliers after block ${data.detect}`;
+    const moved = `the patches over the threshold after block ${state.layer}`;
+    const many = `${count}. Their even share would be ${percent(count / patches)}.`;
+    const marks = state.threshold === null ? own : moved;
+    write(byId("even"), `Outlined are ${marks}: ${count ? many : "none here."}`);
     write(byId("layer-value"), `${state.layer}${state.layer === data.detect ? data.detectWords : ""}`);
     write(byId("block-value"), `${state.block}${state.block === data.depth - 1 ? " (the last)" : ""}`);
   }
@@ -266,11 +277,10 @@
   }
 
   function draw() {
-    const masks = versions.map(marked);
     const [norms, attention] = within(view, ".stage");
-    drawNorms(norms, masks);
-    drawAttention(attention, masks[0]);
-    writeWords(sum(masks[0]));
+    drawNorms(norms, versions.map(marked));
+    drawAttention(attention, attended());
+    writeWords(sum(attended()));
     setInputs();
   }
 

@@ -1,7 +1,7 @@
 """The part of a report that one can handle: photos, norms and attention by layer, a threshold to drag.
 
     view([("as it is", report), ("with the fix", after)])      # HTML, which report_view.js brings to life
-    page(title, [...], versions, SCRIPT())
+    page(title, parts, versions, script_for(parts))
 
 Maps travel as numbers: 16 bits each on the scale that they are shown on, so that counts in the page are
 those in Python. Colours and scales are those of the figures (plot_photos.py, plot_versions.py).
@@ -9,7 +9,7 @@ those in Python. Colours and scales are those of the figures (plot_photos.py, pl
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from vitreg.style import (
 
 Versions = Sequence[tuple[str, Diagnosis]]
 
+_VIEW = '<div id="view"'
 _STEPS = 65535  # of 16 bits
 _SMALLEST = 1e-6  # a norm of 0 has no logarithm
 _NORMS = (
@@ -38,13 +39,13 @@ _NORMS = (
 )
 _ATTENTION = (
     "How the attention from {source} is spread over the patches of the photo: the mean over heads, 100% in "
-    "all. Outlined are the patches that the threshold above marks{before}."
+    "all. Outlined are the diagnosis' outliers{before}; once the threshold is moved, the patches it marks."
 )
 
 
-def script() -> str:
-    """The one script of a page with a view."""
-    return source("report_view.js")
+def script_for(parts: Iterable[str]) -> str:
+    """The script that a page of these parts needs: none where no part is a view."""
+    return source("report_view.js") if any(_VIEW in part for part in parts) else ""
 
 
 def view(versions: Versions) -> str:
@@ -56,7 +57,7 @@ def view(versions: Versions) -> str:
     names = {tuple(example.name for example in report.examples) for report in reports}
     if len(names) != 1 or names == {()}:
         raise ValueError("expected diagnoses of the same photos, each with examples, but found others.")
-    return f"""<div id="view" hidden>
+    return f"""{_VIEW} hidden>
 {_thumbnails(reports[0])}
 {_norms(versions)}
 {_attention(versions)}
@@ -79,7 +80,7 @@ def _thumbnails(report: Diagnosis) -> str:
 def _norms(versions: Versions) -> str:
     plots = "".join(_histogram(name if len(versions) > 1 else "") for name, _ in versions)
     plot = f"""<div class="plot">
-<p class="row"><label for="threshold">Threshold</label> <output id="threshold-value" for="threshold" aria-live="off"></output>
+<p class="row"><label for="threshold">Threshold</label>{_value("threshold")}
 <button type="button" id="automatic">Set automatically</button></p>
 <div class="histograms">{plots}<div class="mark"></div></div>
 <input type="range" id="threshold">
@@ -94,7 +95,7 @@ def _norms(versions: Versions) -> str:
 def _attention(versions: Versions) -> str:
     report = versions[0][1]
     source = "CLS" if report.attention_queries == "CLS" else report.attention_queries
-    words = _ATTENTION.format(source=source, before=", in the model as it is" if len(versions) > 1 else "")
+    words = _ATTENTION.format(source=source, before=" in the model as it is" if len(versions) > 1 else "")
     slider = _slider("block", "Inside block", report)
     words_below = '<p class="axis">share of the attention</p><p class="note" id="even"></p>'
     scale = f'<div class="plot">{_SCALE}{words_below}</div>'
@@ -131,8 +132,13 @@ def _slider(name: str, label: str, report: Diagnosis) -> str:
     return (
         f'<p class="row"><label for="{name}">{label}</label>'
         f'<input type="range" id="{name}" min="0" max="{last}" step="1" list="{name}-ticks">'
-        f'<output id="{name}-value" for="{name}" aria-live="off"></output><datalist id="{name}-ticks">{ticks}</datalist></p>'
+        f'{_value(name)}<datalist id="{name}-ticks">{ticks}</datalist></p>'
     )
+
+
+def _value(name: str) -> str:
+    """A slider's value in words; not read aloud, for the slider itself says its value."""
+    return f'<output id="{name}-value" for="{name}" aria-live="off"></output>'
 
 
 _SCALE = '<div class="scale"><canvas aria-hidden="true"></canvas><div class="ticks"></div></div>'

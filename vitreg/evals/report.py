@@ -17,7 +17,7 @@ from vitreg.models import Backbone
 from vitreg.output import write_atomically
 from vitreg.page import facts, note, page, picture, section, table
 from vitreg.report_parts import banner, photos, photos_before_and_after
-from vitreg.report_view import script
+from vitreg.report_view import script_for
 from vitreg.style import safe, short_name
 
 EXAMPLES = 12
@@ -42,7 +42,7 @@ def write_evaluation(
         section("Settings", facts((key, str(value)) for key, value in last.config.items())),
     ]
     headline = f"{safe(short_name(last.model), 60)}: {title}"
-    return write_atomically(path, page(headline, body, last.versions, script()))
+    return write_atomically(path, page(headline, body, last.versions, script_for(body)))
 
 
 def _metrics(results: Sequence[Result]) -> str:
@@ -71,7 +71,8 @@ def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> l
     some = _some(result.photos, config)
     images = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
     before = diagnose(vit, images, examples=EXAMPLES)
-    words = f"A diagnosis of {before.images} of the photos, evenly spread: {before.verdict}. {before.reason}"
+    words = f"A diagnosis of {before.images} of the photos, evenly spread, finds {before.verdict}:"
+    words = f"{words} {before.reason}"
     if fix is None:
         return [section("Photos", note(words) + photos(before))]
     with fix.applied_to(vit):

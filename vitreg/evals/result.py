@@ -128,9 +128,19 @@ def concluded(
 ) -> Result:
     """A Result that says which fixes are on the model; `n` is the first metric's number of images."""
     images = n if n is not None else len(next(iter(metrics.values())).samples)
-    settings = config.settings()
-    about = (images, settings, fixes_on(vit), config.seed, notes, picture, tuple(photos))
-    return Result(task, vit.name, data, metrics, *about)
+    return Result(
+        task,
+        vit.name,
+        data,
+        metrics,
+        n=images,
+        config=config.settings(),
+        fix=fixes_on(vit),
+        seed=config.seed,
+        notes=notes,
+        picture=picture,
+        photos=tuple(photos),
+    )
 
 
 def fixes_on(vit: Backbone) -> str | None:
