@@ -53,7 +53,12 @@ class User:
         self.errors: list[str] = []
         self.page.on("request", lambda request: self._asked(request.url, address))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(address + query)
+        self.opened(address + query)
+
+    def opened(self, address: str) -> None:
+        """Go there, and wait until the view is drawn and its address is shown."""
+        self.page.goto(address)
+        self.page.wait_for_function("document.querySelector('#address textarea, #address input')?.value")
 
     def _asked(self, url: str, address: str) -> None:
         if not url.startswith((address, "data:", "blob:")):
@@ -164,23 +169,23 @@ def test_attention_before_and_after_and_from_a_clicked_patch(user: User, explore
 
 def test_switching_neurons_changes_norms_attention_and_prediction(user: User, explorer: Explorer) -> None:
     some = most_outliers(explorer)
-    user.page.goto(user.page.url.split("?")[0] + f"?tab=neurons&photo={some}")
+    user.opened(user.page.url.split("?")[0] + f"?tab=neurons&photo={some}")
     user.reads("#neurons-text", r"Largest patch norm after block \d+: .*, switched")
     norms, attention = user.picture("neurons-norms"), user.picture("neurons-attention")
     on = user.page.locator("#neurons input[type=checkbox]:checked")
     while on.count():
         on.first.uncheck()
+    user.page.wait_for_url(re.compile("neurons=&"))
     same = user.reads("#neurons-text", r"block \d+: (\S+), switched (\S+)\. ")
     largest, switched = re.findall(r"[\d.]+(?=[,.])", same)[-2:]
     assert largest == switched
     user.redraws("neurons-norms", norms)
     user.redraws("neurons-attention", attention)
-    user.page.wait_for_url(re.compile("neurons=&"))
 
 
 def test_the_sink_goes_where_one_clicks(user: User, explorer: Explorer) -> None:
     some = most_outliers(explorer)
-    user.page.goto(user.page.url.split("?")[0] + f"?tab=neurons&photo={some}")
+    user.opened(user.page.url.split("?")[0] + f"?tab=neurons&photo={some}")
     user.reads("#neurons-text", "switched")
     user.clicks("neurons-photo", 0.5 / 5, 3.5 / 4)
     user.page.wait_for_url(re.compile("does=fire.*to_row=3&to_column=0"))
@@ -271,8 +276,7 @@ def test_an_address_shows_the_same_view_to_others(browser: Any, address: str, us
     text = user.page.inner_text("#attention-text")
     other = User(browser, "", user.page.url)
     other.outside.clear()
-    other.reads("#attention-text", "in block 1")
-    assert other.page.inner_text("#attention-text") == text
+    other.reads("#attention-text", re.escape(text.strip()))
     assert other.page.locator("#block input[type=number]").input_value() == "1"
     other.context.close()
 

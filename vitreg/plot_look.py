@@ -128,7 +128,7 @@ def side_by_side(
         raise ValueError("found no map, expected at least one.")
     high, wide = shape or next(iter(maps.values())).shape
     width = _WIDTH if len(maps) == 1 else 0.9 * _WIDTH
-    figure = Figure(figsize=(width * len(maps) + 0.2, width * high / wide + 0.75), layout="constrained")
+    figure = Figure(figsize=(width * len(maps) + 0.2, width * high / wide + 0.9), layout="constrained")
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     scale = _scale(kind, np.stack(list(maps.values())))
     for ax, (title, values) in zip(axes, maps.items(), strict=True):

@@ -46,6 +46,7 @@ GALLERY = 12  # photos to pick from
 UPLOADS = 200  # that are remembered, of all users together
 KEPT = 2000  # looks that are remembered
 MOST_PIXELS = 50_000_000
+DISCOVERY = DiscoveryConfig(normalise=True, bias=-0.3)  # see docs/discovery-study.md
 NEURONS = 12  # that can be switched
 
 
@@ -127,7 +128,7 @@ class Explorer:
         return self._keep(key, AS_IT_IS, lambda: look_at_neuron(self.vit, photo.pixels, layer, neuron))
 
     def boxes(self, photo: Photo, version: Version = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
-        """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's values."""
+        """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's keys."""
         return self._keep(("boxes", photo.key, version.key), version, lambda: _boxes(self.vit, photo))
 
     def outliers(self, photo: Photo) -> Bool[np.ndarray, "gh gw"]:
@@ -223,6 +224,11 @@ class Explorer:
         wanted = set(places)
         return tuple(neuron for neuron in self.candidates if (neuron.layer, neuron.index) in wanted)
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is a verdict by now."""
+        return self._verdict is not None
+
     def verdict(self, progress: Callable[[str], None] | None = None) -> Verdict | None:
         """The fix against its controls on all images; measured once, and None without a fix."""
         with self._one_pass:
@@ -261,12 +267,11 @@ def _gallery(vit: Backbone, images: Images) -> list[Photo]:
 
 
 def _boxes(vit: Backbone, photo: Photo) -> dict[str, Float[np.ndarray, "4"]]:
-    config = DiscoveryConfig(features="values", centre=False)
     last = vit.anatomy.depth - 1
     with evaluating(vit.model), trace(vit, norms=False, qkv=True, layers=[last]) as t:
         vit(photo.pixels)
-    values = t.v[0, 0, :, t.inner.patch_slice].transpose(0, 1).flatten(1).cpu()
-    found = locate(prepared(values, config), t.layout.grid, config, 0.0)
+    keys = t.k[0, 0, :, t.inner.patch_slice].transpose(0, 1).flatten(1).cpu()
+    found = locate(prepared(keys, DISCOVERY), t.layout.grid, DISCOVERY, float(DISCOVERY.bias))
     high, wide = (side / cells for side, cells in zip(photo.image.shape[:2], t.layout.grid, strict=True))
     return {name: np.array(one.box) * (wide, high, wide, high) for name, one in found.items()}
 

@@ -63,25 +63,15 @@ def build(explorer: Explorer) -> Any:
                 gallery, upload, message = _photos(explorer)
             with gr.Column(scale=3, min_width=320), gr.Tabs() as tabs:
                 drawn = [_norms(explorer, chosen), _attention(explorer, chosen)]
-                drawn += [_neurons(explorer, chosen), _objects()]
-                comparing, comparison = _compare(explorer)
+                drawn += [_neurons(explorer, chosen), _objects(), _compare(explorer)]
         address = gr.Textbox(
             label="Address of this view, to share", interactive=False, buttons=["copy"], elem_id="address"
         )
-        comparing.select(
-            lambda: ("compare", shown.before_comparing(explorer), View(tab="compare").address()),
-            None, [chosen["tab"], comparison, address], show_progress="hidden", **_PRIVATE,
-        )  # fmt: skip
-        ready = gr.State(False)
+        ready = gr.State("")
         inputs = [chosen[f.name] for f in fields(View)]
         for tab in drawn:
-            _draw_when(
-                explorer,
-                tab,
-                inputs,
-                [chosen[x] for x in ("tab", "photo", *OWN[tab.name])] + [ready],
-                address,
-            )
+            triggers = [ready, *(chosen[name] for name in ("tab", "photo", *OWN[tab.name]))]
+            _draw_when(explorer, tab, inputs, triggers, address)
             tab.tab.select(partial(str, tab.name), None, chosen["tab"], show_progress="hidden", **_PRIVATE)
         _choose_photos(explorer, gallery, upload, message, chosen["photo"])
         _restore(explorer, page, tabs, chosen, inputs, ready)
@@ -173,14 +163,13 @@ def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         with gr.Row():
             norms = _image("Norms", "neurons-norms")
             attention = _image("Attention", "neurons-attention")
+        chosen["neurons"] = gr.CheckboxGroup([], label="Register neurons", elem_id="neurons")
         with gr.Row():
-            chosen["neurons"] = gr.CheckboxGroup([], label="Register neurons", elem_id="neurons", scale=3)
-            with gr.Column(scale=2):
-                chosen["does"] = gr.Radio([REGISTERS, SHIFT], label="Those switched on", elem_id="does")
-                chosen["registers"] = gr.Slider(
+            chosen["does"] = gr.Radio([REGISTERS, SHIFT], label="Those switched on", elem_id="does")
+            chosen["registers"] = gr.Slider(
                     0, MOST_REGISTERS, step=1, buttons=[], elem_id="registers",
-                    label="Registers (with 0, the activation is gone)",
-                )  # fmt: skip
+                label="Registers (with 0, the activation is gone)",
+            )  # fmt: skip
         with gr.Row():
             with gr.Column():
                 photo = _image("Photo: click a patch, and they fire there", "neurons-photo")
@@ -205,7 +194,7 @@ def _objects() -> Tab:
     return Tab("objects", shown.objects, tab, {"boxes": boxes}, text, button, file)
 
 
-def _compare(explorer: Explorer) -> tuple[Any, Any]:
+def _compare(explorer: Explorer) -> Tab:
     with gr.Tab("Compare", id="compare") as tab:
         text = gr.Markdown(elem_id="compare-text")
         measure = gr.Button("Measure the fix against its controls", variant="primary", elem_id="measure")
@@ -215,11 +204,10 @@ def _compare(explorer: Explorer) -> tuple[Any, Any]:
 
     def run(progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 - how gradio asks for one
         found = shown.comparison(explorer, lambda stage: progress(None, desc=stage))
-        return [found.text, found.pictures["versions"], gr.Dataframe(found.data.get("table"))]
+        return [found.text, found.pictures["versions"], found.data.get("table")]
 
     measure.click(run, None, [text, figure, table], **_PRIVATE)
-    _download(button, file, "compare", lambda: shown.comparison(explorer, None), [])
-    return tab, text
+    return Tab("compare", shown.compared, tab, {"versions": figure}, text, button, file)
 
 
 def _image(label: str, name: str, scale: int = 1) -> Any:
@@ -370,22 +358,23 @@ def _restore(
     def open_page(request: gr.Request) -> list[Any]:
         said = dict(request.query_params)
         opened = components(said)
-        return [
-            said,
-            explorer.ready,
-            gr.Tabs(selected=opened["tab"]),
-            gr.Timer(active=True),
-            *opened.values(),
-        ]
+        return [said, gr.Tabs(selected=opened["tab"]), gr.Timer(active=True), *opened.values()]
 
     def look_again(said: dict[str, str]) -> list[Any]:
         if not explorer.ready:
-            return [gr.skip()] * (2 + len(late))
+            return [gr.skip()] * (1 + len(late))
         found = components(said)
-        return [True, gr.Timer(active=False), found["neurons"], found["watched"], found["source"]]
+        return [gr.Timer(active=False), found["neurons"], found["watched"], found["source"]]
 
-    page.load(open_page, None, [asked, ready, tabs, timer, *inputs], show_progress="hidden", **_PRIVATE)
-    timer.tick(look_again, asked, [ready, timer, *late], show_progress="hidden", **_PRIVATE)
+    def state() -> str:
+        return "with neurons" if explorer.ready else "without neurons"
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
+    opened = page.load(open_page, None, [asked, tabs, timer, *inputs], **quiet)
+    looked = timer.tick(look_again, asked, [timer, *late], **quiet)
+    # Drawn when the components have what they were given: then this state changes.
+    for event in (opened, looked):
+        event.then(state, None, ready, **quiet)
 
 
 def _described(neuron: RegisterNeuron) -> str:

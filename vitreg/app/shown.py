@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vitreg.app.explorer import AS_IT_IS, Explorer, Photo, Version
+from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Version
 from vitreg.app.view import SHIFT, View, place_of
 from vitreg.plot_boxes import BoxedPhoto, box_grid
 from vitreg.plot_look import norm_histogram, photo_with_patches, side_by_side
@@ -129,7 +130,13 @@ def objects(explorer: Explorer, photo: Photo, view: View) -> Shown:
     none = np.zeros((0, 4))
     shown = [BoxedPhoto(name, photo.image, none, boxes) for name, boxes in found.items()]
     pictures = {"boxes": picture(box_grid(shown, explorer.vit.name, columns=2))}
-    text = "One box around the object, found without labels from the last block's values."
+    text = (
+        "One box around the object, found without labels from the last block's keys"
+        f" (as cosines, LOST with a bias of {DISCOVERY.bias})."
+    )
+    whole = sorted({name for boxes in found.values() for name, box in boxes.items() if _whole(box, photo)})
+    if whole:
+        text += f" A box around the whole photo ({', '.join(whole)}) says that no patch stood out."
     text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
     return Shown(pictures, text, _data(photo, view, boxes_xyxy=found))
 
@@ -144,7 +151,14 @@ def before_comparing(explorer: Explorer) -> str:
     )
 
 
-def comparison(explorer: Explorer, progress: Callable[[str], None] | None) -> Shown:
+def compared(explorer: Explorer, photo: Photo, view: View) -> Shown:
+    """The verdict where it is measured, else what would be."""
+    if explorer.measured:
+        return comparison(explorer)
+    return Shown({"versions": None}, before_comparing(explorer), {"view": vars(view)})
+
+
+def comparison(explorer: Explorer, progress: Callable[[str], None] | None = None) -> Shown:
     """The verdict on the fix, measured now if it was not before."""
     verdict = explorer.verdict(progress)
     if verdict is None or not verdict.measures:
@@ -152,7 +166,8 @@ def comparison(explorer: Explorer, progress: Callable[[str], None] | None) -> Sh
             {"versions": None}, before_comparing(explorer) if verdict is None else plain(verdict.reason)
         )
     heads, rows = measure_table(verdict)
-    text = f"The fix: **{verdict.verdict}**. {plain(verdict.reason)}\n\n" + "\n\n".join(verdict.footnotes())
+    reason = plain(verdict.reason[:1].upper() + verdict.reason[1:])
+    text = f"The fix: **{verdict.verdict}**. {reason}\n\n" + "\n\n".join(verdict.footnotes())
     data = {"table": {"headers": heads, "data": rows}, "verdict": verdict.to_json()}
     return Shown({"versions": picture(versions_figure(verdict))}, text, data)
 
@@ -181,6 +196,11 @@ def headline(explorer: Explorer) -> str:
 
 def picture(figure: Figure) -> Image.Image:
     return Image.open(io.BytesIO(png(figure, dpi=DPI)))
+
+
+def _whole(box: Float[np.ndarray, "4"], photo: Photo) -> bool:
+    high, wide = photo.image.shape[:2]
+    return bool(box.tolist() == [0, 0, wide, high])
 
 
 def _has(explorer: Explorer, register: str) -> bool:

@@ -9,8 +9,9 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="ViT-Ti (width 192, depth 12, patch 16) on Imagenette at 112 px, supervised, hundreds of epochs",
-    expected="not run yet",
-    cost="not run yet",
+    expected="no artifacts: in 7449 steps (248 epochs) no second population of norms, the largest 2.8 to 3.4x"
+    " the median; top-1 49.4%",
+    cost="53 minutes of one CPU core (EPYC, bf16-mixed) for those 7449 steps",
     model="vit_tiny_patch16_224",
     image_size=112,
     batch_size=50,

@@ -9,8 +9,9 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="4 registers for ViT-Ti/16 (AugReg, ImageNet-21k to 1k) at 224 px, by fine-tuning",
-    expected="not run yet",
-    cost="not run yet",
+    expected="the artifacts stay (2.01% -> 2.02% of patches): registers that are only fine-tuned draw"
+    " nothing; top-1 among the ten classes rises (72.2% -> 98.6%), for the other 990 are forgotten",
+    cost="10 minutes of one CPU core (EPYC, bf16-mixed), shared with other work",
     pretrained="timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     registers=4,
     image_size=224,

@@ -9,8 +9,8 @@ from vitreg.training.supervised import Supervised
 
 recipe = Supervised(
     about="ViT (width 192, depth 6, patch 16) on Imagenette at 112 px, supervised",
-    expected="top-1 on val 49.4% and 47.4% without registers (two seeds), 49.0% and 46.2% with 4 (chance 10%);"
-    " no outliers, norms up to 4.0x the median",
+    expected="top-1 on val 49.4% and 47.4% without registers (two seeds), 49.0% and 46.2% with 4"
+    " (chance 10%); no outliers, norms up to 4.0x the median",
     cost="9 minutes of one CPU core (EPYC, bf16-mixed)",
     model="vit_tiny_patch16_224",
     model_args={"depth": 6},
