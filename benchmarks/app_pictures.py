@@ -20,7 +20,7 @@ VIEWS = {
     "app/attention.png": "?tab=attention&photo=0&source=patch&row=3&column=5&block=10",
     "app.png": "?tab=neurons&photo=2",
     "app/neurons.png": "?tab=neurons&photo=2&does=fire+at+the+chosen+patch&to_row=6&to_column=7",
-    "app/objects.png": "?tab=objects&photo=0",
+    "app/objects.png": "?tab=objects&photo=2",
     "app/compare.png": "?tab=compare",
 }
 
@@ -49,7 +49,7 @@ def settle(window: Page, measure: bool) -> None:
         window.locator("#measure").click(timeout=60_000)
         window.wait_for_function("document.querySelector('#compare-figure img')", timeout=600_000)
     window.wait_for_function("document.querySelector('#address textarea, #address input')?.value")
-    window.wait_for_timeout(4000)
+    window.wait_for_timeout(3000)
 
 
 if __name__ == "__main__":

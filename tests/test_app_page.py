@@ -17,8 +17,11 @@ from vitreg.app import serve
 from vitreg.app.explorer import Explorer
 from vitreg.images import demo_photos
 
-# gradio and uvicorn leave sockets and an event loop to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# When it is closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 WAIT = 30_000  # ms, generous: other tests run beside this one
 
 

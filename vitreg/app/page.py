@@ -248,7 +248,7 @@ def _draw_when(
 
     def draw(*values: Any) -> list[Any]:
         view = view_of(explorer, values)
-        if view.tab != tab.name:
+        if view.tab != tab.name or None in values[:2]:  # no photo yet: the page is being opened
             return [gr.skip()] * len(outputs)
         found = _shown(explorer, tab, view)
         return [*(found.pictures[name] for name in tab.pictures), found.text, view.address()]
@@ -342,6 +342,7 @@ def _restore(
     """The view of the address, when the page is opened; the neurons, as soon as they are found."""
     asked, timer = gr.State({}), gr.Timer(1.0, active=False)
     late = [chosen[name] for name in ("neurons", "watched", "source")]
+    filled = [component for component in inputs if component is not chosen["photo"]]
 
     def components(said: dict[str, str]) -> dict[str, Any]:
         view = View.of(said, explorer)
@@ -358,6 +359,7 @@ def _restore(
     def open_page(request: gr.Request) -> list[Any]:
         said = dict(request.query_params)
         opened = components(said)
+        opened.pop("photo")
         return [said, gr.Tabs(selected=opened["tab"]), gr.Timer(active=True), *opened.values()]
 
     def look_again(said: dict[str, str]) -> list[Any]:
@@ -369,12 +371,15 @@ def _restore(
     def state() -> str:
         return "with neurons" if explorer.ready else "without neurons"
 
+    def begin(said: dict[str, str]) -> tuple[str, str]:
+        return state(), View.of(said, explorer).photo
+
     quiet: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
-    opened = page.load(open_page, None, [asked, tabs, timer, *inputs], **quiet)
+    opened = page.load(open_page, None, [asked, tabs, timer, *filled], **quiet)
     looked = timer.tick(look_again, asked, [timer, *late], **quiet)
-    # Drawn when the components have what they were given: then this state changes.
-    for event in (opened, looked):
-        event.then(state, None, ready, **quiet)
+    # What is drawn waits until the components have what they were given.
+    opened.then(begin, asked, [ready, chosen["photo"]], **quiet)
+    looked.then(state, None, ready, **quiet)
 
 
 def _described(neuron: RegisterNeuron) -> str:
