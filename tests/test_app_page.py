@@ -17,7 +17,7 @@ from vitreg.app import serve
 from vitreg.app.explorer import Explorer
 from vitreg.images import demo_photos
 
-# When it is closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
+# Closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),

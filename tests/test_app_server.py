@@ -18,7 +18,7 @@ from vitreg.images import demo_photos
 pytest.importorskip("gradio", reason="needs gradio. Install it with: pip install -e '.[app]'")
 import httpx
 
-# When it is closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
+# Closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
