@@ -1,7 +1,7 @@
 """Photos for training: a file is decoded as everywhere in vitreg, and one that cannot be is replaced."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Photos:
 
     def __getitem__(self, index: int) -> Any:
         found = readable(
-            range(index, index + IN_A_ROW),
+            iter(range(index, index + IN_A_ROW)),
             lambda i: self.paths[i % len(self)].read_bytes(),
             lambda i: printable(str(self.paths[i % len(self)])),
         )
@@ -52,9 +52,12 @@ class Photos:
 
 
 def readable(
-    places: Iterable[int], read: Callable[[int], bytes], name: Callable[[int], str]
+    places: Iterator[int], read: Callable[[int], bytes], name: Callable[[int], str]
 ) -> tuple[int, PIL.Image.Image] | None:
-    """The first place whose picture can be decoded, and the picture; warns of those before it by name."""
+    """The first place whose picture can be decoded, and the picture; warns of those before it by name.
+
+    An iterator, for a type checker looks into a sequence by drawing on `random`, as the picture will.
+    """
     for place in places:
         try:
             return place, decode(read(place))
