@@ -229,7 +229,7 @@ def test_a_photo_of_ones_own_and_a_bad_file(user: User, tmp_path: Path) -> None:
     user.page.locator("#upload input[type=file]").set_input_files(demo_photos()[2])
     user.reads("#message", f"{demo_photos()[2].name} is shown")
     user.redraws("norms-photo", before)
-    assert "photo=" not in user.page.url
+    user.page.wait_for_url(lambda url: "photo=" not in url)
 
 
 def test_a_pasted_photo(user: User, tmp_path: Path) -> None:
