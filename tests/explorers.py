@@ -12,7 +12,6 @@ def small_explorer(folder: Path, *, prepared: bool = True) -> Explorer:
     """Of a phantom of a random model of 4 x 5 patches, on 40 photos."""
     photos = save_crops(folder / "photos", 40)
     vit = Planted(photos).vit
-    vit = vitreg.Backbone(vit.model, vit.name, vit.anatomy, vit.image_size, vit.preprocess, vit.forward)
     explorer = Explorer(vit, vitreg.read_images(photos, vit))
     if prepared:
         explorer.prepare()

@@ -100,6 +100,7 @@ def test_a_port_that_is_taken_is_an_error_of_ours(explorer: Explorer) -> None:
         taken.listen()
         with pytest.raises(OutputError, match=r"the page cannot be served: .*port"):
             serve(explorer, port=taken.getsockname()[1])
+    gc.collect()
 
 
 @pytest.mark.parametrize(

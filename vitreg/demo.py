@@ -37,13 +37,7 @@ def run(out: Path) -> None:
     """Plant artifacts in the bundled ViT, find them, remove them, and say what each step did."""
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    vit, shown = example(PHOTOS)
-    photos = vitreg.read_images([scene.photo for scene in shown], vit)
-    phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
-    # The figures show the first few photos: let these have the most to show.
-    planted = torch.cat([phantom.marked(batch.pixels).sum((1, 2)) for batch in photos])
-    shown = [shown[i] for i in planted.argsort(descending=True, stable=True)]
-    photos = vitreg.read_images([scene.photo for scene in shown], vit)
+    vit, phantom, photos = planted()
     console.print(f"A small ViT that tells 12 shapes apart, and {PHOTOS} drawn photos it has never seen.")
     clean = vitreg.diagnose(vit, photos)
     console.print(f"It has {clean.verdict}: {clean.reason}\n", highlight=False)
@@ -63,6 +57,16 @@ def run(out: Path) -> None:
     console.print(table(versions))
     _write(console, out, versions, cure, phantom.vit)
     console.print(f"ground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
+
+
+def planted() -> tuple[vitreg.Backbone, Phantom, vitreg.Images]:
+    """The bundled ViT as it was trained, a phantom of it, and drawn photos: those with most to show first."""
+    vit, drawn = example(PHOTOS)
+    photos = vitreg.read_images([scene.photo for scene in drawn], vit)
+    phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
+    patches = torch.cat([phantom.marked(batch.pixels).sum((1, 2)) for batch in photos])
+    most_first = patches.argsort(descending=True, stable=True)
+    return vit, phantom, vitreg.read_images([drawn[i].photo for i in most_first], vit)
 
 
 def run_real(out: Path, images: str | None = None, model: str = REAL) -> None:

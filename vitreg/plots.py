@@ -92,7 +92,7 @@ def _draw_norms_by_layer(ax: Axes, report: Diagnosis) -> None:
     )
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, aspect=30)
     label_bar(bar, number_ticks(1, scale.vmax or 2.0), "patch tokens")
-    log_axis(ax.xaxis, *_norm_range(report))
+    log_axis(ax.xaxis, *norm_range(report))
     _mark_rows(ax, report)
     titled(ax, "Norms in every layer", columns=2)
     ax.set(xlabel=NORM_LABEL, ylabel=LAYER_LABEL, ylim=(len(counts) - 0.5, -0.5))
@@ -126,14 +126,14 @@ def _draw_histogram(ax: Axes, report: Diagnosis) -> None:
     ax.axvline(sigma, color=QUIET, lw=1.2, ls="--", label=f"mean + 3 sigma {number(sigma)}")
     if report.threshold is not None:
         ax.axvline(report.threshold, color=OUTLIER, lw=1.4, label=f"threshold {number(report.threshold)}")
-    log_axis(ax.xaxis, *_norm_range(report))
+    log_axis(ax.xaxis, *norm_range(report))
     log_axis(ax.yaxis, 0.6, max(row.max(), 10) * 1.5)
     note = "" if report.has_artifacts else ": no second population"
     ax.set(xlabel=NORM_LABEL, ylabel="patch tokens")
     titled(ax, f"Norms after block {report.detect_layer}{note}", columns=3)
 
 
-def _norm_range(report: Diagnosis) -> tuple[float, float]:
+def norm_range(report: Diagnosis) -> tuple[float, float]:
     """From the smallest norm to the largest, or to the papers' threshold where that lies beyond."""
     counts, edges = report.histograms
     first, last = _occupied(counts)

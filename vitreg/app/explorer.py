@@ -34,6 +34,7 @@ from vitreg.labels import class_names
 from vitreg.looking import Attention, Look, Query, look, look_at_neuron, look_from, queries
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
+from vitreg.plots import norm_range
 from vitreg.probe import evaluating
 from vitreg.trace import trace
 from vitreg.verdict import Verdict
@@ -96,8 +97,8 @@ class Explorer:
 
     def photo(self, key: str | None) -> Photo | None:
         """One of the gallery by its number, or one that was added."""
-        known = {photo.key: photo for photo in self.gallery} | self._uploads
-        return known.get(key or "")
+        own = next((photo for photo in self.gallery if photo.key == key), None)
+        return own or self._uploads.get(key or "")
 
     def add(self, path: str | Path, name: str | None = None) -> Photo:
         """A photo from a file. Raises ImageError with the reason for one that cannot be shown."""
@@ -142,16 +143,8 @@ class Explorer:
         return queries(self.vit, getattr(self._fix, "registers", 0))
 
     @cached_property
-    def heads(self) -> int:
-        """Attention heads of a block."""
-        return self.attention(self.gallery[0], self.queries[0]).maps.shape[1]
-
-    @cached_property
     def norm_axis(self) -> tuple[float, float]:
-        """A range that holds the norms of all images in all layers."""
-        counts, edges = self.report.histograms
-        (bins,) = counts.sum(0).nonzero()
-        return float(edges[bins[0]]) / 1.1, float(edges[bins[-1] + 1]) * 1.1
+        return norm_range(self.report)
 
     # -- the fix -----------------------------------------------------------------------------------
 
@@ -258,11 +251,11 @@ def _named(neurons: Sequence[RegisterNeuron]) -> str:
 def _gallery(vit: Backbone, images: Images) -> list[Photo]:
     photos: list[Photo] = []
     for batch in images:
-        for name, pixels in zip(batch.names, batch.pixels, strict=True):
-            image = photos_of(vit, pixels[None])[0]
-            photos.append(Photo(str(len(photos)), Path(name).name, pixels[None], image))
-            if len(photos) == GALLERY:
-                return photos
+        pixels = batch.pixels[: GALLERY - len(photos)]
+        for name, one, image in zip(batch.names, pixels, photos_of(vit, pixels), strict=False):
+            photos.append(Photo(str(len(photos)), Path(name).name, one[None], image))
+        if len(photos) == GALLERY:
+            break
     return photos
 
 

@@ -1,24 +1,21 @@
 """From a model's name to a page that is served."""
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitreg.app.explorer import Explorer
+from vitreg.demo import planted
 from vitreg.errors import MissingExtraError, OutputError
-from vitreg.example import example
 from vitreg.fixes import load_fix
 from vitreg.images import Source, demo_photos, read_images
 from vitreg.models import Backbone, load
-from vitreg.phantom import plant
 
 if TYPE_CHECKING:
     from vitreg.fixes import Fix
 
 IMAGES = 64  # that are diagnosed, and that a fix is made from
-PLANTED = 3  # the block of the example that gets artifacts
 UPLOAD = "20mb"
 
 
@@ -44,7 +41,7 @@ def launch(
     Raises what `load`, `read_images` and `load_fix` raise, MissingExtraError without gradio, OutputError for
     a port that is taken.
     """
-    _require_gradio()
+    _require_gradio()  # before a model is loaded for nothing
     explorer = example_explorer() if model is None else explorer_of(model, images, fix, limit, **options)
     app = serve(explorer, host=host, port=port, open_browser=open_browser)
     if ready:
@@ -53,10 +50,9 @@ def launch(
 
 
 def example_explorer() -> Explorer:
-    """The bundled ViT with planted artifacts, and drawn photos."""
-    vit, scenes = example(IMAGES)
-    photos = read_images([scene.photo for scene in scenes], vit)
-    return Explorer(plant(vit, [batch.pixels for batch in photos], PLANTED).vit, photos)
+    """The demo's: the bundled ViT with planted artifacts, and drawn photos."""
+    _, phantom, photos = planted()
+    return Explorer(phantom.vit, photos)
 
 
 def explorer_of(
@@ -79,10 +75,8 @@ def serve(
     explorer: Explorer, *, host: str | None = None, port: int | None = None, open_browser: bool = False
 ) -> Any:
     """Serve the explorer and make its fix, in threads of their own. Returns gradio.Blocks, to `.close()`."""
-    _require_gradio()
     from vitreg.app.page import LAUNCH, build
 
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     page = build(explorer)
     try:
         page.launch(

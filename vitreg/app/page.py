@@ -38,6 +38,7 @@ HEAD = "vitreg: attention artifacts"
 _ADDRESS = "address => { if (address) history.replaceState(null, '', address) }"
 _PASTE = (FOLDER / "paste.js").read_text()
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+_QUIET: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}  # done before a sign of it could be read
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def build(explorer: Explorer) -> Any:
         for tab in drawn:
             triggers = [ready, *(chosen[name] for name in ("tab", "photo", *OWN[tab.name]))]
             _draw_when(explorer, tab, inputs, triggers, address)
-            tab.tab.select(partial(str, tab.name), None, chosen["tab"], show_progress="hidden", **_PRIVATE)
+            tab.tab.select(partial(str, tab.name), None, chosen["tab"], **_QUIET)
         _choose_photos(explorer, gallery, upload, message, chosen["photo"])
         _restore(explorer, page, tabs, chosen, inputs, ready)
         address.change(None, address, None, js=_ADDRESS, **_PRIVATE)
@@ -121,7 +122,7 @@ def _norms(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         histogram = _image("Histogram of norms", "norms-histogram")
         button, file = _data_button("norms")
     threshold = chosen["threshold"]
-    slider.input(lambda place: round(10**place, 4), slider, threshold, show_progress="hidden", **_PRIVATE)
+    slider.input(lambda place: round(10**place, 4), slider, threshold, **_QUIET)
     automatic.click(lambda: None, None, threshold, **_PRIVATE)
     # The slider follows what is typed, and where the diagnosis puts it.
     gr.on(
@@ -129,8 +130,7 @@ def _norms(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         lambda norm, layer: _place(explorer, norm, layer),
         [threshold, chosen["layer"]],
         slider,
-        show_progress="hidden",
-        **_PRIVATE,
+        **_QUIET,
     )
     pictures = {"photo": photo, "map": shown_map, "histogram": histogram}
     return Tab("norms", shown.norms, tab, pictures, text, button, file)
@@ -149,7 +149,7 @@ def _attention(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
             chosen["column"] = _index("Column", columns, "column")
         with gr.Row():
             chosen["block"] = _layer(explorer, "Block", "block")
-            heads = [MEAN, *map(str, range(explorer.heads))]
+            heads = [MEAN, *map(str, range(explorer.vit.anatomy.heads))]
             chosen["head"] = gr.Dropdown(heads, label="Head", elem_id="head")
         button, file = _data_button("attention")
     _click(photo, explorer, lambda patch: (*patch, "patch"), [chosen[x] for x in ("row", "column", "source")])
@@ -167,7 +167,7 @@ def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         with gr.Row():
             chosen["does"] = gr.Radio([REGISTERS, SHIFT], label="Those switched on", elem_id="does")
             chosen["registers"] = gr.Slider(
-                    0, MOST_REGISTERS, step=1, buttons=[], elem_id="registers",
+                0, MOST_REGISTERS, step=1, buttons=[], elem_id="registers",
                 label="Registers (with 0, the activation is gone)",
             )  # fmt: skip
         with gr.Row():
@@ -312,7 +312,7 @@ def _choose_photos(explorer: Explorer, gallery: Any, upload: Any, message: Any, 
             None,
         )
 
-    gallery.select(pick, None, [photo, message], show_progress="hidden", **_PRIVATE)
+    gallery.select(pick, None, [photo, message], **_QUIET)
     upload.upload(add, upload, [photo, message, upload], **_PRIVATE)
 
 
@@ -326,7 +326,7 @@ def _click(
         row, column = int(y * rows / image.height), int(x * columns / image.width)
         return then((min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)))
 
-    photo.select(choose, photo, outputs, show_progress="hidden", **_PRIVATE)
+    photo.select(choose, photo, outputs, **_QUIET)
 
 
 def _place(explorer: Explorer, norm: float | None, layer: float) -> float:
@@ -374,12 +374,11 @@ def _restore(
     def begin(said: dict[str, str]) -> tuple[str, str]:
         return state(), View.of(said, explorer).photo
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
-    opened = page.load(open_page, None, [asked, tabs, timer, *filled], **quiet)
-    looked = timer.tick(look_again, asked, [timer, *late], **quiet)
+    opened = page.load(open_page, None, [asked, tabs, timer, *filled], **_QUIET)
+    looked = timer.tick(look_again, asked, [timer, *late], **_QUIET)
     # What is drawn waits until the components have what they were given.
-    opened.then(begin, asked, [ready, chosen["photo"]], **quiet)
-    looked.then(state, None, ready, **quiet)
+    opened.then(begin, asked, [ready, chosen["photo"]], **_QUIET)
+    looked.then(state, None, ready, **_QUIET)
 
 
 def _described(neuron: RegisterNeuron) -> str:

@@ -106,7 +106,7 @@ class View:
         first = View.first(explorer)
         depth, (rows, columns) = explorer.vit.anatomy.depth, explorer.vit.layout.grid
         known = [name_of((n.layer, n.index)) for n in explorer.candidates]
-        heads = [MEAN, *map(str, range(explorer.heads))]
+        heads = [MEAN, *map(str, range(explorer.vit.anatomy.heads))]
 
         def number(name: str, most: int) -> int:
             text, default = said.get(name, ""), getattr(first, name)

@@ -88,7 +88,7 @@ class ImageTextShards(Dataset[tuple[Any, Any, float]]):
             raise IndexError(f"index {index}: expected 0 to {len(self) - 1}.")
         tries = min(IN_A_ROW, len(self))
         places = ((index + tried) % len(self) for tried in range(tries))
-        found = readable(iter(places), lambda i: self._read(i, "image"), self.name)
+        found = readable(places, lambda i: self._read(i, "image"), self.name)
         if found is None:
             raise DataError(
                 f"{tries} pictures in a row cannot be decoded, from {self.name(index)} on."
