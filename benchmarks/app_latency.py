@@ -5,6 +5,8 @@
 For each tab the first view of a photo, and the same view again, from the request to the whole answer, over
 HTTP; beside them one plain forward pass, timed in between. Medians over photos, in seconds. The pictures' own
 transfer to the browser (a few hundred KB from the same machine) is not in it.
+
+Random weights have no artifacts: some are planted in the middle block, so that there is something to switch.
 """
 
 import argparse
@@ -22,6 +24,9 @@ import torch
 from vitreg.app import explorer_of, serve
 from vitreg.app.explorer import Explorer
 from vitreg.app.view import View
+from vitreg.images import demo_photos, read_images
+from vitreg.models import load
+from vitreg.phantom import plant
 from vitreg.probe import evaluating
 
 TABS = ("norms", "attention", "neurons", "objects")
@@ -37,10 +42,11 @@ def main() -> None:
     options.add_argument("--photos", type=int, default=4)
     options.add_argument("--limit", type=int, default=64)
     asked = options.parse_args()
-    explorer = explorer_of(
-        asked.model, asked.images, limit=asked.limit, size=asked.size, dtype=asked.dtype,
-        random_weights=asked.random_weights,
-    )  # fmt: skip
+    vit = load(asked.model, size=asked.size, dtype=asked.dtype, random_weights=asked.random_weights)
+    if asked.random_weights:
+        photos = read_images(demo_photos(), vit, limit=asked.limit)
+        vit = plant(vit, [batch.pixels for batch in photos], vit.anatomy.depth // 2).vit
+    explorer = explorer_of(vit, asked.images, limit=asked.limit)
     page = serve(explorer)
     while not explorer.ready:
         time.sleep(0.5)

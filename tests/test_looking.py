@@ -8,7 +8,7 @@ from catalog import CATALOG, images
 import vitreg
 from vitreg import NonFiniteError
 from vitreg.labels import class_names
-from vitreg.looking import look, look_at_neuron, look_from, queries
+from vitreg.looking import look, queries
 from vitreg.probe import evaluating
 
 MODELS = ["timm vit", "timm dinov2 registers", "timm siglip", "hf dinov2 registers", "open_clip vit"]
@@ -25,7 +25,7 @@ def test_norms_and_attention_are_those_of_a_trace(name: str) -> None:
     expected = t.norms[:, 0, layout.patch_slice]
     assert np.allclose(look(vit, pixels).norms.reshape(expected.shape), expected, rtol=1e-5)
     row, column = layout.grid[0] - 1, 2
-    seen = look_from(vit, pixels, (row, column))
+    seen = look(vit, pixels, query=(row, column)).attention
     expected = t.attention[:, 0, :, row * layout.grid[1] + column, layout.patch_slice]
     assert np.allclose(seen.to_patches, expected.sum(-1), atol=1e-6)
     maps = (expected / expected.sum(-1, keepdim=True)).unflatten(-1, layout.grid)
@@ -42,18 +42,18 @@ def test_special_tokens_look_too() -> None:
         with evaluating(vit.model), vitreg.trace(vit, attention=rows) as t:
             vit(pixels)
         expected = t.attention[:, 0, :, index, vit.layout.patch_slice]
-        assert np.allclose(look_from(vit, pixels, query).to_patches, expected.sum(-1), atol=1e-6)
+        assert np.allclose(look(vit, pixels, query=query).attention.to_patches, expected.sum(-1), atol=1e-6)
 
 
 def test_without_cls_evenly_spread_patches_look() -> None:
     vit = CATALOG["timm siglip"].backbone()
     assert queries(vit) == ["patches"]
     pixels = images(vit, 1)
-    shares = look_from(vit, pixels, "patches").of(2)
+    shares = look(vit, pixels, query="patches").attention.of(2)
     report = vitreg.diagnose(vit, [pixels], examples=1)
     assert np.allclose(shares, report.examples[0].attention[2], atol=1e-5)
     with pytest.raises(ValueError, match="no token 'CLS'"):
-        look_from(vit, pixels, "CLS")
+        look(vit, pixels, query="CLS")
 
 
 def test_a_fixs_register_looks_from_the_block_where_it_enters() -> None:
@@ -62,19 +62,19 @@ def test_a_fixs_register_looks_from_the_block_where_it_enters() -> None:
     fix = vitreg.TestTimeRegisters({2: [5]}, registers=2, entry=1)
     assert queries(vit, 2) == ["CLS", "register 0", "register 1"]
     with fix.applied_to(vit):
-        seen = look_from(vit, pixels, "register 1")
+        seen = look(vit, pixels, query="register 1").attention
     assert np.array_equal(seen.to_patches[0], np.zeros_like(seen.to_patches[0]))
     assert (seen.to_patches[1:] > 0).all()
     assert np.allclose(seen.maps[1:].sum((2, 3)), 1, atol=1e-5)
     with pytest.raises(ValueError, match="no token 'register 1'"):
-        look_from(vit, pixels, "register 1")
+        look(vit, pixels, query="register 1")
 
 
 @pytest.mark.parametrize("query", ["cls", "register", "register -1", "register x", ""])
 def test_a_token_that_makes_no_sense_is_refused(query: str) -> None:
     vit = CATALOG["timm vit"].backbone()
     with pytest.raises(ValueError, match="expected 'CLS', 'patches', 'register K'"):
-        look_from(vit, images(vit, 1), query)
+        look(vit, images(vit, 1), query=query)
 
 
 @pytest.mark.parametrize("place", [(-1, 0), (0, 5), (4, 0)])
@@ -82,7 +82,7 @@ def test_a_patch_outside_of_the_grid_is_refused(place: tuple[int, int]) -> None:
     vit = CATALOG["timm vit"].backbone()
     assert vit.layout.grid == (4, 5)
     with pytest.raises(ValueError, match="no token"):
-        look_from(vit, images(vit, 1), place)
+        look(vit, images(vit, 1), query=place)
 
 
 def test_a_neuron_is_that_of_a_trace() -> None:
@@ -91,9 +91,9 @@ def test_a_neuron_is_that_of_a_trace() -> None:
     with evaluating(vit.model), vitreg.trace(vit, neurons=True, layers=[1]) as t:
         vit(pixels)
     expected = t.neurons[0, 0, vit.layout.patch_slice, 7].unflatten(0, vit.layout.grid)
-    assert np.array_equal(look_at_neuron(vit, pixels, 1, 7), expected)
-    with pytest.raises(ValueError, match="neuron 128: expected 0 to 127"):
-        look_at_neuron(vit, pixels, 1, 128)
+    assert np.array_equal(look(vit, pixels, neurons=[(1, 7)]).activations[1, 7], expected)
+    with pytest.raises(ValueError, match=r"block 1, neuron 128: .* neurons 0 to 127"):
+        look(vit, pixels, neurons=[(1, 128)])
 
 
 def test_the_likeliest_classes_have_the_heads_names() -> None:

@@ -1,16 +1,17 @@
 """One image as a model sees it: norms, attention from any token, neurons, prediction.
 
-    view = look(vit, pixels)                     # pixels (1, 3, h, w)
+    view = look(vit, pixels, query="register 0", neurons=[(7, 417)])     # pixels (1, 3, h, w)
     view.norms                                   # (l, gh, gw)
+    view.attention.of(11)                        # where that token looks in the last block: (gh, gw)
+    view.activations[7, 417]                     # (gh, gw)
     view.likeliest(class_names(vit))             # [("tench", 0.93), ...]
-    look_from(vit, pixels, "register 0")         # where a token looks: (l, h, gh, gw)
-    look_at_neuron(vit, pixels, 7, 417)          # (gh, gw)
 
-What a fix makes of the image is seen by looking twice, without it and while it is applied. A Diagnosis tells
-what is so in general, over many images; this is what the explorer and notebooks show of one.
+One forward pass. What a fix makes of the image is seen by looking twice, without it and while it is applied.
+A Diagnosis tells what is so in general, over many images; this is what the explorer and notebooks show of
+one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,28 +26,11 @@ from vitreg.labels import logits_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.statistics import query_tokens
-from vitreg.trace import trace, watch
+from vitreg.trace import token_norms, watch
 
 # A token whose attention one can ask for: "CLS", "register 0", a patch as (row, column), or "patches": the
 # mean of some that are spread evenly, for models without CLS.
 Query = str | tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Look:
-    """Patch norms of the residual stream after every block, and the model's (c,) output for the image, if it
-    has the shape of logits."""
-
-    norms: Float[np.ndarray, "l gh gw"]
-    logits: Float[Tensor, " c"] | None
-
-    def likeliest(self, names: Sequence[str], count: int = 5) -> list[tuple[str, float]]:
-        """The likeliest of the named classes, with their probabilities (see vitreg.labels.class_names).
-        None without names: the output of a model without a head is no logits."""
-        if self.logits is None or not names:
-            return []
-        chances, classes = self.logits.softmax(-1).topk(min(count, len(names)))
-        return [(names[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,39 +50,87 @@ class Attention:
         return found
 
 
-def look(vit: Backbone, pixels: Float[Tensor, "1 3 h w"]) -> Look:
-    """Norms and logits of one image. Raises NonFiniteError where the residual stream holds NaN."""
-    with evaluating(vit.model), trace(vit) as t:
-        output = vit(pixels)
-    norms = t.layout.as_grid(t.norms[:, 0, t.layout.patch_slice]).cpu().numpy()
-    if not np.isfinite(norms).all():
-        raise NonFiniteError(f"the residual stream holds NaN or infinity in {vit.dtype}. Use float32.")
-    logits = logits_of(output)
-    return Look(norms, None if logits is None else logits[0].cpu())
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Patch norms of the residual stream after every block, where one token looks, the activations of the
+    neurons that were asked for, and the model's (c,) output, if it has the shape of logits."""
+
+    norms: Float[np.ndarray, "l gh gw"]
+    attention: Attention
+    activations: Mapping[tuple[int, int], Float[np.ndarray, "gh gw"]]
+    logits: Float[Tensor, " c"] | None
+
+    def likeliest(self, names: Sequence[str], count: int = 5) -> list[tuple[str, float]]:
+        """The likeliest of the named classes, with their probabilities (see vitreg.labels.class_names).
+        None without names: the output of a model without a head is no logits."""
+        if self.logits is None or not names:
+            return []
+        chances, classes = self.logits.softmax(-1).topk(min(count, len(names)))
+        return [(names[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
 
-def look_from(vit: Backbone, pixels: Float[Tensor, "1 3 h w"], query: Query) -> Attention:
-    """The attention of one token in every layer and head. A fix's registers count behind the model's own.
+def look(
+    vit: Backbone,
+    pixels: Float[Tensor, "1 3 h w"],
+    *,
+    query: Query | None = None,
+    neurons: Sequence[tuple[int, int]] = (),
+) -> Look:
+    """One image, with the attention of one token in every layer and head (default: CLS, or "patches"), and
+    with the activations of some MLP neurons, (layer, index): inputs of the down-projection, at each patch.
 
-    Raises ValueError for a token that the model does not have in any layer.
+    A fix's registers count behind the model's own. Raises ValueError for a token or a neuron that the model
+    does not have, NonFiniteError where the residual stream holds NaN.
     """
+    query = queries(vit)[0] if query is None else query
+    _check_neurons(vit, neurons)
+    norms: list[Tensor] = []
     rows: list[Tensor] = []
+    found: dict[tuple[int, int], np.ndarray] = {}
 
-    def keep(layer: int, call: AttentionCall) -> None:
+    def block(layer: int, residual: Tensor) -> None:
+        norms.append(token_norms(residual[:, seen.layout.patch_slice])[0])
+
+    def attend(layer: int, call: AttentionCall) -> None:
         tokens, inner = _tokens(query, seen.inner), seen.inner
         if tokens is None:
             rows.append(torch.zeros(call.q.shape[1], inner.patches))
         else:
             rows.append(call.rows(tokens.to(call.q.device))[0, ..., inner.patch_slice].mean(1).float().cpu())
 
-    with evaluating(vit.model), watch(vit, on_attention=keep) as seen:
-        vit(pixels)
+    def activate(layer: int, activation: Tensor) -> None:
+        inner = seen.inner
+        for place in neurons:
+            if place[0] == layer:
+                found[place] = inner.as_grid(activation[0, inner.patch_slice, place[1]]).float().cpu().numpy()
+
+    watching = watch(vit, on_block=block, on_attention=attend, on_neurons=activate if neurons else None)
+    with evaluating(vit.model), watching as seen:
+        output = vit(pixels)
     if _tokens(query, seen.inner) is None:
         raise ValueError(f"the model has no token {query!r}: found {seen.inner}.")
-    to_patches = torch.stack(rows)
+    grid = seen.layout.as_grid(torch.stack(norms)).cpu().numpy()
+    if not np.isfinite(grid).all():
+        raise NonFiniteError(f"the residual stream holds NaN or infinity in {vit.dtype}. Use float32.")
+    logits = logits_of(output)
+    attention = _attention(torch.stack(rows), seen.layout)
+    return Look(grid, attention, found, None if logits is None else logits[0].cpu())
+
+
+def _check_neurons(vit: Backbone, neurons: Sequence[tuple[int, int]]) -> None:
+    anatomy = vit.anatomy
+    for layer, index in neurons:
+        if not (0 <= layer < anatomy.depth and 0 <= index < anatomy.neurons):
+            raise ValueError(
+                f"block {layer}, neuron {index}: expected blocks 0 to {anatomy.depth - 1} and neurons 0 to"
+                f" {anatomy.neurons - 1}."
+            )
+
+
+def _attention(to_patches: Float[Tensor, "l h p"], layout: TokenLayout) -> Attention:
     shares = to_patches.sum(-1)
     maps = to_patches / shares.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    return Attention(seen.layout.as_grid(maps).numpy(), shares.numpy())
+    return Attention(layout.as_grid(maps).numpy(), shares.numpy())
 
 
 def queries(vit: Backbone, registers: int = 0) -> list[str]:
@@ -108,21 +140,6 @@ def queries(vit: Backbone, registers: int = 0) -> list[str]:
     """
     own = vit.layout.registers + registers
     return ["CLS" if vit.layout.prefix else "patches", *(f"register {i}" for i in range(own))]
-
-
-def look_at_neuron(
-    vit: Backbone, pixels: Float[Tensor, "1 3 h w"], layer: int, neuron: int
-) -> Float[np.ndarray, "gh gw"]:
-    """The activation of one MLP neuron (an input of the down-projection of block `layer`) at each patch.
-
-    Raises ValueError for a neuron that the model does not have.
-    """
-    if not 0 <= neuron < vit.anatomy.neurons:
-        raise ValueError(f"neuron {neuron}: expected 0 to {vit.anatomy.neurons - 1}.")
-    with evaluating(vit.model), trace(vit, norms=False, neurons=True, layers=[layer]) as t:
-        vit(pixels)
-    activation = t.neurons[0, 0, t.inner.patch_slice, neuron]
-    return t.inner.as_grid(activation).float().cpu().numpy()
 
 
 def _tokens(query: Query, layout: TokenLayout) -> Tensor | None:

@@ -31,7 +31,7 @@ from vitreg.evals.discovery import DiscoveryConfig, locate, prepared
 from vitreg.fixes import Fix, ShiftSink, TestTimeRegisters
 from vitreg.images import Images
 from vitreg.labels import class_names
-from vitreg.looking import Attention, Look, Query, look, look_at_neuron, look_from, queries
+from vitreg.looking import Attention, Look, Query, look, queries
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
 from vitreg.plots import norm_range
@@ -45,7 +45,7 @@ Place = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)
 
 GALLERY = 12  # photos to pick from
 UPLOADS = 200  # that are remembered, of all users together
-KEPT = 2000  # looks that are remembered
+KEPT = 500  # looks that are remembered (about 2 MiB each for a ViT-L at 518 pixels)
 MOST_PIXELS = 50_000_000
 DISCOVERY = DiscoveryConfig(normalise=True, bias=-0.3)  # see docs/discovery-study.md
 NEURONS = 12  # that can be switched
@@ -117,16 +117,24 @@ class Explorer:
 
     # -- looks -------------------------------------------------------------------------------------
 
-    def look(self, photo: Photo, version: Version = AS_IT_IS) -> Look:
-        return self._keep(("look", photo.key, version.key), version, lambda: look(self.vit, photo.pixels))
+    def look(self, photo: Photo, version: Version = AS_IT_IS, query: Query | None = None) -> Look:
+        """In one forward pass, what most views show: of the model as it is, also the candidates."""
+        query = query or self.queries[0]
+        places = [(c.layer, c.index) for c in self.candidates] if version is AS_IT_IS else []
+        key = ("look", photo.key, version.key, query)
+        return self._keep(key, version, lambda: look(self.vit, photo.pixels, query=query, neurons=places))
 
     def attention(self, photo: Photo, query: Query, version: Version = AS_IT_IS) -> Attention:
-        key = ("attention", photo.key, version.key, query)
-        return self._keep(key, version, lambda: look_from(self.vit, photo.pixels, query))
+        return self.look(photo, version, query).attention
 
-    def activation(self, photo: Photo, layer: int, neuron: int) -> Float[np.ndarray, "gh gw"]:
-        key = ("activation", photo.key, layer, neuron)
-        return self._keep(key, AS_IT_IS, lambda: look_at_neuron(self.vit, photo.pixels, layer, neuron))
+    def activation(self, photo: Photo, place: Place) -> Float[np.ndarray, "gh gw"]:
+        seen = self.look(photo).activations
+        if place not in seen:  # looked at before the search had found it
+            key = ("activations", photo.key, place)
+            seen = self._keep(
+                key, AS_IT_IS, lambda: look(self.vit, photo.pixels, neurons=[place]).activations
+            )
+        return seen[place]
 
     def boxes(self, photo: Photo, version: Version = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
         """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's keys."""

@@ -108,7 +108,7 @@ def neurons(explorer: Explorer, photo: Photo, view: View) -> Shown:
     said = {name: look.likeliest(explorer.names) for name, look in looks.items()}
     data = _data(photo, view, norms={k: x.norms[detect] for k, x in looks.items()}, attention=maps, says=said)
     if view.watched:
-        activation = explorer.activation(photo, *place_of(view.watched))
+        activation = explorer.activation(photo, place_of(view.watched))
         title = "Block {}, neuron {}".format(*place_of(view.watched))
         pictures["activation"] = picture(
             side_by_side({title: activation}, "activation", outliers, place, size)
