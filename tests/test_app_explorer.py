@@ -290,6 +290,14 @@ def test_attention_on_outliers_is_that_of_the_maps(explorer: Explorer) -> None:
     json.loads(found.json())
 
 
+def test_a_photo_without_outliers_is_told_so(explorer: Explorer) -> None:
+    without = [p for p in explorer.gallery if not explorer.outliers(p).any()]
+    for photo in explorer.gallery:
+        text = shown.attention(explorer, photo, View.first(explorer)).text
+        assert ("This photo has no outliers" in text) == (photo in without)
+    assert without
+
+
 def test_hostile_names_are_harmless(explorer: Explorer) -> None:
     assert shown.plain("<img src=x onerror=y>|*a*") == "&lt;img src=x onerror=y&gt;&#124;&#42;a&#42;"
 

@@ -83,6 +83,8 @@ def attention(explorer: Explorer, photo: Photo, view: View) -> Shown:
     text = f"Attention on the photo's {outliers.sum()} outliers, in block {view.block}: {', '.join(words)}."
     if not explorer.report.has_artifacts:
         text = "The model has no outliers that could draw attention."
+    elif not outliers.any():
+        text = "This photo has no outliers that could draw attention; others have."
     text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
     return Shown(pictures, text, _data(photo, view, attention=maps, on_outliers=shares, outliers=outliers))
 
