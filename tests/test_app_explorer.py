@@ -294,7 +294,7 @@ def test_a_photo_without_outliers_is_told_so(explorer: Explorer) -> None:
     without = [p for p in explorer.gallery if not explorer.outliers(p).any()]
     for photo in explorer.gallery:
         text = shown.attention(explorer, photo, View.first(explorer)).text
-        assert ("This photo has no outliers" in text) == (photo in without)
+        assert ("this photo has no outliers" in text) == (photo in without)
     assert without
 
 

@@ -84,7 +84,7 @@ def attention(explorer: Explorer, photo: Photo, view: View) -> Shown:
     if not explorer.report.has_artifacts:
         text = "The model has no outliers that could draw attention."
     elif not outliers.any():
-        text = "This photo has no outliers that could draw attention; others have."
+        text = f"Attention in block {view.block}: this photo has no outliers that could draw it."
     text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
     return Shown(pictures, text, _data(photo, view, attention=maps, on_outliers=shares, outliers=outliers))
 
