@@ -8,6 +8,7 @@
     ├── DataError               a data set that does not hold together, or a setting that a task does not have
     ├── FixError                a fix that does not fit the model, is damaged, or is applied out of order
     ├── OutputError             a result that cannot be written
+    ├── RankError               one of several processes that work together is lost
     └── MissingExtraError       an optional library that is not installed
 
     UserWarning
@@ -32,6 +33,10 @@ class UnsupportedModelError(VitregError):
 
 class NonFiniteError(VitregError):
     """Weights or activations hold NaN or infinity."""
+
+
+class RankError(VitregError):
+    """One of several processes that work together has died or was stopped."""
 
 
 class ImageError(VitregError):

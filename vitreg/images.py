@@ -7,6 +7,8 @@
 
 A bad file is skipped and reported, and the next good one takes its place: every batch but the last is full,
 whatever the number of worker processes.
+
+Of several processes (see ranks.py) each reads every n-th batch; where files are bad, batches are smaller then.
 """
 
 import contextlib
@@ -16,8 +18,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -32,6 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitreg.decoding import decode, photo_extensions, reason
 from vitreg.errors import ImageError, MissingExtraError
+from vitreg.ranks import ALONE, Ranks
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
 
@@ -54,10 +57,14 @@ class FailedImage:
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed images (CPU, float32) and the path of each; "shard.tar/member.jpg" for a web dataset."""
+    """Preprocessed images (CPU, float32) and the path of each; "shard.tar/member.jpg" for a web dataset.
+
+    `places`: of each among all good images, also those of other processes.
+    """
 
     pixels: Float[Tensor, "b 3 h w"]
     names: tuple[str, ...]
+    places: range | None = None
 
 
 Source = str | Path | Image.Image | Tensor | Sequence[str | Path | Image.Image]
@@ -65,6 +72,7 @@ _Named = tuple[str, Image.Image | Tensor | bytes]
 _Item = str | _Named | FailedImage  # a path, something in memory with its name, or what failed while listing
 _Outcome = tuple[str, Tensor] | FailedImage
 _Chunk = tuple[list[Tensor], list[str | FailedImage]]
+_Read = tuple[list[tuple[str, Tensor]], range, int]  # images, their places, and how many are read by now
 
 _CHUNK = 8  # images that travel together from a worker, in one shared memory file
 
@@ -78,6 +86,7 @@ def read_images(
     workers: int | None = None,
     strict: bool = False,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> "Images":
     """Find the images of `source` now; decode and preprocess them when the result is iterated.
 
@@ -89,7 +98,7 @@ def read_images(
     `preprocess`: a function, or an object with a `.preprocess` such as a Backbone.
     `limit` counts good images. `workers`: processes; by default up to 4, or none for fewer than two batches.
     `strict`: the first unreadable image is an ImageError instead of a FailedImage.
-    `progress`: a bar on stderr.
+    `progress`: a bar on stderr. `ranks`: the processes that share the images; each gets its own.
 
     Raises ImageError if there is nothing to read, MissingExtraError for .tar shards without webdataset.
     """
@@ -102,10 +111,10 @@ def read_images(
     if workers is None:
         few = not shards and min(len(items), limit or len(items)) < 2 * batch_size
         in_memory = not any(isinstance(item, str) for item in items)
-        workers = 0 if few or in_memory else min(os.cpu_count() or 1, 4)
+        workers = 0 if few or in_memory else min((os.cpu_count() or 1) // ranks.neighbours, 4)
     found = None if isinstance(source, Tensor) else _find_preprocess(preprocess)
     total = None if shards else len(items)
-    return Images(items, found, total, batch_size, limit, workers, strict, progress)
+    return Images(items, found, total, batch_size, limit, workers, strict, progress, ranks)
 
 
 def demo_photos() -> list[Path]:
@@ -128,6 +137,7 @@ class Images:
     workers: int
     strict: bool
     progress: bool
+    ranks: Ranks = ALONE
     _failed: list[FailedImage] = field(default_factory=list, init=False)
 
     @property
@@ -135,33 +145,67 @@ class Images:
         """The unreadable images of the current or latest iteration."""
         return tuple(self._failed)
 
-    def __iter__(self) -> Iterator[Batch]:
-        failed: list[FailedImage] = []
-        self._failed = failed
-        with contextlib.closing(self._good_images(failed)) as images, _progress_bar(self.progress) as show:
-            wanted = itertools.islice(images, self.limit)
-            done = 0
-            while some := list(itertools.islice(wanted, self.batch_size)):
-                done += len(some)
-                left = self.total and self.total - len(failed)
-                show(done, min((n for n in (self.limit, left) if n is not None), default=None))
-                yield _to_batch(some)
+    def first(self, count: int) -> "Images":
+        """The first good ones only."""
+        return replace(self, limit=min(count, self.limit or count), progress=False)
 
-    def _good_images(self, failed: list[FailedImage]) -> Generator[tuple[str, Tensor], None, None]:
-        good = 0
-        with contextlib.closing(self._outcomes()) as outcomes:
-            for outcome in outcomes:
-                if not isinstance(outcome, FailedImage):
-                    good += 1
-                    yield outcome
-                    continue
-                failed.append(outcome)
-                if self.strict:
-                    raise ImageError(f"{outcome.path}: {outcome.reason}. Without strict it would be skipped.")
-        if not good:
-            first = "; ".join(f"{image.path}: {image.reason}" for image in failed[:3])
-            what = f"none of {len(failed)} images could be read: {first}" if failed else "no image found"
-            raise ImageError(f"{what}. Expected images that Pillow can read (.jpg, .png, .webp, ...).")
+    def __iter__(self) -> Iterator[Batch]:
+        self._failed = []
+        with contextlib.closing(self._outcomes()) as outcomes, _progress_bar(self.progress) as show:
+            read = self._alone(outcomes) if self.ranks.size == 1 else self._together(outcomes)
+            done = 0
+            for some, places, done in read:
+                left = self.total and self.total - len(self._failed)
+                show(done, min((n for n in (self.limit, left) if n is not None), default=None))
+                if some:
+                    yield _to_batch(some, places)
+        if not done:
+            raise _nothing(self._failed)
+
+    def _alone(self, outcomes: Iterator[_Outcome]) -> Iterator[_Read]:
+        """Good images, as many as a batch holds; how many there were before them, and with them."""
+        done, wanted = 0, itertools.islice(self._good_images(outcomes), self.limit)
+        while some := list(itertools.islice(wanted, self.batch_size)):
+            yield some, range(done, done + len(some)), done + len(some)
+            done += len(some)
+
+    def _good_images(self, outcomes: Iterator[_Outcome]) -> Iterator[tuple[str, Tensor]]:
+        for outcome in outcomes:
+            if isinstance(outcome, FailedImage):
+                self._note(outcome)
+            else:
+                yield outcome
+
+    def _together(self, outcomes: Iterator[_Outcome]) -> Iterator[_Read]:
+        """The same of every rank's share, round by round: each learns what the others have read.
+
+        So the images are counted, limited and complained about in their order, as by one process.
+        """
+        done, more = 0, True
+        while more and (self.limit is None or done < self.limit):
+            mine = list(itertools.islice(outcomes, self.batch_size))
+            told = [outcome if isinstance(outcome, FailedImage) else None for outcome in mine]
+            rounds = self.ranks.gather(told)
+            more = any(len(theirs) == self.batch_size for theirs in rounds)
+            start = done
+            for rank, theirs in enumerate(rounds):
+                if rank == self.ranks.rank:
+                    start = done
+                for failed in theirs:
+                    if done == self.limit:
+                        break
+                    if failed is None:
+                        done += 1
+                    else:
+                        self._note(failed)
+            good = [outcome for outcome in mine if not isinstance(outcome, FailedImage)]
+            some = good[: max(done - start, 0)]
+            yield some, range(start, start + len(some)), done
+
+    def _note(self, failed: FailedImage) -> None:
+        self._failed.append(failed)
+        if self.strict:
+            raise ImageError(f"{failed.path}: {failed.reason}. Without strict it would be skipped.")
 
     def _outcomes(self) -> Generator[_Outcome, None, None]:
         try:
@@ -177,7 +221,7 @@ class Images:
             raise ImageError(f"the processes that read images failed: {reason(error)}. {advice}.") from error
 
     def _start_loader(self) -> Iterator[_Chunk]:
-        reader = _Reader(self._items, self._preprocess)
+        reader = _Reader(self._items, self._preprocess, self.batch_size, self.ranks)
         random = torch.Generator()  # else each iteration would draw from the caller's random numbers
         with warnings.catch_warnings():
             # More workers than cores, and (Python >= 3.12) a fork of a process with threads: both are meant.
@@ -302,20 +346,28 @@ class _Reader(IterableDataset[_Outcome]):
     """Every item in order, or one worker's share of them; failures come out as data.
 
     With n workers, each takes every n-th chunk. The loader asks the workers in turn, so the order stays.
-    Each worker streams all bytes of a shard and decodes its share: reading is cheap, decoding is not.
+    Each worker streams all bytes of a shard and decodes its share: reading is cheap, decoding is not. Of
+    several ranks, each takes every n-th batch.
     """
 
-    def __init__(self, items: list[_Item], preprocess: Preprocess | None) -> None:
+    def __init__(
+        self, items: list[_Item], preprocess: Preprocess | None, batch_size: int, ranks: Ranks
+    ) -> None:
         self.items = items
         self.preprocess = preprocess
+        self._batch, self._ranks = batch_size, ranks
 
     def __iter__(self) -> Iterator[_Outcome]:
         info = get_worker_info()
         mine, n = (info.id, info.num_workers) if info else (0, 1)
         members = (_shard_members(i) if isinstance(i, str) and _is_shard(i) else [i] for i in self.items)
-        for i, item in enumerate(itertools.chain.from_iterable(members)):
+        for i, item in enumerate(self._share(itertools.chain.from_iterable(members))):
             if i // _CHUNK % n == mine:
                 yield self._read(item)
+
+    def _share(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        ranks = self._ranks
+        return (item for i, item in enumerate(items) if i // self._batch % ranks.size == ranks.rank)
 
     def _read(self, item: _Item) -> _Outcome:
         if isinstance(item, FailedImage):
@@ -361,7 +413,7 @@ def _pack(outcomes: list[_Outcome]) -> _Chunk:
     return stacks, [outcome if isinstance(outcome, FailedImage) else outcome[0] for outcome in outcomes]
 
 
-def _to_batch(images: list[tuple[str, Tensor]]) -> Batch:
+def _to_batch(images: list[tuple[str, Tensor]], places: range) -> Batch:
     first, shape = images[0][0], tuple(images[0][1].shape)
     for name, pixels in images:
         if pixels.shape != shape:
@@ -369,7 +421,61 @@ def _to_batch(images: list[tuple[str, Tensor]]) -> Batch:
             raise ImageError(
                 f"{found}. A batch needs one size: crop in the preprocess, or pass batch_size=1."
             )
-    return Batch(torch.stack([pixels for _, pixels in images]), tuple(name for name, _ in images))
+    return Batch(torch.stack([pixels for _, pixels in images]), tuple(name for name, _ in images), places)
+
+
+def _nothing(failed: list[FailedImage]) -> ImageError:
+    first = "; ".join(f"{image.path}: {image.reason}" for image in failed[:3])
+    what = f"none of {len(failed)} images could be read: {first}" if failed else "no image found"
+    return ImageError(f"{what}. Expected images that Pillow can read (.jpg, .png, .webp, ...).")
+
+
+# ---- Some of the images
+
+
+def ranks_of(images: object) -> Ranks:
+    """The processes that share these images."""
+    return images.ranks if isinstance(images, Images) else ALONE
+
+
+class First:
+    """The first images of those that pass by, of all processes; `together` hands them to each of them."""
+
+    def __init__(self, count: int, images: object) -> None:
+        self._count, self._ranks = count, ranks_of(images)
+        self._kept: list[tuple[int, Tensor]] = []
+        self._seen = 0
+
+    def add(self, batch: Batch | Tensor) -> None:
+        pixels, places = pixels_of(batch), getattr(batch, "places", None)
+        numbers = places or range(self._seen, self._seen + len(pixels))
+        self._kept += [(i, row) for i, row in zip(numbers, pixels, strict=True) if i < self._count]
+        self._seen += len(pixels)
+
+    @property
+    def complete(self) -> bool:
+        return len(self._kept) == self._count
+
+    def together(self) -> Float[Tensor, "b 3 h w"]:
+        """Raises ImageError if there are none, or of several sizes."""
+        kept = sorted(itertools.chain(*self._ranks.gather(self._kept)), key=lambda pair: pair[0])
+        if not kept:
+            raise ImageError("there are no images; expected at least one batch.")
+        return torch.stack([row for _, row in kept])
+
+
+def first_images(images: Iterable[Batch] | Iterable[Tensor], count: int) -> Float[Tensor, "b 3 h w"]:
+    """The pixels of the first images, the same on every rank."""
+    kept = First(count, images)
+    for batch in images.first(count) if isinstance(images, Images) else images:
+        kept.add(batch)
+        if kept.complete:
+            break
+    return kept.together()
+
+
+def pixels_of(batch: Batch | Tensor) -> Float[Tensor, "b 3 h w"]:
+    return batch.pixels if isinstance(batch, Batch) else batch
 
 
 def printable(path: str) -> str:
