@@ -1,4 +1,4 @@
-"""Statistics stream: the same whatever the batches, mergeable, and equal to what is computed directly."""
+"""Statistics stream: the same whatever the batches and the ranks, and equal to what is computed directly."""
 
 from itertools import pairwise
 
@@ -7,6 +7,7 @@ import torch
 from catalog import CATALOG, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranked import of_each
 
 import vitreg
 from vitreg.anatomy import TokenLayout
@@ -39,10 +40,11 @@ def test_neither_batches_nor_order_matter(cuts, order):
     same(statistics(*(shuffled[a:b] for a, b in pairwise(bounds))), statistics(IMAGES))
 
 
-def test_statistics_merge():
-    halves = statistics(IMAGES[:5])
-    halves.merge(statistics(IMAGES[5:]))
-    same(halves, statistics(IMAGES))
+def test_statistics_of_ranks_are_put_together():
+    parts = (IMAGES[:5], IMAGES[5:])
+    mine = [statistics(part) for part in parts]
+    for whole in of_each(2, lambda ranks: mine[ranks.rank].together(ranks)):
+        same(whole, statistics(IMAGES))
 
 
 def test_sums_beyond_a_bound_equal_those_over_the_tokens_beyond_it():

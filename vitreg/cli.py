@@ -20,6 +20,7 @@ from vitreg.errors import VitregError
 from vitreg.evals.tasks import TASKS
 from vitreg.models import SCHEMES
 from vitreg.neurons import Method
+from vitreg.ranks import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,23 +98,26 @@ def diagnose(
     """Does a model have attention artifacts? Where, from which layer on, and what do they do?"""
     import vitreg
 
-    models, images = _split(inputs)
-    _check_writable(json_path, report, figure)
-    loaded = vitreg.load_fix(fix) if fix else None
-    found: list[Diagnosis] = []
-    for model in models:
-        vit = _load(model, size, random_weights, device, dtype)
-        if loaded:
-            loaded.apply(vit)
-            vit = replace(vit, name=f"{vit.name}, fixed ({loaded.type})")
-        photos = vitreg.read_images(
-            images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
-        )
-        found.append(vitreg.diagnose(vit, photos))
-    result = found[0] if len(found) == 1 else vitreg.Emergence(found)
-    typer.echo(str(result))
-    _write(result, json_path, report)
-    _write_figure(result, figure)
+    with joined() as ranks:
+        models, images = _split(inputs)
+        _check_writable(json_path, report, figure)
+        loaded = vitreg.load_fix(fix) if fix else None
+        found: list[Diagnosis] = []
+        for model in models:
+            vit = _load(model, size, random_weights, device, dtype)
+            if loaded:
+                loaded.apply(vit)
+                vit = replace(vit, name=f"{vit.name}, fixed ({loaded.type})")
+            photos = vitreg.read_images(
+                images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict,
+                progress=True, ranks=ranks,
+            )  # fmt: skip
+            found.append(vitreg.diagnose(vit, photos))
+        result = found[0] if len(found) == 1 else vitreg.Emergence(found)
+        if ranks.first:
+            typer.echo(str(result))
+            _write(result, json_path, report)
+            _write_figure(result, figure)
 
 
 @app.command()
@@ -146,27 +150,31 @@ def fix(
     import vitreg
     from vitreg.fixes.artifact import check_target
 
-    _check_writable(json_path, report)
-    check_target(out)
-    vit = _load(model, size, random_weights, device, dtype)
-    photos = vitreg.read_images(
-        images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
-    )
-    cure = vitreg.find_cure(
-        vit,
-        photos,
-        kind=kind,
-        method=method,
-        top_k=top_k or "auto",
-        recursive=recursive,
-        progress=_say,
-    )
-    typer.echo(str(cure))
-    _write(cure, json_path, report)
-    if cure.fix is None:
-        typer.echo("no fix was written: there is nothing to fix.")
-    else:
-        typer.echo(f"fix: {cure.save(out, vit=vit)}")
+    with joined() as ranks:
+        _check_writable(json_path, report)
+        check_target(out)
+        vit = _load(model, size, random_weights, device, dtype)
+        photos = vitreg.read_images(
+            images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True,
+            ranks=ranks,
+        )  # fmt: skip
+        cure = vitreg.find_cure(
+            vit,
+            photos,
+            kind=kind,
+            method=method,
+            top_k=top_k or "auto",
+            recursive=recursive,
+            progress=_say,
+        )
+        if not ranks.first:
+            return
+        typer.echo(str(cure))
+        _write(cure, json_path, report)
+        if cure.fix is None:
+            typer.echo("no fix was written: there is nothing to fix.")
+        else:
+            typer.echo(f"fix: {cure.save(out, vit=vit)}")
 
 
 @app.command()
@@ -189,16 +197,19 @@ def verify(
     """Does a fix help? The same images before and after, against controls."""
     import vitreg
 
-    _check_writable(json_path, report)
-    loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
-    vit = _load(model, size, random_weights, device, dtype)
-    loaded.check(vit)
-    photos = vitreg.read_images(
-        images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True
-    )
-    verdict = vitreg.verify(vit, loaded, photos, controls=controls, progress=_say)
-    typer.echo(str(verdict))
-    _write(verdict, json_path, report)
+    with joined() as ranks:
+        _check_writable(json_path, report)
+        loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
+        vit = _load(model, size, random_weights, device, dtype)
+        loaded.check(vit)
+        photos = vitreg.read_images(
+            images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True,
+            ranks=ranks,
+        )  # fmt: skip
+        verdict = vitreg.verify(vit, loaded, photos, controls=controls, progress=_say)
+        if ranks.first:
+            typer.echo(str(verdict))
+            _write(verdict, json_path, report)
 
 
 _TASKS = "\n\n".join(f"{task.name}: {task.about}. DATA: {task.data}." for task in TASKS.values())
@@ -238,24 +249,26 @@ def eval_(
     from vitreg.evals.command import run
     from vitreg.evals.config import default_cache
 
-    run(
-        task,
-        lambda builder: _load(model, size, random_weights, device, dtype, builder),
-        data,
-        fix=fix,
-        compared=compare,
-        settings=settings or [],
-        json_path=json_path,
-        report=report,
-        figure=figure,
-        machine={
-            "cache": None if no_cache else cache or default_cache(),
-            "limit": limit,
-            "batch_size": batch_size,
-            "workers": workers,
-            "progress": True,
-        },
-    )
+    with joined() as ranks:
+        run(
+            task,
+            lambda builder: _load(model, size, random_weights, device, dtype, builder),
+            data,
+            fix=fix,
+            compared=compare,
+            settings=settings or [],
+            json_path=json_path,
+            report=report,
+            figure=figure,
+            machine={
+                "cache": None if no_cache else cache or default_cache(),
+                "limit": limit,
+                "batch_size": batch_size,
+                "workers": workers,
+                "progress": True,
+                "ranks": ranks,
+            },
+        )
 
 
 @app.command()

@@ -18,9 +18,9 @@ from torch import Tensor
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes import AttentionBias, Fix, ShiftAverage, TestTimeRegisters, TokenSplitting
-from vitreg.images import Batch
+from vitreg.images import Batch, first_images
 from vitreg.models import Backbone
-from vitreg.neurons import Method, RegisterNeurons, find_register_neurons
+from vitreg.neurons import BATCH, Method, RegisterNeurons, find_register_neurons
 from vitreg.verdict import Verdict
 from vitreg.verify import verify
 
@@ -191,7 +191,7 @@ def choose(
     neurons moved too and calibrated to resemble outliers; if the model notices both, splitting, which
     changes nothing but the forked patches. Judged without labels, by the first images.
     """
-    few, neurons = _first(images, CHOOSING_IMAGES), joined(rounds)
+    few, neurons = list(first_images(images, CHOOSING_IMAGES).split(BATCH)), joined(rounds)
     tried: list[str] = []
     candidates: tuple[tuple[str, Callable[[], Fix]], ...] = (
         ("the paper's test-time register", lambda: registers_for(neurons)),
@@ -249,14 +249,3 @@ def _again(
         if joined(rounds).top_k == neurons.top_k:
             return rounds[:-1]
     return rounds
-
-
-def _first(images: Iterable[Batch] | Iterable[Tensor], count: int) -> list[Tensor]:
-    """The pixels of the first images."""
-    first: list[Tensor] = []
-    for batch in images:
-        pixels = batch.pixels if isinstance(batch, Batch) else batch
-        first.append(pixels[: count - sum(map(len, first))])
-        if sum(map(len, first)) >= count:
-            break
-    return first

@@ -9,6 +9,7 @@ final norm. An outlier is a patch token whose norm lies beyond the gap that sepa
 population of norms from the first (see threshold.py); a model without such a gap has no artifacts.
 """
 
+import itertools
 import platform
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
-from vitreg.images import Batch, Images
+from vitreg.images import Batch, Images, pixels_of, ranks_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
+from vitreg.ranks import Ranks
 from vitreg.statistics import EDGES, Collector, Statistics
 from vitreg.threshold import MIN_GAP, MIN_RATIO, Gap, quantile, widest_gap
 from vitreg.trace import trace
@@ -177,7 +179,8 @@ def diagnose(
     """Diagnose `vit` on `images` (from read_images, or any batches of (b, 3, h, w) tensors), in one pass.
 
     The first `examples` images are kept for figures; everything else streams, so memory does not grow
-    with their number. Raises ImageError without images, NonFiniteError for activations with NaN.
+    with their number. Images that several ranks share give one diagnosis, the same on each of them. Raises
+    ImageError without images, NonFiniteError for activations with NaN.
     """
     statistics, layout, kept = collect(vit, images, examples)
     failed = [asdict(f) for f in images.failed] if isinstance(images, Images) else []
@@ -189,11 +192,11 @@ def collect(
 ) -> tuple[Statistics, TokenLayout, list[Example]]:
     """The statistics of all images in one pass, their token layout, and the first few as examples."""
     collector: Collector | None = None
-    kept: list[Example] = []
+    kept: list[tuple[int, Example]] = []  # with the images' places
     with ExitStack() as stack:
         stack.enter_context(evaluating(vit.model))
         for batch in images:
-            pixels, names = (batch.pixels, batch.names) if isinstance(batch, Batch) else (batch, ())
+            pixels, names = pixels_of(batch), getattr(batch, "names", ())
             if collector is None:
                 layout = vit.layout_for(pixels)
                 collector = Collector(vit, Statistics.empty(vit, layout), layout)
@@ -205,21 +208,39 @@ def collect(
                 )
             vit(pixels)
             if len(kept) < examples:
-                kept += _examples(vit, pixels[: examples - len(kept)], names, collector, len(kept))
-    if collector is None:
+                start = batch.places.start if isinstance(batch, Batch) and batch.places else len(kept)
+                kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
+    return _together(vit, collector, kept, examples, ranks_of(images))
+
+
+def _together(
+    vit: Backbone,
+    collector: Collector | None,
+    kept: list[tuple[int, Example]],
+    examples: int,
+    ranks: Ranks,
+) -> tuple[Statistics, TokenLayout, list[Example]]:
+    """What all ranks have collected; one that had no image adds nothing."""
+    layouts = [found for found in ranks.gather(collector and collector.layout) if found]
+    if not layouts:
         raise ImageError("there are no images to diagnose; expected at least one batch.")
-    return collector.statistics, collector.layout, kept
+    if len(set(layouts)) > 1:
+        grids = ", ".join(str(grid) for grid in sorted({layout.grid for layout in layouts}))
+        raise ImageError(f"images have different patch grids ({grids}); diagnose one size at a time.")
+    mine = collector.statistics if collector else Statistics.empty(vit, layouts[0])
+    first = sorted(itertools.chain(*ranks.gather(kept)), key=lambda pair: pair[0])[:examples]
+    return mine.together(ranks), layouts[0], [example for _, example in first]
 
 
 def _examples(
     vit: Backbone, pixels: Tensor, names: Sequence[str], collector: Collector, start: int
-) -> list[Example]:
+) -> list[tuple[int, Example]]:
     count = len(pixels)
     norms = collector.layout.as_grid(torch.stack([x[:count] for x in collector.norms], 1)).cpu().numpy()
     shares = collector.layout.as_grid(torch.stack([x[:count] for x in collector.shares], 1)).cpu().numpy()
     photos = photos_of(vit, pixels)
     named = list(names) + [f"image-{start + i}" for i in range(len(names), count)]
-    return [Example(named[i], photos[i], norms[i], shares[i]) for i in range(count)]
+    return [(start + i, Example(named[i], photos[i], norms[i], shares[i])) for i in range(count)]
 
 
 def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndarray, "b h w 3"]:
@@ -247,7 +268,6 @@ def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndar
 def _conclude(
     vit: Backbone, layout: TokenLayout, s: Statistics, failed: list[dict[str, str]], kept: list[Example]
 ) -> Diagnosis:
-    s.to_cpu()
     gaps = [widest_gap(counts, EDGES) for counts in s.counts]
     layers = [_layer(layer, s, gaps, layout) for layer in range(len(gaps))]
     separated = [gap is not None and gap.separates for gap in gaps]

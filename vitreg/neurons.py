@@ -20,11 +20,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vitreg.diagnosis import Diagnosis
-from vitreg.errors import FixError, ImageError
+from vitreg.errors import FixError
 from vitreg.fingerprint import Fingerprint
-from vitreg.images import Batch
+from vitreg.images import Batch, First, pixels_of, ranks_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
+from vitreg.ranks import Ranks
 from vitreg.trace import token_norms, watch
 
 Method = Literal["contrast", "paper"]
@@ -36,6 +37,8 @@ SILENT, MIN_SILENT_SHARE = 0.5, 0.5
 SAMPLED_TOKENS = 64
 # Activations that one pass may hold at a time, in bytes.
 HELD = 1 << 30
+# Images, the first ones, on which the number of neurons is searched, and in batches of which size.
+SEARCHED, BATCH = 64, 32
 # How many of the best neurons are kept with their scores.
 RANKED = 256
 
@@ -183,7 +186,7 @@ def find_register_neurons(
     if not 0 <= top <= report.detect_layer:
         raise ValueError(f"top_layer={top}: expected 0 to the detect layer, {report.detect_layer}.")
     sums = _Sums(vit, top, report.detect_layer, report.threshold)
-    kept = sums.run(vit, images)
+    kept = sums.run(vit, images)  # of all ranks, which go on alike
     ranking = sums.ranked(method)
     found = RegisterNeurons(
         (), ranking, method, top, report.detect_layer, report.threshold, sums.images,
@@ -209,22 +212,25 @@ class _Sums:
 
         self.outlier, self.outlier_signed = zeros(), zeros()
         self.normal, self.normal_signed, self.silent = zeros(), zeros(), zeros()
-        self.images = self.with_outliers = 0
+        self.images = self.with_outliers = self.sampled = self.sampled_normal = 0
         self._held: dict[int, Tensor] = {}
 
-    def run(self, vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], keep: int = 64) -> list[Tensor]:
-        """Add all images; returns the first `keep` of them."""
-        kept: list[Tensor] = []
+    def run(self, vit: Backbone, images: Iterable[Batch] | Iterable[Tensor]) -> list[Tensor]:
+        """Add all images; returns batches of the first of them."""
+        kept = First(SEARCHED, images)
         with evaluating(vit.model), watch(vit, on_block=self._block, on_neurons=self._neurons) as self._watch:
             for batch in images:
-                pixels = batch.pixels if isinstance(batch, Batch) else batch
-                if sum(map(len, kept)) < keep:
-                    kept.append(pixels[: keep - sum(map(len, kept))])
-                for part in pixels.split(self._at_once(vit, pixels)):
+                kept.add(batch)
+                for part in pixels_of(batch).split(self._at_once(vit, pixels_of(batch))):
                     run_until(vit, part)
-        if not self.images:
-            raise ImageError("there are no images to search; expected at least one batch.")
-        return kept
+        self._put_together(ranks_of(images))
+        return list(kept.together().split(BATCH))
+
+    def _put_together(self, ranks: Ranks) -> None:
+        for name in ("outlier", "outlier_signed", "normal", "normal_signed", "silent"):
+            setattr(self, name, ranks.add(getattr(self, name)))
+        for name in ("images", "with_outliers", "sampled", "sampled_normal"):
+            setattr(self, name, sum(ranks.gather(getattr(self, name))))
 
     def _at_once(self, vit: Backbone, pixels: Tensor) -> int:
         tokens = vit.layout_for(pixels).tokens
@@ -258,8 +264,8 @@ class _Sums:
             self.normal[layer] += some.sum(0)
             self.normal_signed[layer] += few[normal].sum(0)
             self.silent[layer] += (few.abs() < SILENT).sum((0, 1))
-        self.sampled_normal = getattr(self, "sampled_normal", 0) + int(normal.sum())
-        self.sampled = getattr(self, "sampled", 0) + normal.numel()
+        self.sampled_normal += int(normal.sum())
+        self.sampled += normal.numel()
         self._held.clear()
 
     def ranked(self, method: Method) -> tuple[RegisterNeuron, ...]:

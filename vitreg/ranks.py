@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from vitreg.errors import RankError
 
@@ -78,8 +80,8 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    store, rank, size = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group("gloo", store=dist.PrefixStore("vitreg", store), rank=rank, world_size=size)
+    store, rank, size = next(iter(rendezvous("env://")))
+    dist.init_process_group("gloo", store=PrefixStore("vitreg", store), rank=rank, world_size=size)
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     before = signal.signal(signal.SIGTERM, _stopped)  # so does torchrun with those that are left
     try:

@@ -3,7 +3,7 @@
 Everything that is asked of outliers (how many, where, how much attention they draw) depends on a
 threshold that is known only at the end. So each quantity is summed per bin of the token's norm:
 afterwards, "over the outliers" is a sum over the bins beyond the threshold, for any threshold, from one
-pass. All sums add up, so partial statistics merge and the order of the images does not matter.
+pass. All sums add up, so the ranks' statistics merge and the order of the images does not matter.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
 from vitreg.models import Backbone
+from vitreg.ranks import Ranks
 from vitreg.threshold import MIN_RATIO
 from vitreg.trace import token_norms, watch
 
@@ -67,21 +68,15 @@ class Statistics:
             median_energy=zeros(depth, width),
         )
 
-    def merge(self, other: "Statistics") -> None:
-        """Add the statistics of other images of the same model."""
+    def together(self, ranks: Ranks) -> "Statistics":
+        """Those of all ranks' images, on the CPU."""
+        found = {}
         for name, mine in vars(self).items():
-            theirs = getattr(other, name)
             if name == "images":
-                self.images += theirs
-            elif name == "largest":
-                self.largest = torch.maximum(mine, theirs)
+                found[name] = sum(ranks.gather(mine))
             else:
-                mine += theirs
-
-    def to_cpu(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.cpu())
+                found[name] = (ranks.largest if name == "largest" else ranks.add)(mine.cpu())
+        return Statistics(**found)
 
     # -- questions, answered once the threshold is known -------------------------------------------
 

@@ -6,7 +6,7 @@
 Images stream; one number per image and measure is kept.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from vitreg.controls import ABLATIONS, PLACEBOS, controls_of
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import ImageError
 from vitreg.fixes.base import Fix
-from vitreg.images import Batch
+from vitreg.images import Batch, ranks_of
 from vitreg.labels import class_of, find_readout, wordnet_classes
 from vitreg.measures import KINDS, Estimate, Look, Reference, Resampled, look_at
 from vitreg.models import Backbone
+from vitreg.ranks import Ranks
 from vitreg.verdict import Control, Measure, Verdict
 
 # Artifacts are said to be removed, not only reduced, if at most this share of the outliers is left.
@@ -76,6 +77,7 @@ def verify(
     table = Measured(vit, before, labels, after.images)
     for batch in images:
         table.add(batch, {"fix": fix} | (chosen.fixes if chosen else {}))
+    table.put_together(ranks_of(images))
     return _concluded(vit, fix, before, after, table, chosen.left_out if chosen else (), seed)
 
 
@@ -92,6 +94,7 @@ class Measured:
         if labels is True and self._readout.classes:
             self._classes = wordnet_classes(self._readout.classes)
         self._rows: dict[str, dict[str, list[np.ndarray]]] = {}
+        self._places: dict[str, list[int]] = {}  # of the images among those of all ranks
         self._border = self._outliers = 0
         self.images = self.labelled = 0
 
@@ -108,25 +111,43 @@ class Measured:
                 f" is of {report.grid} and {len(report.layers)}. Diagnose what you verify."
             )
         classes = [class_of(name, self._classes) for name in names]
-        some = torch.arange(-self.images % self.stride, len(pixels), self.stride)  # for the controls
+        places = getattr(batch, "places", None) or range(self.images, self.images + len(pixels))
+        some = torch.arange(-places.start % self.stride, len(pixels), self.stride)  # for the controls
         plain = look_at(self._vit, pixels, self._readout)
         whole = Reference(plain, self._report, layout, classes)
         part = Reference(plain.of(some), self._report, layout, [classes[i] for i in some.tolist()])
-        self._keep("unfixed", whole, plain)
+        self._keep("unfixed", whole, plain, places)
+        whole_run, control = (whole, pixels, places), (part, pixels[some], [places[i] for i in some])
         for name, fix in versions.items():
-            reference, few = (whole, pixels) if name == "fix" else (part, pixels[some])
+            reference, few, at = whole_run if name == "fix" else control
             if len(few):
                 with fix.applied_to(self._vit):
-                    self._keep(name, reference, look_at(self._vit, few, self._readout))
+                    self._keep(name, reference, look_at(self._vit, few, self._readout), at)
         border, outliers = whole.at_border()
         self._border, self._outliers = self._border + border, self._outliers + outliers
         self.images += len(pixels)
         self.labelled += sum(c is not None for c in classes)
 
-    def _keep(self, version: str, reference: Reference, look: Look) -> None:
+    def _keep(self, version: str, reference: Reference, look: Look, places: Sequence[int]) -> None:
+        self._places.setdefault(version, []).extend(places)
         measures = self._rows.setdefault(version, {})
         for name, values in reference.measure(look).items():
             measures.setdefault(name, []).append(values.double().cpu().numpy())
+
+    def put_together(self, ranks: Ranks) -> None:
+        """The images of all ranks, in their order."""
+        counts = [self.images, self.labelled, self._border, self._outliers]
+        self.images, self.labelled, self._border, self._outliers = (
+            sum(each) for each in zip(*ranks.gather(counts), strict=True)
+        )
+        parts = ranks.gather((self._rows, self._places))
+        self._rows = {}
+        for version in dict.fromkeys(version for rows, _ in parts for version in rows):
+            here = [(rows[version], places[version]) for rows, places in parts if version in rows]
+            order = np.argsort([place for _, places in here for place in places])
+            for name in here[0][0]:
+                joined = np.concatenate([values for rows, _ in here for values in rows[name]])
+                self._rows.setdefault(version, {})[name] = [joined[order]]
 
     def numbers(self) -> dict[str, dict[str, np.ndarray]]:
         """One number per image, {version: {measure: (b,)}}; fewer images for controls.

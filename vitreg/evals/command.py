@@ -47,6 +47,8 @@ def run(
     results = _evaluated(found, vit, data, config, loaded, compared)
     text = compare(*results) if len(results) == 2 else str(results[0])
     sys.stdout.write(f"{text}\n")
+    if not config.ranks.first:
+        return
     if json_path is not None:
         document = comparison_json(*results) if len(results) == 2 else results[0].to_json()
         write_atomically(json_path, json.dumps(document, indent=1))

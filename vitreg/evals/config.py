@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitreg.ranks import ALONE, Ranks
+
 
 @dataclass(frozen=True)
 class Config:
     """What all tasks share. `cache` is the folder that keeps features (None: none are kept).
 
-    `limit`: so many images of each split, evenly spread. `progress`: a bar on stderr.
+    `limit`: so many images of each split, evenly spread. `progress`: a bar on stderr. `ranks`: the
+    processes that compute features together (see vitreg.ranks); what is made of them, each of them makes.
     """
 
     seed: int = 0
@@ -19,6 +22,7 @@ class Config:
     workers: int | None = None
     cache: Path | None = None
     progress: bool = False
+    ranks: Ranks = ALONE
 
     def settings(self) -> dict[str, Any]:
         """What results depend on: all but where and how fast they are computed."""
@@ -31,4 +35,4 @@ def default_cache() -> Path:
     return Path(os.environ.get("VITREG_CACHE") or Path(home) / "vitreg")
 
 
-_MACHINE = ("batch_size", "workers", "cache", "progress", "seed")
+_MACHINE = ("batch_size", "workers", "cache", "progress", "ranks", "seed")

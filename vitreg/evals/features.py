@@ -16,13 +16,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vitreg.errors import ImageError
+from vitreg.errors import DataError, ImageError
 from vitreg.evals.config import Config
 from vitreg.evals.keys import digest, file_key, model_key, preprocess_key
 from vitreg.evals.observer import FEATURES, Observer
 from vitreg.images import FailedImage, Preprocess, printable, read_images
 from vitreg.models import Backbone
 from vitreg.output import write_atomically
+from vitreg.ranks import Ranks
 
 _CHUNK = 64  # photos per cached file
 _FORMAT = 1  # of the cached files: raised whenever a feature's meaning changes
@@ -99,8 +100,9 @@ def extract_features(
     chosen = spread(len(paths), config.limit)
     common = (model_key(vit), preprocess_key(preprocess), split, sorted(wanted), dtype, torch.__version__)
     store = _Store(config.cache, digest(_FORMAT, *common), [paths[i] for i in chosen])
-    if missing := store.missing():
+    if missing := store.missing(config.ranks):
         _Extraction(Observer(vit, wanted, dtype), split, config, store).run(missing, preprocess)
+    store.put_together(config.ranks)
     return store.features(chosen)
 
 
@@ -132,9 +134,27 @@ class _Store:
             self.files.append(self.folder / f"{digest(self.key, start, photos)}.safetensors")
         self.chunks = {i: _opened(file) for i, file in enumerate(self.files) if file.exists()}
 
-    def missing(self) -> list[int]:
-        """Positions of the photos in chunks that are not there yet."""
-        return [i for i in range(len(self.paths)) if i // _CHUNK not in self.chunks]
+    def missing(self, ranks: Ranks) -> list[int]:
+        """Positions of the photos in chunks that are not there yet, and that fall to this rank."""
+        missing = (i for i in range(len(self.paths)) if i // _CHUNK not in self.chunks)
+        return [i for i in missing if i // _CHUNK % ranks.size == ranks.rank]
+
+    def put_together(self, ranks: Ranks) -> None:
+        """The chunks of all ranks: from the files, which each of them must see, or from memory."""
+        if ranks.size == 1:
+            return
+        if self.folder is None:
+            for theirs in ranks.gather(self.chunks):
+                self.chunks |= theirs
+            return
+        ranks.gather("written")
+        for chunk, file in enumerate(self.files):
+            if not file.exists():
+                raise DataError(
+                    f"process {ranks.rank} does not see features that another one wrote to {self.folder}."
+                    " Give --cache a folder that all machines share, or --no-cache."
+                )
+            self.chunks[chunk] = self.chunks.get(chunk) or _opened(file)
 
     def put(self, chunk: int, rows: dict[str, Tensor]) -> None:
         if self.folder is None:

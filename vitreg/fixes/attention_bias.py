@@ -24,10 +24,11 @@ from vitreg.errors import FixError, ImageError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.inside import Inside
 from vitreg.fixes.registers import TestTimeRegisters
-from vitreg.images import Batch
+from vitreg.images import Batch, pixels_of, ranks_of
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating
+from vitreg.ranks import Ranks
 from vitreg.trace import watch
 
 
@@ -67,8 +68,8 @@ class AttentionBias(Fix):
         means = _Means(vit, register.entry)
         with register.applied_to(vit), evaluating(vit.model), watch(vit, on_attention=means.add):
             for batch in images:
-                vit(batch.pixels if isinstance(batch, Batch) else batch)
-        return cls(register.neurons, means.tensors(), register.entry)
+                vit(pixels_of(batch))
+        return cls(register.neurons, means.tensors(ranks_of(images)), register.entry)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionBias) and (
@@ -118,12 +119,19 @@ class _Means:
             self._sums[name][layer] = self._sums[name].get(layer, 0.0) + read.sum(0)
         self._images += len(read) if layer == self._entry else 0
 
-    def tensors(self) -> dict[str, Float[Tensor, "l h c"]]:
-        if not self._images:
+    def tensors(self, ranks: Ranks) -> dict[str, Float[Tensor, "l h c"]]:
+        """The means over the images of all ranks."""
+        images = sum(ranks.gather(self._images))
+        if not images:
             raise ImageError("there are no images to calibrate with; expected at least one batch.")
-        return {
-            name: (torch.stack([sums[layer] for layer in sorted(sums)]) / self._images).float().cpu()
+        mine = {
+            name: torch.stack([sums[layer] for layer in sorted(sums)]).cpu()
             for name, sums in self._sums.items()
+            if sums
+        }
+        parts = [part for part in ranks.gather(mine) if part]  # of ranks that had images
+        return {
+            name: (torch.stack([part[name] for part in parts]).sum(0) / images).float() for name in parts[0]
         }
 
 

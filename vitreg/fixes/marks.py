@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.errors import FixError, ImageError
-from vitreg.images import Batch
+from vitreg.errors import FixError
+from vitreg.images import Batch, first_images
 from vitreg.models import Backbone
-from vitreg.neurons import Enough, RegisterNeuron, RegisterNeurons, run_until
+from vitreg.neurons import BATCH, Enough, RegisterNeuron, RegisterNeurons, run_until
 from vitreg.probe import evaluating
 from vitreg.trace import token_norms, watch
 
@@ -124,13 +124,8 @@ def _activations(
             raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=saw_block, on_neurons=saw_neurons) as seen:
-        for batch in images:
-            pixels = batch.pixels if isinstance(batch, Batch) else batch
-            run_until(vit, pixels[: IMAGES - sum(map(len, masks))])
-            if sum(map(len, masks)) >= IMAGES:
-                break
-    if not masks:
-        raise ImageError("there are no images to set thresholds by; expected at least one batch.")
+        for pixels in first_images(images, IMAGES).split(BATCH):
+            run_until(vit, pixels)
     return torch.cat(values), torch.cat(masks)
 
 
@@ -152,7 +147,6 @@ def mean_outliers(
     """
     detect, threshold = _outlier_norm(neurons)
     sums = places = torch.zeros(())
-    seen_images = 0
     entering: list[Tensor] = []
 
     def saw_block(index: int, residual: Tensor) -> None:
@@ -167,16 +161,13 @@ def mean_outliers(
             places = places + outliers.sum(0)
             raise Enough
 
+    looked_at = first_images(images, IMAGES)
     with evaluating(vit.model), watch(vit, on_block=saw_block) as seen:
-        for batch in images:
-            pixels = (batch.pixels if isinstance(batch, Batch) else batch)[: IMAGES - seen_images]
+        for pixels in looked_at.split(BATCH):
             run_until(vit, pixels)
-            seen_images += len(pixels)
-            if seen_images >= IMAGES:
-                break
     if not places.any():
         raise FixError("none of these images has an outlier to learn from. Give images that have some.")
-    average = round(float(places.sum()) / seen_images)
+    average = round(float(places.sum()) / len(looked_at))
     count = min(max(average, 1), MOST_REGISTERS) if count is None else count
     best = places.topk(min(count, int((places > 0).sum()))).indices
     found = sums[best] / places[best, None]
