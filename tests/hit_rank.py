@@ -1,4 +1,4 @@
-"""`python hit_rank.py kill|nan RANK COMMAND...`: the vitreg command, in which one rank is hit in its second round."""
+"""`python hit_rank.py kill|nan RANK COMMAND...`: the vitreg command; a rank is hit in its second round."""
 
 import os
 import signal
