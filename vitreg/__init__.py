@@ -13,6 +13,7 @@ from vitreg.errors import (
     ModelLoadError,
     NonFiniteError,
     OutputError,
+    RankError,
     UnsupportedModelError,
     VitregError,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "NonFiniteError",
     "NoopTest",
     "OutputError",
+    "RankError",
     "Phantom",
     "RegisterNeuron",
     "RegisterNeurons",
