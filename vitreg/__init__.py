@@ -1,10 +1,12 @@
 """vitreg: find, explain and remove attention artifacts in Vision Transformers."""
 
 from vitreg.anatomy import Anatomy, TokenLayout
+from vitreg.archive import Extraction, extract_archive
 from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.emergence import Emergence
 from vitreg.errors import (
+    ArchiveError,
     DataError,
     FixError,
     FixWarning,
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Applied",
+    "ArchiveError",
     "AttentionBias",
     "Backbone",
     "Batch",
@@ -55,6 +58,7 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Emergence",
+    "Extraction",
     "Fix",
     "FixError",
     "FixWarning",
@@ -84,6 +88,7 @@ __all__ = [
     "diagnose",
     "example",
     "export",
+    "extract_archive",
     "find_cure",
     "find_register_neurons",
     "load",
