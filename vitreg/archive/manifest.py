@@ -70,13 +70,14 @@ class Extraction:
             raise ArchiveError(f"{out} has no {MANIFEST}: no run has ended there. Run vitreg features again.")
         document = json.loads(place.read(MANIFEST))
         del document["complete"]
-        failed = [FailedImage(**image) for image in document.pop("failed")]
+        failed = [FailedImage(image["name"], image["reason"]) for image in document.pop("failed")]
         return Extraction(out=out, failed=failed, **document)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what manifest.json holds."""
         document = asdict(self)
         del document["out"]  # it may be copied elsewhere
+        document["failed"] = [{"name": image.path, "reason": image.reason} for image in self.failed]
         return {"complete": self.complete, **document}
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ a batch holds depends on the shard alone: neither the worker nor a restart chang
 """
 
 import json
+import os
 import resource
 import socket
 import sys
@@ -79,14 +80,15 @@ class ShardWorker:
     def _count_try(self, index: int) -> None:
         """A photo that kills every worker must not do so for ever. (Ray has no such limit that lasts.)"""
         out, name = self._job.out, f"{TRYING}/{index:06d}"
-        before = int(out.read(name)) if out.has(name) else 0
+        before = json.loads(out.read(name))["tries"] if out.has(name) else 0
         if before == _TRIES:
             raise ArchiveError(
                 f"shard {index} has been begun {before} times, and its worker died each time. It begins with"
                 f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: fewer --workers or"
                 " a smaller --batch-size need less."
             )
-        out.write(name, str(before + 1).encode())
+        here = {"tries": before + 1, "host": socket.gethostname(), "pid": os.getpid()}
+        out.write(name, json.dumps(here).encode())
 
     def _make(self, index: int) -> dict[str, Any]:
         job, watch = self._job, Stopwatch()
