@@ -4,8 +4,8 @@
 
 A clean run with two workers makes the answer. Then the same is done with one worker killed (SIGKILL) in the
 middle, then the driver, and, when it goes on, both workers. The outputs must be the same, byte by byte, every
-good photo must be there once, every damaged one in the manifest, and shards that were finished when the driver
-died must not have been made again.
+good photo must be there once, every damaged one in the manifest, and shards that were finished when the
+driver died must not have been made again.
 """
 
 import argparse

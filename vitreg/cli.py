@@ -333,6 +333,7 @@ def features(
     """Write the features of a whole archive as Parquet and safetensors, on Ray. The same command goes on."""
     import vitreg
 
+    chosen = _numbers(layers)
     loaded = vitreg.load_fix(fix) if fix else None
     vit = _load(model, size, random_weights, "cpu", precision)  # workers move it to their device
     if loaded:
@@ -342,7 +343,7 @@ def features(
         data,
         out,
         tokens=tokens.split(",") if tokens else None,
-        layers=_numbers(layers),
+        layers=chosen,
         dtype=dtype,
         batch_size=batch_size,
         shard_images=shard_size,

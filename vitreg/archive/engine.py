@@ -50,7 +50,7 @@ def ray_session(workers: int | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise ArchiveError(
-            f"Ray does not start at {address}: {why}. See to RAY_ADDRESS, or unset it to use this machine alone."
+            f"Ray does not start at {address}: {why}. See to RAY_ADDRESS, or unset it for a local run."
         ) from error
     try:
         yield

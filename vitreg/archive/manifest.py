@@ -1,7 +1,7 @@
 """What an extraction has made so far, gathered from the shards' own entries: a killed driver loses nothing.
 
-    found = Extraction.read("features/")       # from manifest.json, which a run writes when it ends
-    print(found)
+found = Extraction.read("features/")       # from manifest.json, which a run writes when it ends
+print(found)
 """
 
 import json
@@ -85,7 +85,10 @@ class Extraction:
         shards = f"{self.done} of {self.plan['shards']} shards, {state}"
         size = f"{len(self.files)} files, {self.bytes / 1e6:,.1f} MB"
         lines = [f"{self.images} images, {len(self.failed)} not read; {shards}", f"{self.out}: {size}"]
-        lines += [f"  {name}: {' x '.join(map(str, shape))}" for name, shape in self.plan["settings"]["features"].items()]
+        lines += [
+            f"  {name}: {' x '.join(map(str, shape))}"
+            for name, shape in self.plan["settings"]["features"].items()
+        ]
         lines += [self.limits(), *self._failures()] if self.seconds else []
         return "\n".join(lines)
 
@@ -117,7 +120,9 @@ class Extraction:
 
 def finished(out: Place) -> list[int]:
     """The shards whose entries are there."""
-    return [int(name[: -len(".json")]) for name in out.names(DONE) if name.endswith(".json") and name[0] != "."]
+    return [
+        int(name[: -len(".json")]) for name in out.names(DONE) if name.endswith(".json") and name[0] != "."
+    ]
 
 
 def _merge(workers: dict[str, dict[str, Any]], worker: dict[str, Any]) -> None:

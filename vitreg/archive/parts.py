@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.archive.place import Place
@@ -22,7 +23,13 @@ class Parts:
     """Takes rows, writes files. `grid` (gh, gw) is the shape of the dense maps."""
 
     def __init__(
-        self, out: Place, shard: int, images: int, grid: tuple[int, int], watch: Stopwatch, pool: ThreadPoolExecutor
+        self,
+        out: Place,
+        shard: int,
+        images: int,
+        grid: tuple[int, int],
+        watch: Stopwatch,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self.files: list[dict[str, Any]] = []  # {file, rows, bytes}
         self._out, self._shard, self._most, self._grid = out, shard, images, grid
@@ -53,7 +60,9 @@ class Parts:
         if self._writing:
             with self._watch("waiting for the disk"):
                 self._writing.result()
-        self._writing = self._pool.submit(self._write, f"{self._shard:06d}-{self._part:03d}", self._names, self._rows)
+        self._writing = self._pool.submit(
+            self._write, f"{self._shard:06d}-{self._part:03d}", self._names, self._rows
+        )
         self._names, self._rows, self._bytes = [], [], 0
         self._part += 1
 
@@ -84,18 +93,18 @@ def _to_parquet(names: list[str], vectors: dict[str, list[Tensor]]) -> bytes:
 
     columns: dict[str, Any] = {"name": pa.array(names)}
     for feature, rows in vectors.items():
-        columns[feature] = _vectors(rows) if rows[0].dim() == 1 else _lists(rows)
+        columns[feature] = _vectors(torch.stack(rows)) if rows[0].dim() == 1 else _lists(rows)
     buffer = io.BytesIO()
     # Features do not repeat and hardly compress: a dictionary or a codec would only cost time.
     pq.write_table(pa.table(columns), buffer, compression="none", use_dictionary=False)
     return buffer.getvalue()
 
 
-def _vectors(rows: list[Tensor]) -> Any:
-    """(d) each -> a list of fixed size per photo."""
+def _vectors(rows: Float[Tensor, "n d"]) -> Any:
+    """Lists of fixed size."""
     import pyarrow as pa
 
-    return pa.FixedSizeListArray.from_arrays(pa.array(torch.cat(rows).numpy()), rows[0].shape[-1])
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[-1])
 
 
 def _lists(rows: list[Tensor]) -> Any:
@@ -104,4 +113,4 @@ def _lists(rows: list[Tensor]) -> Any:
 
     kept = [row[~row.isnan().all(-1)] for row in rows]
     ends = torch.tensor([0, *(len(row) for row in kept)]).cumsum(0).to(torch.int32)
-    return pa.ListArray.from_arrays(pa.array(ends.numpy()), _vectors(kept))
+    return pa.ListArray.from_arrays(pa.array(ends.numpy()), _vectors(torch.cat(kept)))

@@ -40,7 +40,9 @@ class Place:
         except ImportError as error:  # fsspec knows which package it is, and says so
             raise DataError(f"{text} cannot be reached: {' '.join(str(error).split())}.") from error
         except Exception as error:  # a driver's own
-            raise DataError(f"{text} cannot be reached: {reason(error)}. Expected a path or a URL.") from error
+            raise DataError(
+                f"{text} cannot be reached: {reason(error)}. Expected a path or a URL."
+            ) from error
         return Place(text, fs, path.rstrip("/") or "/")
 
     @property

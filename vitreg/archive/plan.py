@@ -49,14 +49,20 @@ def settle(out: Place, settings: Settings, archive: Archive) -> int:
         document = json.loads(out.read(DOCUMENT))
         number, before, shards = document["format"], document["settings"], int(document["shards"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ArchiveError(f"{out.url}/{DOCUMENT} is damaged: {reason(error)}. Choose another folder.") from error
+        raise ArchiveError(
+            f"{out.url}/{DOCUMENT} is damaged: {reason(error)}. Choose another folder."
+        ) from error
     if number != FORMAT:
-        raise ArchiveError(f"{out.url} has format {number}, this version writes {FORMAT}. Choose another folder.")
+        raise ArchiveError(
+            f"{out.url} has format {number}, this version writes {FORMAT}. Choose another folder."
+        )
     now = json.loads(json.dumps(asdict(settings)))
     names = [name for name in now if name != "model" and before.get(name) != now[name]]
     if names:
         named = ["model", *names] if before["model"] != now["model"] else names
-        differences = "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now[name])}" for name in named)
+        differences = "; ".join(
+            f"{name} was {_short(before.get(name))}, is {_short(now[name])}" for name in named
+        )
         raise ArchiveError(
             f"{out.url} holds features made with other settings: {differences}. Choose another folder, or the"
             " same settings."

@@ -48,9 +48,9 @@ def extract_archive(
     files with image bytes (in `column`, where it is not plain which). `out`: a folder, local or a URL. The
     same call goes on where a run was stopped.
 
-    `tokens`: some of cls (d), mean of the patches (d), output of the model, registers (r, d; trained ones, and
-    those that a fix adds) and patches (gh, gw, d), after the model's final norm; by default cls, where there
-    is one, and mean. `layers` are 0-based; without them, the last. `dtype` is what is stored; the model
+    `tokens`: some of cls (d), mean of the patches (d), output of the model, registers (r, d; trained ones,
+    and those that a fix adds) and patches (gh, gw, d), after the model's final norm; by default cls, where
+    there is one, and mean. `layers` are 0-based; without them, the last. `dtype` is what is stored; the model
     computes in its own. `shard_images`: photos per file, and the work that is lost when a worker dies.
     `workers` hold a model each: by default one per GPU, else one for every 4 CPUs. Runs on the cluster of
     RAY_ADDRESS where that is set, else on this machine.
@@ -69,17 +69,17 @@ def extract_archive(
     archive = find_archive(str(data))
     _refuse_inside(place, archive)
     place.make(DONE, TRYING, VECTORS, *([PATCHES] if any("patches" in name for name in features) else []))
-    settings = _settings(vit, features, dtype, batch_size, shard_images, column)
+    settings = settings_of(vit, features, dtype, batch_size, shard_images, column)
     planned = settle(place, settings, archive)
     left = sorted({*range(planned)} - {*finished(place)})
     for name in place.names(TRYING):  # a new run has its tries anew
         place.remove(f"{TRYING}/{name}")
     if left:
-        job = _job(vit, settings, archive, place)
-        with ray_session(workers), unfixed(vit.model), _gathering(place):
-            with _bar(planned, planned - len(left), progress) as show:
-                for entry in run_shards(job, left, workers, device):
-                    show(entry["images"])
+        job = job_of(vit, settings, archive, place)
+        bar = _bar(planned, planned - len(left), progress)
+        with ray_session(workers), unfixed(vit.model), _gathering(place), bar as show:
+            for entry in run_shards(job, left, workers, device):
+                show(entry["images"])
     found = Extraction.read(place.url)
     if not found.images:
         first = "; ".join(f"{image.path}: {image.reason}" for image in found.failed[:3])
@@ -109,7 +109,9 @@ def features_of(
     depth = vit.anatomy.depth
     if wrong := [layer for layer in layers or () if not -depth <= layer < depth]:
         raise DataError(f"there is no layer {wrong[0]}: expected numbers from 0 to {depth - 1}.")
-    places = [""] if layers is None else [f"@{layer}" for layer in sorted({layer % depth for layer in layers})]
+    places = (
+        [""] if layers is None else [f"@{layer}" for layer in sorted({layer % depth for layer in layers})]
+    )
     wanted: list[str] = []
     for token in tokens or (["cls"] if vit.layout.prefix else []) + ["mean"]:
         if token == "registers":
@@ -128,7 +130,7 @@ def _registers(vit: Backbone, places: list[str]) -> list[str]:
         if trained:
             return trained
         raise UnsupportedModelError(
-            f"{vit.name} has no register tokens: neither trained ones nor a fix that adds some. Leave registers"
+            f"{vit.name} has no register tokens: neither trained ones nor a fix that adds some. Leave them"
             " out, or apply a fix."
         ) from None
     return [*trained, "test_registers"]
@@ -138,10 +140,12 @@ def _shapes(vit: Backbone, wanted: Sequence[str]) -> dict[str, tuple[int, ...]]:
     rows = Observer(vit, wanted)(torch.zeros(1, 3, *vit.image_size))
     grid = vit.layout.grid
     dense = {name for name in wanted if name.partition("@")[0] == "patches"}
-    return {name: (*grid, rows[name].shape[-1]) if name in dense else (*rows[name].shape[1:],) for name in wanted}
+    return {
+        name: (*grid, rows[name].shape[-1]) if name in dense else (*rows[name].shape[1:],) for name in wanted
+    }
 
 
-def _settings(
+def settings_of(
     vit: Backbone,
     features: dict[str, tuple[int, ...]],
     dtype: str,
@@ -169,7 +173,7 @@ def _settings(
     )
 
 
-def _job(vit: Backbone, settings: Settings, archive: Archive, out: Place) -> Job:
+def job_of(vit: Backbone, settings: Settings, archive: Archive, out: Place) -> Job:
     return Job(
         vit=vit,
         fixes=tuple(handle.fix for handle in applied(vit.model)),

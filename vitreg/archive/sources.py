@@ -1,8 +1,8 @@
 """What lies in an archive: a tree of photos, webdataset .tar shards, or Parquet files with image bytes.
 
-    archive = find_archive("s3://bucket/photos")
-    for shard in archive.shards(1024): ...            # fixed: sorted names, cut every 1024
-    for name, content in items(archive.place, shard): ...
+archive = find_archive("s3://bucket/photos")
+for shard in archive.shards(1024): ...            # fixed: sorted names, cut every 1024
+for name, content in items(archive.place, shard): ...
 """
 
 import glob
@@ -178,6 +178,8 @@ def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[It
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(file)
+    if column and column not in (known := parquet.schema_arrow.names):
+        raise DataError(f"{name} has no column {column!r}, but {', '.join(known)}. Name one of them.")
     chosen = column or image_column(parquet.schema_arrow, name)
     groups = list(range(shard.first, shard.first + shard.groups))
     row = shard.row
@@ -190,7 +192,7 @@ def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[It
 
 
 def image_column(schema: Any, name: str) -> str:
-    """The column with image bytes: `image` or `bytes`, else the only binary one; also {bytes, path} structs."""
+    """The column with image bytes, or {bytes, path} structs: `image` or `bytes`, else the only such one."""
     import pyarrow.types as kinds
 
     def holds_bytes(kind: Any) -> bool:

@@ -10,7 +10,7 @@ import resource
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -83,9 +83,9 @@ class ShardWorker:
         before = json.loads(out.read(name))["tries"] if out.has(name) else 0
         if before == _TRIES:
             raise ArchiveError(
-                f"shard {index} has been begun {before} times, and its worker died each time. It begins with"
-                f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: fewer --workers or"
-                " a smaller --batch-size need less."
+                f"shard {index} has been begun {before} times, and its worker died each time. It starts with"
+                f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: fewer workers"
+                " or a smaller batch size need less."
             )
         here = {"tries": before + 1, "host": socket.gethostname(), "pid": os.getpid()}
         out.write(name, json.dumps(here).encode())
@@ -106,16 +106,22 @@ class ShardWorker:
             with closing(_one_ahead(_batches(images, job.batch_size), ahead, watch)) as batches:
                 for batch in batches:
                     with watch("forward"):
-                        rows = self._observe(batch.pixels)
+                        seen = self._observe(batch.pixels)
+                    rows = {feature: seen[feature] for feature in job.features}
                     parts.add(*_finite(list(batch.names), rows, failed))
             parts.finish()
         return {
             "shard": index,
             "images": sum(file["rows"] for file in parts.files if file["file"].endswith(".parquet")),
-            "failed": [{"name": image.path, "reason": image.reason} for image in failed],
+            "failed": sorted(({"name": image.path, "reason": image.reason} for image in failed), key=str),
             "files": parts.files,
             "seconds": {what: round(seconds, 3) for what, seconds in watch.seconds.items()},
-            "worker": {"host": socket.gethostname(), "device": job.device, "peak_mib": _peak_mib(), **_versions()},
+            "worker": {
+                "host": socket.gethostname(),
+                "device": job.device,
+                "peak_mib": _peak_mib(),
+                **_versions(),
+            },
         }
 
     def _decoded(
@@ -157,7 +163,7 @@ def _batches(images: Iterator[tuple[str, Tensor]], size: int) -> Iterator[Batch]
         yield to_batch(some)
 
 
-def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor, watch: Stopwatch) -> Iterator[T]:
+def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor, watch: Stopwatch) -> Generator[T, None, None]:
     """The next one is made while the caller works on this one."""
     upcoming = pool.submit(next, found, None)
     while True:
@@ -200,6 +206,7 @@ def _peak_mib() -> int:
 
 def _versions() -> dict[str, str]:
     import PIL
+
     import vitreg
 
     return {"vitreg": vitreg.__version__, "torch": torch.__version__, "pillow": PIL.__version__}
