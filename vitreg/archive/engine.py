@@ -79,23 +79,32 @@ def run_shards(job: Job, shards: Sequence[int], workers: int | None, device: str
     device = _device(device, hosts)
     workers, cpus = share(hosts, workers, "GPU" if device == "cuda" else "CPU")
     shipped = ray.put(replace(job, device=device, threads=cpus))
+    for entry in hand_out(_Actor, [shipped], shards, workers, cpus, 1 if device == "cuda" else 0):
+        if "error" in entry:
+            raise _error(**entry["error"])
+        yield entry
+
+
+def hand_out(
+    actor: type, argument: Any, shards: Sequence[int], workers: int, cpus: int, gpus: int
+) -> Iterator[dict[str, Any]]:
+    """What actors make of the shards, in the order in which they are done."""
+    import ray
+
     numbers = ray.data.from_items([*shards], override_num_blocks=min(len(shards), _BLOCKS))
     entries = numbers.map_batches(
-        _Actor,
-        fn_constructor_args=([shipped],),
+        actor,
+        fn_constructor_args=(argument,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=min(workers, len(shards)),
             max_tasks_in_flight_per_actor=1,  # else the last shards queue up behind one worker
         ),
         num_cpus=cpus,
-        num_gpus=1 if device == "cuda" else 0,
+        num_gpus=gpus,
     )
     for row in entries.iter_rows():
-        entry = json.loads(row["entry"])
-        if "error" in entry:
-            raise _error(**entry["error"])
-        yield entry
+        yield json.loads(row["entry"])
 
 
 class _Actor:

@@ -23,8 +23,9 @@ _SHOWN = 5  # reasons and photos that are printed
 class Extraction:
     """The manifest of an output folder.
 
-    `complete`: all planned shards are done. `images` counts good photos, `failed` names the others. `files`:
-    {file, rows, bytes}. `seconds` are sums over the workers' threads; `plan` is plan.json.
+    `complete`: all planned shards are done. `images` counts good photos, `failed` names the others. `files`
+    with features, and their `bytes`; the shards' entries (done/*.json) name each. `seconds` are sums over the
+    workers' threads; `plan` is plan.json.
     """
 
     out: str
@@ -32,18 +33,14 @@ class Extraction:
     done: int = 0
     images: int = 0
     failed: list[FailedImage] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     workers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         return bool(self.done == self.plan["shards"])
-
-    @property
-    def bytes(self) -> int:
-        """Of all files with features."""
-        return sum(int(file["bytes"]) for file in self.files)
 
     @staticmethod
     def gather(out: Place, done: list[int]) -> "Extraction":
@@ -55,7 +52,8 @@ class Extraction:
             found.done += 1
             found.images += entry["images"]
             found.failed += [FailedImage(image["name"], image["reason"]) for image in entry["failed"]]
-            found.files += entry["files"]
+            found.files += len(entry["files"])
+            found.bytes += sum(file["bytes"] for file in entry["files"])
             for what, seconds in entry["seconds"].items():
                 found.seconds[what] = round(found.seconds.get(what, 0.0) + seconds, 3)
             _merge(workers, entry["worker"])
@@ -83,7 +81,7 @@ class Extraction:
     def __str__(self) -> str:
         state = "complete" if self.complete else "NOT complete: the same command goes on"
         shards = f"{self.done} of {self.plan['shards']} shards, {state}"
-        size = f"{len(self.files)} files, {self.bytes / 1e6:,.1f} MB"
+        size = f"{self.files} files, {self.bytes / 1e6:,.1f} MB"
         lines = [f"{self.images} images, {len(self.failed)} not read; {shards}", f"{self.out}: {size}"]
         lines += [
             f"  {name}: {' x '.join(map(str, shape))}"
