@@ -8,8 +8,8 @@ the same batch size, on a Ray that is already there. Two ratios of throughputs, 
 round: of the worker at work, and with its start. Medians over rounds, so that a machine whose speed drifts
 changes both.
 
-`--memory`: the most that driver and worker ever hold, over 100 and 10,000 small drawn photos in tar shards and
-a tiny random model.
+`--memory`: the most that driver and worker ever hold, over 100 and 10,000 small drawn photos in tar shards
+and a tiny random model.
 """
 
 import argparse

@@ -38,11 +38,12 @@ from vitreg.archive.stopwatch import Stopwatch
 from vitreg.archive.worker import DONE
 
 IMAGES = 10**9
-MODELS = {  # width, patches at 224 px, registers
-    "ViT-B/16": (768, 196, 4),
-    "ViT-L/14": (1024, 256, 4),
-    "ViT-g/14": (1536, 256, 4),
+MODELS = {  # width, patches at 224 px, registers, blocks
+    "ViT-B/16": (768, 196, 4, 12),
+    "ViT-L/14": (1024, 256, 4, 24),
+    "ViT-g/14": (1536, 256, 4, 40),
 }
+PHOTO = 110e3  # bytes of an encoded one: the mean of ImageNet's
 
 
 def bytes_per_image(width: int, patches: int, registers: int, size: int) -> dict[str, int]:
@@ -67,7 +68,7 @@ def written(width: int, patches: int, tokens: str, dtype: torch.dtype, images: i
 
 def storage() -> None:
     print("bytes per image on disk / by the formula; terabytes for 10^9 images")
-    for model, (width, patches, registers) in MODELS.items():
+    for model, (width, patches, registers, _) in MODELS.items():
         for dtype in (torch.float16, torch.float32):
             for tokens, expected in bytes_per_image(width, patches, registers, dtype.itemsize).items():
                 found = written(width, patches, tokens, dtype, 128 if "patches" in tokens else 1024)
@@ -76,6 +77,21 @@ def storage() -> None:
                     f"  {model} {kind} {tokens}: {found:,.0f} / {expected:,} = {found / expected:.3f};"
                     f" {found * IMAGES / 1e12:,.1f} TB"
                 )
+
+
+def compute(sustained: float) -> None:
+    """Operations: 24 d^2 for each token and block (projections and MLP), 4 n d for its attention."""
+    print(f"at {sustained / 1e12:.0f} TFLOP/s sustained (an assumption):")
+    for model, (width, patches, _, depth) in MODELS.items():
+        tokens = patches + 1
+        operations = depth * tokens * (24 * width**2 + 4 * tokens * width)
+        rate = sustained / operations
+        print(
+            f"  {model}: {operations / 1e9:.0f} GFLOP per image, {rate:,.0f} images/s and GPU,"
+            f" {IMAGES / rate / 3600:,.0f} GPU-hours for 10^9; reads {rate * PHOTO / 1e6:,.0f} MB/s, writes"
+            f" {rate * width * 4 / 1e6:,.1f} MB/s (cls,mean)"
+            f" or {rate * width * (2 + patches) * 2 / 1e6:,.0f} MB/s (with patches)"
+        )
 
 
 def books(shards: int, images: int) -> None:
@@ -190,8 +206,8 @@ def main() -> None:
     books(args.shards, IMAGES)
     hand_outs(args.shards)
     storage()
-    hours = IMAGES / args.rate / 3600
-    print(f"{args.rate:.0f} images/s and GPU (assumed): {hours:,.0f} GPU-hours for 10^9 images")
+    compute(100e12)
+    print(f"{args.rate:.0f} images/s and worker:")
     seconds = IMAGES / args.shards / args.rate
     for workers, mtbf in ((64, 24.0), (64, 2.0), (512, 2.0)):
         fleet(args.shards, seconds, workers, mtbf, start=60)

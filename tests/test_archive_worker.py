@@ -190,6 +190,16 @@ def test_a_shard_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
         a_worker.run(0)
 
 
+@pytest.mark.parametrize("place", ["in", "out"])
+def test_a_place_that_a_workers_machine_does_not_see(tmp_path, place):
+    a_worker = worker(tiny(), photos(tmp_path / "in", 3), tmp_path / "out")
+    (tmp_path / place).rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ArchiveError, match=rf"/{place} is not there on .*, where a worker runs. Expected a p"
+    ):
+        a_worker.run(0)
+
+
 def test_the_count_of_tries_goes_with_success(tmp_path):
     a_worker = worker(tiny(), photos(tmp_path / "in", 3), tmp_path / "out")
     a_worker.run(0)

@@ -118,9 +118,8 @@ class Extraction:
 
 def finished(out: Place) -> list[int]:
     """The shards whose entries are there."""
-    return [
-        int(name[: -len(".json")]) for name in out.names(DONE) if name.endswith(".json") and name[0] != "."
-    ]
+    names = [name.partition(".") for name in out.names(DONE)]
+    return [int(number) for number, _, ending in names if number.isdigit() and ending == "json"]
 
 
 def _merge(workers: dict[str, dict[str, Any]], worker: dict[str, Any]) -> None:

@@ -71,11 +71,21 @@ class ShardWorker:
         if out.has(entry_name(index)):
             found: dict[str, Any] = json.loads(out.read(entry_name(index)))
             return found
+        self._look_around()
         self._count_try(index)
         entry = self._make(index)
         out.write(entry_name(index), json.dumps(entry).encode())
         out.remove(f"{TRYING}/{index:06d}")
         return entry
+
+    def _look_around(self) -> None:
+        """On a cluster without a shared disk, no photo would be there, and all would count as unreadable."""
+        for place in (self._job.data, self._job.out):
+            if not place.fs.exists(place.path):
+                raise ArchiveError(
+                    f"{place.url} is not there on {socket.gethostname()}, where a worker runs. Expected a place"
+                    " that all machines see: choose a shared disk or a URL."
+                )
 
     def _count_try(self, index: int) -> None:
         """A photo that kills every worker must not do so for ever. (Ray has no such limit that lasts.)"""
