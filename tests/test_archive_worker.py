@@ -186,7 +186,7 @@ def test_a_shard_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
         for _ in range(4):
             with pytest.raises(SystemError):
                 a_worker.run(0)
-    with pytest.raises(ArchiveError, match=r"shard 0 has been begun 4 times.*begins with a/0000.png"):
+    with pytest.raises(ArchiveError, match=r"shard 0 has been begun 4 times.*starts with a/0000.png"):
         a_worker.run(0)
 
 

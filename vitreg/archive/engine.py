@@ -72,7 +72,10 @@ def _quiet_start() -> Iterator[None]:
 
 
 def run_shards(job: Job, shards: Sequence[int], workers: int | None, device: str) -> Iterator[dict[str, Any]]:
-    """The entries of these shards, as they are done. Raises what a worker raises."""
+    """The entries of these shards, as they are done.
+
+    Raises what a worker raises, and ArchiveError where workers cannot start.
+    """
     import ray
 
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -103,8 +106,15 @@ def hand_out(
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    for row in entries.iter_rows():
-        yield json.loads(row["entry"])
+    try:
+        for row in entries.iter_rows():
+            yield json.loads(row["entry"])
+    except ray.exceptions.ActorDiedError as error:
+        why = str(error).strip().splitlines()[-1].strip()[:300]
+        raise ArchiveError(
+            f"workers do not start: {why}. Expected vitreg, the same version with the ray extra, on every"
+            " machine of the cluster, and room for the model."
+        ) from error
 
 
 class _Actor:

@@ -79,12 +79,12 @@ class ShardWorker:
         return entry
 
     def _look_around(self) -> None:
-        """On a cluster without a shared disk, no photo would be there, and all would count as unreadable."""
+        """Without a shared disk no photo is there, and all would count as unreadable."""
         for place in (self._job.data, self._job.out):
             if not place.fs.exists(place.path):
                 raise ArchiveError(
-                    f"{place.url} is not there on {socket.gethostname()}, where a worker runs. Expected a place"
-                    " that all machines see: choose a shared disk or a URL."
+                    f"{place.url} is not there on {socket.gethostname()}, where a worker runs. Expected a"
+                    " place that all machines see: choose a shared disk or a URL."
                 )
 
     def _count_try(self, index: int) -> None:
@@ -94,8 +94,8 @@ class ShardWorker:
         if before == _TRIES:
             raise ArchiveError(
                 f"shard {index} has been begun {before} times, and its worker died each time. It starts with"
-                f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: fewer workers"
-                " or a smaller batch size need less."
+                f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: take fewer"
+                " workers or a smaller batch size."
             )
         here = {"tries": before + 1, "host": socket.gethostname(), "pid": os.getpid()}
         out.write(name, json.dumps(here).encode())
