@@ -1,10 +1,12 @@
 """vitreg: find, explain and remove attention artifacts in Vision Transformers."""
 
 from vitreg.anatomy import Anatomy, TokenLayout
+from vitreg.archive import Extraction, extract_archive
 from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.emergence import Emergence
 from vitreg.errors import (
+    ArchiveError,
     DataError,
     FixError,
     FixWarning,
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Applied",
+    "ArchiveError",
     "AttentionBias",
     "Backbone",
     "Batch",
@@ -56,6 +59,7 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Emergence",
+    "Extraction",
     "Fix",
     "FixError",
     "FixWarning",
@@ -86,6 +90,7 @@ __all__ = [
     "diagnose",
     "example",
     "export",
+    "extract_archive",
     "find_cure",
     "find_register_neurons",
     "load",

@@ -306,6 +306,69 @@ def papers(
 
 
 @app.command()
+def features(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder, glob or URL of photos, .tar shards or Parquet with image bytes."
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="OUT", help="A folder or URL; the same one goes on.")
+    ],
+    fix: Annotated[
+        str | None, typer.Option(metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="T,T", help="Of cls, mean, output, registers, patches. Default: cls,mean."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="L,L", help="Blocks, from 0; default: the last.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="D", help="Stored as float16 or float32.")] = "float16",
+    precision: Annotated[
+        str, typer.Option(metavar="D", help="Of the model: float32, bfloat16 or float16.")
+    ] = "float32",
+    size: Size = None,
+    batch_size: BatchSize = 64,
+    shard_size: Annotated[int, typer.Option(metavar="N", min=1, help="Photos per file.")] = 1024,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ray actors; default: one per GPU or 4 CPUs.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, mps or auto.")] = "auto",
+    column: Annotated[
+        str | None, typer.Option(metavar="C", help="The Parquet column with image bytes.")
+    ] = None,
+    random_weights: RandomWeights = False,
+) -> None:
+    """Write the features of a whole archive as Parquet and safetensors, on Ray. The same command goes on."""
+    import vitreg
+
+    chosen = _numbers(layers)
+    loaded = vitreg.load_fix(fix) if fix else None
+    vit = _load(model, size, random_weights, "cpu", precision)  # workers move it to their device
+    if loaded:
+        loaded.apply(vit)
+    found = vitreg.extract_archive(
+        vit,
+        data,
+        out,
+        tokens=tokens.split(",") if tokens else None,
+        layers=chosen,
+        dtype=dtype,
+        batch_size=batch_size,
+        shard_images=shard_size,
+        workers=workers,
+        device=device,
+        column=column,
+        progress=True,
+    )
+    typer.echo(str(found))
+
+
+@app.command()
 def registers(
     model: Model,
     images: Photos,
@@ -483,6 +546,13 @@ def _load(
     build = builder or vitreg.load
     with Console(stderr=True).status(f"loading {model}"):
         return build(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas (5,11), found {text!r}.") from None
 
 
 def _say(stage: str) -> None:

@@ -7,6 +7,7 @@
     ├── ImageError              no readable image, or (with strict) one that is not
     ├── DataError               a data set that does not hold together, or a setting that a task does not have
     ├── FixError                a fix that does not fit the model, is damaged, or is applied out of order
+    ├── ArchiveError            an extraction into another one's folder, or whose workers die again and again
     ├── OutputError             a result that cannot be written
     ├── RankError               one of several processes that work together is lost
     └── MissingExtraError       an optional library that is not installed
@@ -50,6 +51,10 @@ class DataError(VitregError):
 
 class FixError(VitregError):
     """A fix does not fit the model, its saved folder is damaged, or it is applied or undone out of order."""
+
+
+class ArchiveError(VitregError):
+    """The output folder belongs to another extraction, or the workers of this one cannot go on."""
 
 
 class OutputError(VitregError):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -68,7 +68,7 @@ class Batch:
 
 
 Source = str | Path | Image.Image | Tensor | Sequence[str | Path | Image.Image]
-_Named = tuple[str, Image.Image | Tensor | bytes]
+_Named = tuple[str, Image.Image | Tensor | bytes | str]
 _Item = str | _Named | FailedImage  # a path, something in memory with its name, or what failed while listing
 _Outcome = tuple[str, Tensor] | FailedImage
 _Chunk = tuple[list[Tensor], list[str | FailedImage]]
@@ -106,8 +106,8 @@ def read_images(
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
     items = _list_source(source)
-    if shards := any(isinstance(item, str) and _is_shard(item) for item in items):
-        _require_webdataset()
+    if shards := any(isinstance(item, str) and is_shard(item) for item in items):
+        require_webdataset()
     if workers is None:
         few = not shards and min(len(items), limit or len(items)) < 2 * batch_size
         in_memory = not any(isinstance(item, str) for item in items)
@@ -158,7 +158,7 @@ class Images:
                 left = self.total and self.total - len(self._failed)
                 show(done, min((n for n in (self.limit, left) if n is not None), default=None))
                 if some:
-                    yield _to_batch(some, places)
+                    yield to_batch(some, places)
         if not done:
             raise _nothing(self._failed)
 
@@ -261,7 +261,7 @@ def _list_path(path: str) -> list[_Item]:
     if os.path.exists(path):
         return [*_list_text(path)] if path.lower().endswith(".txt") else [path]
     if "{" in path:
-        _require_webdataset()
+        require_webdataset()
         from braceexpand import braceexpand
 
         with contextlib.suppress(ValueError):  # unbalanced: not meant as braces
@@ -274,8 +274,14 @@ def _list_path(path: str) -> list[_Item]:
 
 
 def _list_folder(folder: str) -> list[_Item]:
+    found, unreadable = walk(folder)
+    return [*unreadable, *(_images_or_shards(folder, found) if found or not unreadable else [])]
+
+
+def walk(folder: str) -> tuple[list[str], list[FailedImage]]:
+    """All files below a folder, hidden folders left out, and the folders that cannot be read."""
     found: list[str] = []
-    unreadable: list[_Item] = []
+    unreadable: list[FailedImage] = []
     seen = set()  # real folders: a link may lead back up
 
     def note(error: OSError) -> None:
@@ -288,12 +294,12 @@ def _list_folder(folder: str) -> list[_Item]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [os.path.join(where, name) for name in names]
-    return unreadable + ([*_images_or_shards(folder, found)] if found or not unreadable else [])
+    return found, unreadable
 
 
 def _images_or_shards(where: str, paths: list[str]) -> list[str]:
     """The images among the paths, sorted; the .tar shards if there is no image."""
-    if chosen := sorted(filter(_is_image, paths)) or sorted(filter(_is_shard, paths)):
+    if chosen := sorted(filter(is_image, paths)) or sorted(filter(is_shard, paths)):
         return chosen
     empty = "is empty" if os.path.isdir(where) else "matches no file"
     what = f"has {len(paths)} files, but none named like an image or .tar shard" if paths else empty
@@ -311,17 +317,20 @@ def _list_text(path: str) -> list[str]:
     return [near if os.path.exists(near) or not os.path.exists(line) else line for near, line in pairs]
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a file is named like a photo and not hidden."""
     return os.path.splitext(path)[1].lower() in photo_extensions() and not os.path.basename(path).startswith(
         "."
     )
 
 
-def _is_shard(path: str) -> bool:
+def is_shard(path: str) -> bool:
+    """Whether a file is named like a web dataset's shard and not hidden."""
     return path.lower().endswith((".tar", ".tar.gz", ".tgz")) and not os.path.basename(path).startswith(".")
 
 
-def _require_webdataset() -> None:
+def require_webdataset() -> None:
+    """Raise MissingExtraError without webdataset."""
     try:
         import webdataset  # noqa: F401
     except ImportError as error:
@@ -360,47 +369,55 @@ class _Reader(IterableDataset[_Outcome]):
     def __iter__(self) -> Iterator[_Outcome]:
         info = get_worker_info()
         mine, n = (info.id, info.num_workers) if info else (0, 1)
-        members = (_shard_members(i) if isinstance(i, str) and _is_shard(i) else [i] for i in self.items)
+        members = (_shard_members(i) if isinstance(i, str) and is_shard(i) else [i] for i in self.items)
         for i, item in enumerate(self._share(itertools.chain.from_iterable(members))):
             if i // _CHUNK % n == mine:
-                yield self._read(item)
+                yield read_item(item, self.preprocess)
 
     def _share(self, items: Iterator[_Item]) -> Iterator[_Item]:
         ranks = self._ranks
         return (item for i, item in enumerate(items) if i // self._batch % ranks.size == ranks.rank)
 
-    def _read(self, item: _Item) -> _Outcome:
-        if isinstance(item, FailedImage):
-            return item
-        name, content = (printable(item), item) if isinstance(item, str) else item
-        try:
-            pixels = content if isinstance(content, Tensor) else self._prepare(decode(content))
-            return name, pixels.detach().cpu().float()
-        except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, MemoryError
-            return FailedImage(name, reason(error))
 
-    def _prepare(self, image: Image.Image) -> Tensor:
-        assert self.preprocess is not None
-        try:
-            pixels = self.preprocess(image)
-        except Exception as error:
-            raise ImageError(f"the preprocess raised {type(error).__name__}: {error}") from error
-        if isinstance(pixels, Tensor) and pixels.is_floating_point() and pixels.shape[:-2] == (3,):
-            return pixels
-        is_tensor = isinstance(pixels, Tensor)
-        found = f"{pixels.dtype} {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
-        raise ImageError(f"the preprocess gave {found}, but expected a float tensor (3, h, w)")
+def read_item(item: _Item, preprocess: Preprocess | None) -> _Outcome:
+    """Decode and preprocess one image; whatever goes wrong comes out as a FailedImage."""
+    if isinstance(item, FailedImage):
+        return item
+    name, content = (printable(item), item) if isinstance(item, str) else item
+    try:
+        pixels = content if isinstance(content, Tensor) else _prepare(decode(content), preprocess)
+        return name, pixels.detach().cpu().float()
+    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, MemoryError
+        return FailedImage(name, reason(error))
+
+
+def _prepare(image: Image.Image, preprocess: Preprocess | None) -> Tensor:
+    assert preprocess is not None
+    try:
+        pixels = preprocess(image)
+    except Exception as error:
+        raise ImageError(f"the preprocess raised {type(error).__name__}: {error}") from error
+    if isinstance(pixels, Tensor) and pixels.is_floating_point() and pixels.shape[:-2] == (3,):
+        return pixels
+    is_tensor = isinstance(pixels, Tensor)
+    found = f"{pixels.dtype} {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
+    raise ImageError(f"the preprocess gave {found}, but expected a float tensor (3, h, w)")
 
 
 def _shard_members(path: str) -> Iterator[_Item]:
-    from webdataset.tariterators import tar_file_iterator
-
     try:
         with open(path, "rb") as stream:
-            for member in tar_file_iterator(stream, select_files=_is_image):
-                yield printable(f"{path}/{member['fname']}"), member["data"]
+            yield from shard_members(stream, path)
     except Exception as error:
         yield FailedImage(printable(path), f"the shard cannot be read any further: {reason(error)}")
+
+
+def shard_members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    """(name/member, bytes) of the photos in a .tar. Raises what the damaged ones make the library raise."""
+    from webdataset.tariterators import tar_file_iterator
+
+    for member in tar_file_iterator(stream, select_files=is_image):
+        yield printable(f"{name}/{member['fname']}"), member["data"]
 
 
 # ---- Back to this process
@@ -413,7 +430,7 @@ def _pack(outcomes: list[_Outcome]) -> _Chunk:
     return stacks, [outcome if isinstance(outcome, FailedImage) else outcome[0] for outcome in outcomes]
 
 
-def _to_batch(images: list[tuple[str, Tensor]], places: range) -> Batch:
+def to_batch(images: list[tuple[str, Tensor]], places: range | None = None) -> Batch:
     first, shape = images[0][0], tuple(images[0][1].shape)
     for name, pixels in images:
         if pixels.shape != shape:

@@ -1,0 +1,16 @@
+"""Features of whole archives: photos, tar shards or Parquet in, Parquet and safetensors out, on Ray Data.
+
+    vitreg features MODEL DATA -o OUT [--fix FIX] [--tokens cls,registers,patches] [--workers N]
+
+    with fix.applied_to(vit):
+        found = vitreg.extract_archive(vit, "s3://bucket/photos", "s3://bucket/features")
+
+sources.py finds and reads photos, plan.py cuts them into shards and writes that down, worker.py makes one
+shard's files (parts.py) and its entry, engine.py runs workers on Ray, run.py drives it all, manifest.py
+gathers the entries. place.py is a folder anywhere.
+"""
+
+from vitreg.archive.manifest import Extraction
+from vitreg.archive.run import extract_archive
+
+__all__ = ["Extraction", "extract_archive"]

@@ -1,0 +1,208 @@
+"""What lies in an archive: a tree of photos, webdataset .tar shards, or Parquet files with image bytes.
+
+archive = find_archive("s3://bucket/photos")
+for shard in archive.shards(1024): ...            # fixed: sorted names, cut every 1024
+for name, content in items(archive.place, shard): ...
+"""
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vitreg.archive.place import Place
+from vitreg.decoding import reason
+from vitreg.errors import DataError
+from vitreg.images import FailedImage, is_image, is_shard, printable, require_webdataset, shard_members, walk
+
+Kind = Literal["images", "tar", "parquet"]
+Item = tuple[str, str | bytes] | FailedImage  # a name and either the bytes or a name in the place
+
+_ROWS = 64  # of a Parquet file that are in memory at once
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of retries and of restarts: `files` below the archive's root.
+
+    Of a Parquet file, the `groups` row groups from `first` on, which begin at `row`.
+    """
+
+    index: int
+    files: tuple[str, ...]
+    first: int = 0
+    groups: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Archive:
+    """All files of one kind at a place, sorted: {name below the place: bytes}."""
+
+    place: Place
+    kind: Kind
+    files: dict[str, int]
+
+    def shards(self, images: int) -> Iterator[Shard]:
+        """Shards of `images` photos each; one for each .tar; of Parquet, row groups up to so many rows."""
+        names = list(self.files)
+        if self.kind == "images":
+            for index, start in enumerate(range(0, len(names), images)):
+                yield Shard(index, tuple(names[start : start + images]))
+        elif self.kind == "tar":
+            yield from (Shard(index, (name,)) for index, name in enumerate(names))
+        else:
+            cuts = ((name, *cut) for name in names for cut in _row_groups(self.place, name, images))
+            for index, (name, first, groups, row) in enumerate(cuts):
+                yield Shard(index, (name,), first, groups, row)
+
+
+def find_archive(url: str) -> Archive:
+    """List a folder, a file or a glob. Of a mixed folder: its photos, else .tar shards, else Parquet files.
+
+    Raises DataError where there is nothing of that kind, where a folder cannot be read (an archive with a
+    hole in it is no archive), and for a place that cannot be reached.
+    """
+    place = Place.at(url)
+    try:
+        root, sizes = _find(place)
+    except DataError:
+        raise
+    except Exception as error:  # each driver has its own
+        raise DataError(f"{url} cannot be listed: {reason(error)}. Expected a readable folder.") from error
+    chosen = _chosen(sizes)
+    if chosen is None:
+        found = f"has {len(sizes)} files, but none" if sizes else "is empty or not there: no file is"
+        expected = "photos (.jpg, .png, .webp, ...), .tar shards or .parquet files"
+        raise DataError(f"{printable(url)} {found} named like an image archive. Expected {expected}.")
+    kind, names = chosen
+    if kind == "tar":
+        require_webdataset()
+    return Archive(root, kind, {name: sizes[name] for name in sorted(names)})
+
+
+def _chosen(names: dict[str, int]) -> tuple[Kind, list[str]] | None:
+    kinds: tuple[tuple[Kind, Any], ...] = (("images", is_image), ("tar", is_shard), ("parquet", _is_parquet))
+    for kind, belongs in kinds:
+        if found := [name for name in names if belongs(name)]:
+            return kind, found
+    return None
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
+def _find(place: Place) -> tuple[Place, dict[str, int]]:
+    """The folder and {name below it: bytes}."""
+    if glob.has_magic(place.path) and not place.fs.exists(place.path):
+        root = place.path[: glob.magic_check.search(place.path).start()].rpartition("/")[0]  # type: ignore[attr-defined]
+        found = place.fs.glob(place.path, detail=True)
+    elif not place.fs.isdir(place.path):
+        root = place.path.rpartition("/")[0]
+        found = {place.path: place.fs.info(place.path)} if place.fs.exists(place.path) else {}
+    else:
+        root = place.path
+        found = _walk_local(place.path) if place.is_local else place.fs.find(place.path, detail=True)
+    below = {path[len(root) :].lstrip("/"): info for path, info in found.items()}
+    files = {
+        name: int(info.get("size") or 0)
+        for name, info in below.items()
+        if info["type"] != "directory" and not any(part.startswith(".") for part in name.split("/"))
+    }
+    return Place(place.url if root == place.path else root, place.fs, root), files
+
+
+def _walk_local(folder: str) -> dict[str, dict[str, Any]]:
+    """As read_images walks: links are followed, each folder once."""
+    paths, unreadable = walk(folder)
+    if unreadable:
+        raise DataError(
+            f"{unreadable[0].path} cannot be listed: {unreadable[0].reason}. See to its permissions, or leave"
+            " it out of the archive."
+        )
+    return {path: {"type": "file", "size": _size(path)} for path in paths}
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # a dangling link: reading it will say so
+        return 0
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def items(place: Place, kind: Kind, shard: Shard, column: str | None = None) -> Iterator[Item]:
+    """The images of one shard in their order. What cannot be read any further is a FailedImage, the last."""
+    if kind == "images":
+        yield from ((printable(name), name) for name in shard.files)
+        return
+    name = shard.files[0]
+    try:
+        with place.open(name) as file:
+            if kind == "tar":
+                yield from shard_members(file, name)
+            else:
+                yield from _rows(file, name, shard, column)
+    except DataError:
+        raise
+    except Exception as error:  # damaged files raise what they like
+        yield FailedImage(printable(name), f"the file cannot be read any further: {reason(error)}")
+
+
+def _row_groups(place: Place, name: str, images: int) -> Iterator[tuple[int, int, int]]:
+    """(first row group, row groups, first row): as many groups as have `images` rows, but at least one."""
+    import pyarrow.parquet as pq
+
+    try:
+        with place.open(name) as file:
+            metadata = pq.ParquetFile(file).metadata
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    except Exception:  # when it is read, its reason goes into the manifest
+        yield 0, 0, 0
+        return
+    first = row = 0
+    while first < len(sizes):
+        groups, rows = 1, sizes[first]
+        while first + groups < len(sizes) and rows + sizes[first + groups] <= images:
+            rows += sizes[first + groups]
+            groups += 1
+        yield first, groups, row
+        first, row = first + groups, row + rows
+
+
+def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[Item]:
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file)
+    if column and column not in (known := parquet.schema_arrow.names):
+        raise DataError(f"{name} has no column {column!r}, but {', '.join(known)}. Name one of them.")
+    chosen = column or image_column(parquet.schema_arrow, name)
+    groups = list(range(shard.first, shard.first + shard.groups))
+    row = shard.row
+    for batch in parquet.iter_batches(_ROWS, row_groups=groups, columns=[chosen]):
+        for value in batch.column(0).to_pylist():
+            content = value.get("bytes") if isinstance(value, dict) else value
+            label = printable(f"{name}#{row}")
+            yield (label, content) if isinstance(content, bytes) else FailedImage(label, "no image bytes")
+            row += 1
+
+
+def image_column(schema: Any, name: str) -> str:
+    """The column with image bytes, or {bytes, path} structs: `image` or `bytes`, else the only such one."""
+    import pyarrow.types as kinds
+
+    def holds_bytes(kind: Any) -> bool:
+        if kinds.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
+
+    found = [field.name for field in schema if holds_bytes(field.type)]
+    named = [usual for usual in ("image", "bytes") if usual in found]
+    if named or len(found) == 1:
+        return [*named, *found][0]
+    what = f"the columns {', '.join(found)} all hold bytes" if found else f"columns are {schema.names}"
+    raise DataError(f"{name}: {what}. Expected one with image bytes; name it with column (--column).")

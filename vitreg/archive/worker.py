@@ -1,0 +1,222 @@
+"""One worker: it holds the model and turns shards into files, one after the other.
+
+Photos are read and decoded ahead of the forward pass by threads, files are written behind it by another. What
+a batch holds depends on the shard alone: neither the worker nor a restart changes the features.
+"""
+
+import json
+import os
+import resource
+import socket
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vitreg.archive.parts import Parts
+from vitreg.archive.place import Place
+from vitreg.archive.plan import read_shard
+from vitreg.archive.sources import Item, Kind, items
+from vitreg.archive.stopwatch import Stopwatch
+from vitreg.decoding import reason
+from vitreg.errors import ArchiveError
+from vitreg.evals.observer import Observer
+from vitreg.fixes.base import Fix
+from vitreg.images import Batch, FailedImage, printable, read_item, to_batch
+from vitreg.models import Backbone
+
+T = TypeVar("T")
+TRYING = "trying"  # the folder where shards are counted whose worker may die of them
+_TRIES = 4
+DONE = "done"  # the folder of the shards' entries: one that is there says that all files of its shard are
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; it travels to every one of them. The model is without its fixes."""
+
+    vit: Backbone
+    fixes: tuple[Fix, ...]
+    features: tuple[str, ...]
+    dtype: torch.dtype
+    batch_size: int
+    images: int  # per file
+    data: Place
+    kind: Kind
+    column: str | None
+    out: Place
+    device: str
+    threads: int
+
+
+class ShardWorker:
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        job.vit.model.to(job.device)
+        for fix in job.fixes:
+            fix.apply(job.vit)
+        self._job = job
+        self._observe = Observer(job.vit, job.features, job.dtype)
+
+    def run(self, index: int) -> dict[str, Any]:
+        """Make one shard's files and its entry; a shard that has an entry is not made again."""
+        out = self._job.out
+        if out.has(entry_name(index)):
+            found: dict[str, Any] = json.loads(out.read(entry_name(index)))
+            return found
+        self._look_around()
+        self._count_try(index)
+        entry = self._make(index)
+        out.write(entry_name(index), json.dumps(entry).encode())
+        out.remove(f"{TRYING}/{index:06d}")
+        return entry
+
+    def _look_around(self) -> None:
+        """Without a shared disk no photo is there, and all would count as unreadable."""
+        for place in (self._job.data, self._job.out):
+            if not place.fs.exists(place.path):
+                raise ArchiveError(
+                    f"{place.url} is not there on {socket.gethostname()}, where a worker runs. Expected a"
+                    " place that all machines see: choose a shared disk or a URL."
+                )
+
+    def _count_try(self, index: int) -> None:
+        """A photo that kills every worker must not do so for ever. (Ray has no such limit that lasts.)"""
+        out, name = self._job.out, f"{TRYING}/{index:06d}"
+        before = json.loads(out.read(name))["tries"] if out.has(name) else 0
+        if before == _TRIES:
+            raise ArchiveError(
+                f"shard {index} has been begun {before} times, and its worker died each time. It starts with"
+                f" {printable(read_shard(out, index).files[0])}. Look at the machine's memory: take fewer"
+                " workers or a smaller batch size."
+            )
+        here = {"tries": before + 1, "host": socket.gethostname(), "pid": os.getpid()}
+        out.write(name, json.dumps(here).encode())
+
+    def _make(self, index: int) -> dict[str, Any]:
+        job, watch = self._job, Stopwatch()
+        shard = read_shard(job.out, index)
+        failed: list[FailedImage] = []
+        with (
+            watch("all"),
+            ThreadPoolExecutor(job.threads) as decoders,
+            ThreadPoolExecutor(1) as ahead,
+            ThreadPoolExecutor(1) as behind,
+        ):
+            parts = Parts(job.out, index, job.images, job.vit.layout.grid, watch, behind)
+            found = items(job.data, job.kind, shard, job.column)
+            images = self._decoded(found, failed, decoders, watch)
+            with closing(_one_ahead(_batches(images, job.batch_size), ahead, watch)) as batches:
+                for batch in batches:
+                    with watch("forward"):
+                        seen = self._observe(batch.pixels)
+                    rows = {feature: seen[feature] for feature in job.features}
+                    parts.add(*_finite(list(batch.names), rows, failed))
+            parts.finish()
+        return {
+            "shard": index,
+            "images": sum(file["rows"] for file in parts.files if file["file"].endswith(".parquet")),
+            "failed": sorted(({"name": image.path, "reason": image.reason} for image in failed), key=str),
+            "files": parts.files,
+            "seconds": {what: round(seconds, 3) for what, seconds in watch.seconds.items()},
+            "worker": {
+                "host": socket.gethostname(),
+                "device": job.device,
+                "peak_mib": _peak_mib(),
+                **_versions(),
+            },
+        }
+
+    def _decoded(
+        self, found: Iterator[Item], failed: list[FailedImage], pool: ThreadPoolExecutor, watch: Stopwatch
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The good photos in order. At most a batch of them waits."""
+        waiting: deque[Future[tuple[str, Tensor] | FailedImage]] = deque()
+
+        def next_one() -> Iterator[tuple[str, Tensor]]:
+            outcome = waiting.popleft().result()
+            if isinstance(outcome, FailedImage):
+                failed.append(outcome)
+            else:
+                yield outcome
+
+        for item in found:
+            waiting.append(pool.submit(self._read, item, watch))
+            if len(waiting) >= self._job.batch_size:
+                yield from next_one()
+        while waiting:
+            yield from next_one()
+
+    def _read(self, item: Item, watch: Stopwatch) -> tuple[str, Tensor] | FailedImage:
+        if isinstance(item, FailedImage):
+            return item
+        name, content = item
+        data = self._job.data
+        with watch("decode"):
+            if isinstance(content, str):
+                try:
+                    content = data.child(content) if data.is_local else data.read(content)
+                except Exception as error:  # each driver has its own
+                    return FailedImage(name, reason(error))
+            return read_item((name, content), self._job.vit.preprocess)
+
+
+def _batches(images: Iterator[tuple[str, Tensor]], size: int) -> Iterator[Batch]:
+    while some := list(islice(images, size)):
+        yield to_batch(some)
+
+
+def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor, watch: Stopwatch) -> Generator[T, None, None]:
+    """The next one is made while the caller works on this one."""
+    upcoming = pool.submit(next, found, None)
+    while True:
+        with watch("waiting for photos"):
+            item = upcoming.result()
+        if item is None:
+            return
+        upcoming = pool.submit(next, found, None)
+        yield item
+
+
+def _finite(
+    names: list[str], rows: dict[str, Tensor], failed: list[FailedImage]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Without the photos that have a feature which is no number, or too large a one for the dtype."""
+    good = torch.ones(len(names), dtype=torch.bool)
+    for feature, values in rows.items():
+        finite = values.isfinite()
+        if feature == "test_registers":
+            finite |= values.isnan().all(-1, keepdim=True)  # places that no token took
+        good &= finite.flatten(1).all(1)
+    if good.all():
+        return names, rows
+    dtype = str(next(iter(rows.values())).dtype).removeprefix("torch.")
+    why = f"its features are not finite in {dtype}"
+    failed += [FailedImage(name, why) for name, fine in zip(names, good.tolist(), strict=True) if not fine]
+    kept = [name for name, fine in zip(names, good.tolist(), strict=True) if fine]
+    return kept, {feature: values[good] for feature, values in rows.items()}
+
+
+def entry_name(index: int) -> str:
+    return f"{DONE}/{index:06d}.json"
+
+
+def _peak_mib() -> int:
+    """The most memory that this process has held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes there, KiB elsewhere
+
+
+def _versions() -> dict[str, str]:
+    import PIL
+
+    import vitreg
+
+    return {"vitreg": vitreg.__version__, "torch": torch.__version__, "pillow": PIL.__version__}
