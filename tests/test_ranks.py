@@ -94,7 +94,8 @@ def test_web_datasets_are_shared_too(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / f"{k}.tar", "w") as tar:
             for i in range(7 * k, 7 * k + 7):
                 tar.add(shades / f"{i:03}.png", f"{i:03}.png")
-    source = [str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    source = [str(tmp_path / name) for name in ("0.tar", "empty.tar", "1.tar")]
 
     def read(ranks: Ranks) -> Any:
         return seen_by(read_images(source, shade, batch_size=3, workers=0, ranks=ranks))
@@ -151,6 +152,21 @@ def test_one_diagnosis(planted: Planted, folder: Path, size: int) -> None:
     whole = run(ALONE)
     assert (whole["images"], whole["verdict"], len(whole["failed_images"])) == (40, "artifacts", 4)
     for found in of_each(size, run):
+        assert differences(found, whole) == []
+
+
+def test_one_diagnosis_whatever_the_order(planted: Planted, folder: Path) -> None:
+    paths = sorted(folder.iterdir())
+
+    def run(ranks: Ranks) -> Any:
+        vit = copied(planted.vit)
+        order = paths if ranks is ALONE else sorted(paths, key=lambda path: path.name[::-1])
+        photos = read_images(order, vit, batch_size=5, workers=0, ranks=ranks)
+        found = diagnose(vit, photos).to_json()
+        return found | {"failed_images": sorted(failed["path"] for failed in found["failed_images"])}
+
+    whole = run(ALONE)
+    for found in of_each(2, run):
         assert differences(found, whole) == []
 
 
