@@ -10,7 +10,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phantoms import Planted, save_crops
 from ranked import copied, differences, of_each
@@ -62,13 +62,16 @@ def seen_by(images: Images) -> tuple[list[tuple[int, str, float]], list[str]]:
     return found, [Path(failed.path).name for failed in images.failed]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     bad=st.lists(st.booleans(), min_size=1, max_size=24),
     size=st.integers(2, 5),
     batch=st.integers(1, 6),
-    limit=st.none() | st.integers(1, 24),
+    limit=st.none() | st.integers(1, 6),
 )
+@example(bad=[False] * 10, size=2, batch=6, limit=3)
+@example(bad=[False, True] * 6, size=3, batch=2, limit=4)
+@example(bad=[True] * 5, size=2, batch=2, limit=None)
 def test_the_shares_make_up_what_one_process_reads(
     bad: list[bool], size: int, batch: int, limit: int | None
 ) -> None:

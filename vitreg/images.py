@@ -186,7 +186,7 @@ class Images:
             mine = list(itertools.islice(outcomes, self.batch_size))
             told = [outcome if isinstance(outcome, FailedImage) else None for outcome in mine]
             rounds = self.ranks.gather(told)
-            more = any(len(theirs) == self.batch_size for theirs in rounds)
+            more = all(len(theirs) == self.batch_size for theirs in rounds)  # the shares are consecutive
             start = done
             for rank, theirs in enumerate(rounds):
                 if rank == self.ranks.rank:
