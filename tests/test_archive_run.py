@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.dataset
@@ -67,6 +68,7 @@ def test_every_good_photo_once_and_every_bad_one_named(tmp_path, monkeypatch):
         found = vitreg.extract_archive(vit, *arguments, tokens=["cls", "registers"], **TWO)
         assert vitreg.applied(vit.model) == [handle]  # as it was
         monkeypatch.setattr(run, "run_shards", lambda *_: pytest.fail("complete, and worked again"))
+        (tmp_path / "out/manifest.json").unlink()  # as if the driver had died just before
         assert vitreg.extract_archive(vit, *arguments, tokens=["cls", "registers"], **TWO) == found
     assert names(tmp_path / "out") == Counter(f"{'ab'[n % 2]}/{n:04d}.png" for n in range(23))
     assert found.complete
@@ -196,6 +198,15 @@ def test_an_output_folder_inside_of_the_archive(tmp_path):
     photos(tmp_path, 3)
     with pytest.raises(DataError, match="lies inside of"):
         vitreg.extract_archive(tiny(), tmp_path, tmp_path / "out")
+
+
+def test_an_output_folder_beside_the_tar_is_welcome(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_shards", lambda *_: iter(()))
+    monkeypatch.setattr(run, "ray_session", nullcontext)
+    tar(tmp_path / "x.tar", {"0.png": png(0)})
+    with pytest.raises(ImageError, match="none of 0 photos"):  # for nobody has worked
+        vitreg.extract_archive(tiny(), tmp_path / "x.tar", tmp_path / "out")
+    assert (tmp_path / "out/plan.json").exists()
 
 
 def test_what_cannot_be_stored(tmp_path):
