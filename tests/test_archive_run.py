@@ -22,7 +22,14 @@ import vitreg
 from vitreg.archive import engine, run
 from vitreg.archive.engine import share
 from vitreg.cli import app
-from vitreg.errors import ArchiveError, DataError, ImageError, MissingExtraError, OutputError
+from vitreg.errors import (
+    ArchiveError,
+    DataError,
+    ImageError,
+    MissingExtraError,
+    OutputError,
+    UnsupportedModelError,
+)
 
 TWO = {"workers": 2, "batch_size": 4, "shard_images": 5, "dtype": "float32"}
 
@@ -189,6 +196,19 @@ def test_when_no_photo_can_be_read(tmp_path):
         (tmp_path / "in" / name).write_bytes(b"no photo")
     with pytest.raises(ImageError, match=r"none of 2 photos could be read: a.jpg: not an image"):
         vitreg.extract_archive(tiny(), tmp_path / "in", tmp_path / "out", **TWO)
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_model_that_cannot_travel(tmp_path):
+    vit, lock = tiny(), threading.Lock()
+
+    def preprocess(image):
+        with lock:
+            return vit.preprocess(image)
+
+    mine = vitreg.wrap(vit.model, preprocess, image_size=32, name="mine")
+    with pytest.raises(UnsupportedModelError, match=r"mine cannot be sent to workers: .*lock.*load can"):
+        vitreg.extract_archive(mine, photos(tmp_path / "in", 1), tmp_path / "out")
 
 
 # -- before any work -------------------------------------------------------------------------------------
