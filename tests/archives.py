@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from test_models import tiny_timm
 
@@ -61,9 +60,8 @@ def parquet(path: Path, contents: list[bytes | None], group: int, struct: bool =
     return path
 
 
-def tiny(depth: int = 2) -> vitreg.Backbone:
-    torch.manual_seed(0)
-    return vitreg.wrap(tiny_timm(depth=depth))
+def tiny(**sizes: int) -> vitreg.Backbone:
+    return vitreg.wrap(tiny_timm(**sizes))
 
 
 def worker(vit: vitreg.Backbone, data: Path | str, out: Path, **changes: Any) -> ShardWorker:

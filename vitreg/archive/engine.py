@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pickle import PicklingError
 from typing import Any
 
 from vitreg import errors
 from vitreg.archive.worker import Job, ShardWorker
-from vitreg.errors import ArchiveError, MissingExtraError, VitregError
+from vitreg.errors import ArchiveError, MissingExtraError, UnsupportedModelError, VitregError
 
 _CPUS = 4  # for each worker, where nothing else is known
 _BLOCKS = 4096  # that Ray Data hands out; with more shards than that, several are in one
@@ -81,11 +82,24 @@ def run_shards(job: Job, shards: Sequence[int], workers: int | None, device: str
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     device = _device(device, hosts)
     workers, cpus = share(hosts, workers, "GPU" if device == "cuda" else "CPU")
-    shipped = ray.put(replace(job, device=device, threads=cpus))
+    shipped = _shipped(replace(job, device=device, threads=cpus))
     for entry in hand_out(_Actor, [shipped], shards, workers, cpus, 1 if device == "cuda" else 0):
         if "error" in entry:
             raise _error(**entry["error"])
         yield entry
+
+
+def _shipped(job: Job) -> Any:
+    import ray
+
+    try:
+        return ray.put(job)
+    except (TypeError, AttributeError, PicklingError) as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise UnsupportedModelError(
+            f"{job.vit.name} cannot be sent to workers: {why}. Expected a model, preprocess and forward that"
+            " can be pickled: those of vitreg.load can."
+        ) from error
 
 
 def hand_out(

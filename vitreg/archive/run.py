@@ -67,7 +67,7 @@ def extract_archive(
     place = Place.at(out)
     features = features_of(vit, tokens, layers)
     archive = find_archive(str(data))
-    _refuse_inside(place, archive)
+    _refuse_inside(place, Place.at(data))
     place.make(DONE, TRYING, VECTORS, *([PATCHES] if any("patches" in name for name in features) else []))
     settings = settings_of(vit, features, dtype, batch_size, shard_images, column)
     planned = settle(place, settings, archive)
@@ -80,6 +80,8 @@ def extract_archive(
         with ray_session(workers), unfixed(vit.model), _gathering(place), bar as show:
             for entry in run_shards(job, left, workers, device):
                 show(entry["images"])
+    else:  # the driver may have died before it could sum up
+        _gather(place)
     found = Extraction.read(place.url)
     if not found.images:
         first = "; ".join(f"{image.path}: {image.reason}" for image in found.failed[:3])
@@ -87,11 +89,10 @@ def extract_archive(
     return found
 
 
-def _refuse_inside(out: Place, archive: Archive) -> None:
+def _refuse_inside(out: Place, data: Place) -> None:
     """The next run would find this one's files in the archive."""
-    root = archive.place
-    if out.fs == root.fs and f"{out.path}/".startswith(f"{root.path.rstrip('/')}/"):
-        raise DataError(f"{out.url} lies inside of {root.url}. Choose an output folder outside of it.")
+    if out.fs == data.fs and f"{out.path}/".startswith(f"{data.path.rstrip('/')}/"):
+        raise DataError(f"{out.url} lies inside of {data.url}. Choose an output folder outside of it.")
 
 
 # -- what is asked for ---------------------------------------------------------------------------------
