@@ -1,5 +1,6 @@
 """Several ranks find what one process finds, whatever their number, the batches and the bad files."""
 
+import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from vitreg.cure import find_cure
 from vitreg.diagnosis import diagnose
 from vitreg.errors import DataError, ImageError, RankError
 from vitreg.evals import Config, extract_features
-from vitreg.images import Images, first_images, read_images
+from vitreg.images import First, Images, first_images, read_images
 from vitreg.ranks import ALONE, Ranks, joined
 from vitreg.verify import verify
 
@@ -137,6 +138,12 @@ def test_the_first_images_are_the_same_on_every_rank(folder: Path, planted: Plan
     assert len(whole) == min(count, 40)
     for found in of_each(3, first):
         assert torch.equal(found, whole)
+
+
+def test_what_is_sent_of_a_batch_is_not_all_of_it() -> None:
+    kept = First(2, [])
+    kept.add(torch.zeros(64, 3, 8, 8))
+    assert len(pickle.dumps(kept._kept)) < 6_000  # two images of 768 bytes; the batch has 49,152
 
 
 def found_by(planted: Planted, folder: Path, work: Callable[[vitreg.Backbone, Images], Any]) -> Any:

@@ -466,7 +466,8 @@ class First:
     def add(self, batch: Batch | Tensor) -> None:
         pixels, places = pixels_of(batch), getattr(batch, "places", None)
         numbers = places or range(self._seen, self._seen + len(pixels))
-        self._kept += [(i, row) for i, row in zip(numbers, pixels, strict=True) if i < self._count]
+        # Copies: a view of a batch would keep all of it, and be sent with all of it.
+        self._kept += [(i, row.clone()) for i, row in zip(numbers, pixels, strict=True) if i < self._count]
         self._seen += len(pixels)
 
     @property
