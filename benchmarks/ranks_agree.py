@@ -25,7 +25,7 @@ def main() -> None:
     options.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     options.add_argument("--limit")
     options.add_argument("--eval", action="append", default=[], metavar="TASK=DATA")
-    options.add_argument("--only-eval", action="store_true")
+    options.add_argument("--only", nargs="+", metavar="COMMAND", help="diagnose, fix, verify or tasks")
     asked = options.parse_args()
     limit = ["--limit", asked.limit] if asked.limit else []
     with tempfile.TemporaryDirectory() as name:
@@ -35,12 +35,12 @@ def main() -> None:
             "fix": ["fix", asked.model, asked.photos, "-o", "FIX", *limit],
             "verify": ["verify", asked.model, str(folder / "fix-1"), asked.photos, *limit],
         }
-        if asked.only_eval:
-            commands = {}
         for task, data in (text.split("=", 1) for text in asked.eval):
             commands[task] = ["eval", task, asked.model, data, "--no-cache", *limit]
         print(f"{'':22}{'processes':>10}{'seconds':>9}{'values':>9}{'differ':>8}{'floats by':>11}")
         for what, command in commands.items():
+            if asked.only and what not in asked.only:
+                continue
             compare(what, command, asked.ranks, folder)
 
 
