@@ -290,6 +290,13 @@ def test_attention_on_outliers_is_that_of_the_maps(explorer: Explorer) -> None:
     json.loads(found.json())
 
 
+def test_each_token_looks_for_itself(explorer: Explorer) -> None:
+    photo = explorer.gallery[0]
+    for query in ("CLS", (0, 1), (2, 3)):
+        expected = look(explorer.vit, photo.pixels, query=query).attention
+        assert np.array_equal(explorer.attention(photo, query).maps, expected.maps)
+
+
 def test_a_photo_without_outliers_is_told_so(explorer: Explorer) -> None:
     without = [p for p in explorer.gallery if not explorer.outliers(p).any()]
     for photo in explorer.gallery:

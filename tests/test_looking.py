@@ -90,8 +90,11 @@ def test_a_neuron_is_that_of_a_trace() -> None:
     pixels = images(vit, 1)
     with evaluating(vit.model), vitreg.trace(vit, neurons=True, layers=[1]) as t:
         vit(pixels)
-    expected = t.neurons[0, 0, vit.layout.patch_slice, 7].unflatten(0, vit.layout.grid)
-    assert np.array_equal(look(vit, pixels, neurons=[(1, 7)]).activations[1, 7], expected)
+    seen = look(vit, pixels, neurons=[(1, 7), (0, 3), (1, 9)]).activations
+    assert list(seen) == [(0, 3), (1, 7), (1, 9)]
+    for index in (7, 9):
+        expected = t.neurons[0, 0, vit.layout.patch_slice, index].unflatten(0, vit.layout.grid)
+        assert np.array_equal(seen[1, index], expected)
     with pytest.raises(ValueError, match=r"block 1, neuron 128: .* neurons 0 to 127"):
         look(vit, pixels, neurons=[(1, 128)])
 
