@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
-from vitreg.images import Batch, Images, pixels_of, ranks_of
+from vitreg.images import Batch, Images, pixels_of, places_of, ranks_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
@@ -208,7 +208,7 @@ def collect(
                 )
             vit(pixels)
             if len(kept) < examples:
-                start = batch.places.start if isinstance(batch, Batch) and batch.places else len(kept)
+                start = places_of(batch, len(kept)).start
                 kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
     return _together(vit, collector, kept, examples, ranks_of(images))
 

@@ -464,8 +464,7 @@ class First:
         self._seen = 0
 
     def add(self, batch: Batch | Tensor) -> None:
-        pixels, places = pixels_of(batch), getattr(batch, "places", None)
-        numbers = places or range(self._seen, self._seen + len(pixels))
+        pixels, numbers = pixels_of(batch), places_of(batch, self._seen)
         # Copies: a view of a batch would keep all of it, and be sent with all of it.
         self._kept += [(i, row.clone()) for i, row in zip(numbers, pixels, strict=True) if i < self._count]
         self._seen += len(pixels)
@@ -494,6 +493,12 @@ def first_images(images: Iterable[Batch] | Iterable[Tensor], count: int) -> Floa
 
 def pixels_of(batch: Batch | Tensor) -> Float[Tensor, "b 3 h w"]:
     return batch.pixels if isinstance(batch, Batch) else batch
+
+
+def places_of(batch: Batch | Tensor, seen: int) -> range:
+    """Of each image among all, those of other processes, too; so many were `seen` where no batch says it."""
+    known = batch.places if isinstance(batch, Batch) else None
+    return range(seen, seen + len(pixels_of(batch))) if known is None else known
 
 
 def printable(path: str) -> str:

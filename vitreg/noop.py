@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from vitreg.diagnosis import Diagnosis
 from vitreg.errors import FixError, ImageError
 from vitreg.fixes.splitting import write_gains
-from vitreg.images import Batch
+from vitreg.images import Batch, pixels_of
 from vitreg.labels import Readout, find_readout, norm_scale
 from vitreg.measures import KINDS, Estimate, Reference, Resampled, look_at
 from vitreg.models import Backbone
@@ -138,7 +138,7 @@ def noop_test(
     rows: dict[str, dict[str, list[np.ndarray]]] = {}
     sample, count = None, 0
     for batch in images:
-        pixels = batch.pixels if isinstance(batch, Batch) else batch
+        pixels = pixels_of(batch)
         sample = pixels[:4] if sample is None else sample
         for name, measures in _effects(vit, pixels, report, readout, first, seed + count).items():
             for measure, values in measures.items():

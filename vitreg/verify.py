@@ -17,7 +17,7 @@ from vitreg.controls import ABLATIONS, PLACEBOS, controls_of
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import ImageError
 from vitreg.fixes.base import Fix
-from vitreg.images import Batch, ranks_of
+from vitreg.images import Batch, places_of, ranks_of
 from vitreg.labels import class_of, find_readout, wordnet_classes
 from vitreg.measures import KINDS, Estimate, Look, Reference, Resampled, look_at
 from vitreg.models import Backbone
@@ -111,7 +111,7 @@ class Measured:
                 f" is of {report.grid} and {len(report.layers)}. Diagnose what you verify."
             )
         classes = [class_of(name, self._classes) for name in names]
-        places = getattr(batch, "places", None) or range(self.images, self.images + len(pixels))
+        places = places_of(batch, self.images)
         some = torch.arange(-places.start % self.stride, len(pixels), self.stride)  # for the controls
         plain = look_at(self._vit, pixels, self._readout)
         whole = Reference(plain, self._report, layout, classes)
