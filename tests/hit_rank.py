@@ -1,15 +1,21 @@
-"""`python hit_rank.py kill|nan RANK COMMAND...`: the vitreg command; a rank is hit in its second round."""
+"""`python hit_rank.py kill|nan RANK COMMAND...`: the vitreg command; a rank is hit in its second round.
+
+All take their time to leave, so that torchrun's SIGTERM finds them at it.
+"""
 
 import os
 import signal
 import sys
+import time
+
+import torch.distributed as dist
 
 from vitreg.cli import main
 from vitreg.errors import NonFiniteError
 from vitreg.ranks import Ranks
 
 how, victim = sys.argv[1], int(sys.argv[2])
-gather, rounds = Ranks.gather, 0
+gather, leave, rounds = Ranks.gather, dist.destroy_process_group, 0
 
 
 def hit(self, mine):
@@ -22,6 +28,11 @@ def hit(self, mine):
     return gather(self, mine)
 
 
-Ranks.gather = hit
+def leave_slowly():
+    time.sleep(1)
+    leave()
+
+
+Ranks.gather, dist.destroy_process_group = hit, leave_slowly
 sys.argv[1:] = sys.argv[3:]
 main()

@@ -75,7 +75,8 @@ def joined() -> Iterator[Ranks]:
     """This process as one of those that torchrun started, by gloo: what is put together is small.
 
     All but the first are silent meanwhile. If one fails, it alone tells why; the others leave with exit
-    code 1, and so they do if one is killed, of which one of them tells.
+    code 1, and so they do if one is killed, of which one of them tells. A process that fails here has to
+    end: it no longer heeds SIGTERM.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -92,12 +93,13 @@ def joined() -> Iterator[Ranks]:
                 stack.enter_context(redirect_stderr(nowhere))
             yield ranks
     except (Exception, KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it is being told
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, before this is told
         if store.add("vitreg/told", 1) > 1:
             sys.exit(1)
         raise
-    finally:
+    else:
         signal.signal(signal.SIGTERM, before)
+    finally:
         dist.destroy_process_group()
 
 
