@@ -2,17 +2,20 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from catalog import randomise
 from PIL import Image
+from ranked import differences, of_each
 
 import vitreg
 from vitreg.errors import ModelLoadError, UnsupportedModelError
 from vitreg.evals.vlm import Vlm, VlmConfig, evaluate, image_attention, load
 from vitreg.phantom import Phantom, plant
+from vitreg.ranks import ALONE, Ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,6 +167,25 @@ def test_the_metrics_follow_the_same_patches_under_a_fix(tmp_path: Path) -> None
     assert one != pytest.approx(other, rel=1e-2)
     assert any(f"{float(marked.float().mean()):.2%} of the image tokens" in note for note in before.notes)
     assert any("made up" in note for note in before.notes)
+
+
+def test_several_processes_share_the_photos(tmp_path: Path) -> None:
+    vlm, data = untrained(tmp_path / "m"), photos(tmp_path / "photos", 12)
+    planted(vlm)
+    (data / "3b.png").write_text("no picture")
+    answered = []
+
+    def run(ranks: Ranks) -> Any:
+        mine = copy.deepcopy(vlm)
+        mine.whole.register_forward_hook(lambda *_: answered.append(ranks.rank))
+        return evaluate(mine, data, VlmConfig(batch_size=2, workers=0, ranks=ranks)).to_json()
+
+    whole = run(ALONE)
+    assert "of it on former outliers" in whole["metrics"]
+    answered.clear()
+    for found in of_each(3, run):
+        assert differences(found, whole) == []
+    assert sorted(answered) == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_a_tower_without_artifacts_has_no_former_outliers(tmp_path: Path) -> None:

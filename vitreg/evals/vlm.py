@@ -8,9 +8,11 @@ As in Jiang et al. (section 5.4): outliers of the vision tower are image tokens 
 though they show nothing of what is there. Models are of LLaVA's structure: one image token for each patch.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.features import spread
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.images import read_images
+from vitreg.images import places_of, read_images
 from vitreg.models import Backbone, load_vlm
 from vitreg.probe import NO_ATTENTION_SEEN, evaluating
 
@@ -129,9 +131,16 @@ def evaluate(vlm: Backbone, data: str | Path, config: VlmConfig | None = None) -
     outliers = torch.from_numpy(outlier_masks(vlm, report, paths, config))
     ids = vlm.prompt(config.prompt)
     photos = read_images(
-        paths, vlm, batch_size=config.batch_size, workers=config.workers, progress=config.progress
+        paths,
+        vlm,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        progress=config.progress,
+        ranks=config.ranks,
     )
-    seen = torch.cat([image_attention(vlm, batch.pixels, ids).cpu() for batch in photos])
+    mine = [(places_of(batch, 0).start, image_attention(vlm, batch.pixels, ids).cpu()) for batch in photos]
+    everyones = sorted(itertools.chain(*config.ranks.gather(mine)), key=itemgetter(0))
+    seen = torch.cat([rows for _, rows in everyones])
     notes = [f"{len(photos.failed)} photos could not be read."] if photos.failed else []
     notes += _notes(vlm, report, float(outliers.float().mean()))
     return concluded(
