@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -220,9 +222,34 @@ def test_a_parquet_file_without_images_stops_the_run(tmp_path):
         a_worker.run(0)
 
 
-def test_from_memory_to_memory():
-    import fsspec
+@pytest.mark.parametrize("remote", [False, True])
+def test_photos_are_read_ahead_where_that_gains(tmp_path, monkeypatch, remote):
+    """Beside a forward pass that has all cores busy they would only hold it up."""
+    data = photos(tmp_path / "in", 20)
+    if remote:
+        fsspec.filesystem("memory").put(str(data), "/ahead", recursive=True)
+    read, seen = [], []
+    read_item = worker_module.read_item
+    monkeypatch.setattr(
+        worker_module, "read_item", lambda item, preprocess: read.append(item) or read_item(item, preprocess)
+    )
+    a_worker = worker(tiny(), "memory://ahead" if remote else data, tmp_path / "out", shard_images=20)
 
+    def observe(pixels):
+        last = time.monotonic() + (5 if remote else 0.3)
+        while not seen and len(read) < 8 and time.monotonic() < last:
+            time.sleep(0.01)
+        seen.append(len(read))
+        return the_rest(pixels)
+
+    the_rest = a_worker._observe
+    a_worker._observe = observe
+    assert a_worker.run(0)["images"] == 20
+    batch, threads = 4, 1
+    assert seen[0] >= 2 * batch if remote else seen[0] <= batch + 2 * threads
+
+
+def test_from_memory_to_memory():
     for number in range(3):
         fsspec.filesystem("memory").pipe_file(f"/photos/{number}.png", png(number))
     a_worker = worker(tiny(), "memory://photos", "memory://features-out")

@@ -104,7 +104,7 @@ class Extraction:
         )
         waited = f"waited {seconds['waiting for photos']:.1f} s for photos"
         stalled = f"{seconds['waiting for the disk']:.1f} s for the disk"
-        return f"time of workers: {spent}, side by side; the model {waited} and {stalled}: {verdict}"
+        return f"time of the workers' threads: {spent}; the model {waited} and {stalled}: {verdict}"
 
     def _failures(self) -> list[str]:
         if not self.failed:

@@ -1,7 +1,8 @@
 """One worker: it holds the model and turns shards into files, one after the other.
 
-Photos are read and decoded ahead of the forward pass by threads, files are written behind it by another. What
-a batch holds depends on the shard alone: neither the worker nor a restart changes the features.
+Photos are read and decoded by threads, ahead of the forward pass unless both would share the same cores with
+nothing to wait for; files are written behind it by another. What a batch holds depends on the shard alone:
+neither the worker nor a restart changes the features.
 """
 
 import json
@@ -113,8 +114,9 @@ class ShardWorker:
             parts = Parts(job.out, index, job.images, job.vit.layout.grid, watch, behind)
             found = items(job.data, job.kind, shard, job.column)
             images = self._decoded(found, failed, decoders, watch)
-            with closing(_one_ahead(_batches(images, job.batch_size), ahead, watch)) as batches:
-                for batch in batches:
+            batches = _batches(images, job.batch_size)
+            with closing(_one_ahead(batches, ahead) if self._gains_by_threads else batches) as upcoming:
+                for batch in _timed(upcoming, watch):
                     with watch("forward"):
                         seen = self._observe(batch.pixels)
                     rows = {feature: seen[feature] for feature in job.features}
@@ -134,10 +136,19 @@ class ShardWorker:
             },
         }
 
+    @property
+    def _gains_by_threads(self) -> bool:
+        """Whether there is time to fill: an accelerator's, or that of a network.
+
+        Else the model has all cores busy, and a thread beside it costs it more than it gains.
+        """
+        return self._job.device != "cpu" or not self._job.data.is_local
+
     def _decoded(
         self, found: Iterator[Item], failed: list[FailedImage], pool: ThreadPoolExecutor, watch: Stopwatch
     ) -> Iterator[tuple[str, Tensor]]:
-        """The good photos in order. At most a batch of them waits."""
+        """The good photos in order. At most a batch of them waits, or what keeps the threads busy."""
+        most = self._job.batch_size if self._gains_by_threads else 2 * self._job.threads
         waiting: deque[Future[tuple[str, Tensor] | FailedImage]] = deque()
 
         def next_one() -> Iterator[tuple[str, Tensor]]:
@@ -149,7 +160,7 @@ class ShardWorker:
 
         for item in found:
             waiting.append(pool.submit(self._read, item, watch))
-            if len(waiting) >= self._job.batch_size:
+            if len(waiting) >= most:
                 yield from next_one()
         while waiting:
             yield from next_one()
@@ -168,20 +179,25 @@ class ShardWorker:
             return read_item((name, content), self._job.vit.preprocess)
 
 
-def _batches(images: Iterator[tuple[str, Tensor]], size: int) -> Iterator[Batch]:
+def _batches(images: Iterator[tuple[str, Tensor]], size: int) -> Generator[Batch, None, None]:
     while some := list(islice(images, size)):
         yield to_batch(some)
 
 
-def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor, watch: Stopwatch) -> Generator[T, None, None]:
+def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor) -> Generator[T, None, None]:
     """The next one is made while the caller works on this one."""
     upcoming = pool.submit(next, found, None)
+    while (item := upcoming.result()) is not None:
+        upcoming = pool.submit(next, found, None)
+        yield item
+
+
+def _timed(found: Iterator[T], watch: Stopwatch) -> Iterator[T]:
     while True:
         with watch("waiting for photos"):
-            item = upcoming.result()
+            item = next(found, None)
         if item is None:
             return
-        upcoming = pool.submit(next, found, None)
         yield item
 
 
