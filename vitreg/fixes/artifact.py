@@ -353,7 +353,7 @@ def _load_tensors(folder: Path, document: dict[str, Any]) -> dict[str, Tensor]:
             " cut off, or belongs to another fix. Save or download the fix again."
         )
     try:
-        tensors: dict[str, Tensor] = load(data)
+        tensors: dict[str, Tensor] = dict(sorted(load(data).items()))  # safetensors gives them in any order
     except (SafetensorError, ValueError, KeyError) as error:
         raise FixError(f"{path} holds no tensors ({error}). Save or download the fix again.") from error
     for name, tensor in tensors.items():

@@ -81,7 +81,7 @@ class TrainedRegisters(Fix):
         )
 
     def __hash__(self) -> int:
-        return hash((self.registers, *self.weights))
+        return hash((self.registers, frozenset(self.weights)))
 
     @property
     def registers(self) -> int:
