@@ -241,10 +241,12 @@ def test_no_permission_to_write(tmp_path):
         vitreg.extract_archive(tiny(), photos(tmp_path / "in", 1), tmp_path / "file/out")
 
 
-def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'vitreg\[ray\]'"):
+@pytest.mark.parametrize("module", ["ray", "pyarrow"])
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"^{module}.* pip install 'vitreg\[ray\]'"):
         vitreg.extract_archive(tiny(), photos(tmp_path / "in", 1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pickle import PicklingError
 from typing import Any
 
@@ -21,6 +22,13 @@ from vitreg.errors import ArchiveError, MissingExtraError, UnsupportedModelError
 
 _CPUS = 4  # for each worker, where nothing else is known
 _BLOCKS = 4096  # that Ray Data hands out; with more shards than that, several are in one
+
+
+def require_ray() -> None:
+    """Raise MissingExtraError without Ray, or without pyarrow, which the plan and the files need."""
+    for module, package in (("ray", "ray[data]"), ("pyarrow", "pyarrow")):
+        if find_spec(module) is None:
+            raise MissingExtraError(package, "ray")
 
 
 @contextmanager

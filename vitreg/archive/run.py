@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from vitreg.archive.engine import ray_session, run_shards
+from vitreg.archive.engine import ray_session, require_ray, run_shards
 from vitreg.archive.manifest import MANIFEST, Extraction, finished
 from vitreg.archive.parts import PATCHES, VECTORS
 from vitreg.archive.place import Place
@@ -59,6 +59,7 @@ def extract_archive(
     (`out` belongs to something else, or workers die), UnsupportedModelError (the model has no such token),
     ImageError (no photo could be read), MissingExtraError without Ray.
     """
+    require_ray()  # before anything is written
     if dtype not in DTYPES:
         raise DataError(f"features cannot be stored as {dtype!r}: expected one of {', '.join(DTYPES)}.")
     for name, value in (("batch_size", batch_size), ("shard_images", shard_images), ("workers", workers)):
