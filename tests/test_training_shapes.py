@@ -96,11 +96,14 @@ def test_the_recipe_makes_a_folder_that_loads(tmp_path):
     assert 100 * found.on_object == pytest.approx(line["attention_on_object"], abs=0.1)
 
 
-def test_the_objective_learns_to_tell_the_ground():
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_objective_learns_to_tell_the_ground(registers):
     """On one batch the loss of patches falls far: masks and patches lie on each other."""
     torch.manual_seed(0)
     np.random.seed(0)
-    objective = dataclasses.replace(RECIPE, model_args=RECIPE.model_args | {"depth": 1}).objective()
+    small = dataclasses.replace(RECIPE, registers=registers, model_args=RECIPE.model_args | {"depth": 1})
+    objective = small.objective()
+    assert objective.vit.num_prefix_tokens == 1 + registers
     items = [objective.dataset[i] for i in range(8)]
     batch = (
         torch.stack([pixels for pixels, _, _ in items]),

@@ -72,11 +72,11 @@ class ShapesObjective(Objective):
         super().__init__()
         self.recipe = recipe
         vit: Any = recipe.build(len(CLASSES))
-        vit.patch_drop = self.dropped = _Dropped(recipe.patch_drop)
+        vit.patch_drop = self.dropped = _Dropped(recipe.patch_drop, vit.num_prefix_tokens)
         self.vit, self.grid = vit, vit.patch_embed.grid_size
         places = build_sincos2d_pos_embed(list(self.grid), vit.embed_dim, interleave_sin_cos=False)
         with torch.no_grad():  # places known from the start; they are trained on
-            vit.pos_embed[0, 1:] = 0.3 * places.flatten(0, -2)
+            vit.pos_embed[0, -vit.patch_embed.num_patches :] = 0.3 * places.flatten(0, -2)
         self.patch_head = nn.Linear(vit.embed_dim, len(CLASSES) + 1)
         self.dataset = Drawn(recipe.photos, recipe.image_size)
         shown = [_pixels(scene.photo) for scene in scenes(64)]
@@ -93,7 +93,7 @@ class ShapesObjective(Objective):
         classes = torch.where(cover > 0.4, labels[:, None], len(CLASSES))
         if self.dropped.kept is not None:
             classes = classes.gather(1, self.dropped.kept)
-        patches = self.patch_head(tokens[:, 1:]).float()
+        patches = self.patch_head(tokens[:, vit.num_prefix_tokens :]).float()
         patch_loss = F.cross_entropy(patches.flatten(0, 1), classes.flatten())
         return {
             "loss": loss + self.recipe.patch_loss * patch_loss,
@@ -120,25 +120,26 @@ class ShapesObjective(Objective):
 
 
 class _Dropped(nn.Module):
-    """In training keeps CLS and a random share of the patches, and notes which, (b, k); else all, and None.
+    """In training keeps a random share of the patches, and notes which, (b, k); else all, and None.
 
-    timm's own says which in some of its versions only.
+    The `prefix` tokens stay. timm's own says which in some of its versions only.
     """
 
     kept: Tensor | None = None
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, prefix: int) -> None:
         super().__init__()
-        self.share = share
+        self.share, self.prefix = share, prefix
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             self.kept = None
             return x
-        photos, patches = x.shape[0], x.shape[1] - 1
+        photos, patches = x.shape[0], x.shape[1] - self.prefix
         order = torch.rand(photos, patches, device=x.device).argsort(1)
         self.kept = order[:, : patches - int(self.share * patches)]
-        return x[torch.arange(photos, device=x.device)[:, None], F.pad(self.kept + 1, (1, 0))]
+        chosen = self.kept[:, :, None].expand(-1, -1, x.shape[2])
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, chosen)], 1)
 
 
 recipe = Shapes(
