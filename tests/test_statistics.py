@@ -20,7 +20,7 @@ IMAGES = images(VIT, 12)
 
 
 def statistics(*batches: torch.Tensor) -> vitreg.statistics.Statistics:
-    return collect(VIT, batches, examples=0)[0]
+    return collect(VIT, batches, examples=0).statistics
 
 
 def same(one, other) -> None:

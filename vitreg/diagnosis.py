@@ -27,6 +27,7 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
 from vitreg.images import Batch, Images, pixels_of, places_of, ranks_of
+from vitreg.kinds import METERS, Context, Finding, Meter
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
@@ -106,13 +107,18 @@ class Diagnosis:
     excess_dimensions: list[dict[str, int | float]]
     layers: list[LayerDiagnosis]
     versions: dict[str, str]
+    kinds: tuple[Finding, ...]
     statistics: Statistics = field(repr=False, compare=False)
     examples: list[Example] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the histograms and examples, as JSON-ready values."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("statistics", "examples", "layers")}
-        return kept | {"layers": [asdict(layer) for layer in self.layers]}
+        apart = ("statistics", "examples", "layers", "kinds")
+        plain = {k: v for k, v in vars(self).items() if k not in apart}
+        return plain | {
+            "kinds": {finding.kind: finding.to_json() for finding in self.kinds},
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     @property
     def has_artifacts(self) -> bool:
@@ -143,6 +149,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.verdict}", self.reason, *self._facts()]
+        lines += [f"{finding.title}: {finding}" for finding in self.kinds if finding.present]
         if self.failed_images:
             lines.append(f"{len(self.failed_images)} images could not be read:")
             lines += [f"  {failed['path']}: {failed['reason']}" for failed in self.failed_images]
@@ -182,15 +189,23 @@ def diagnose(
     with their number. Images that several ranks share give one diagnosis, the same on each of them. Raises
     ImageError without images, NonFiniteError for activations with NaN.
     """
-    statistics, layout, kept = collect(vit, images, examples)
+    seen = collect(vit, images, examples)
     failed = [asdict(f) for f in images.failed] if isinstance(images, Images) else []
-    return _conclude(vit, layout, statistics, failed, kept)
+    return _conclude(vit, seen, failed)
 
 
-def collect(
-    vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples: int
-) -> tuple[Statistics, TokenLayout, list[Example]]:
-    """The statistics of all images in one pass, their token layout, and the first few as examples."""
+@dataclass(frozen=True)
+class Collected:
+    """What one pass over the images gave: sums, for norms and for each other kind, and the first images."""
+
+    layout: TokenLayout
+    statistics: Statistics
+    meters: tuple[Meter, ...]
+    examples: list[Example]
+
+
+def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples: int) -> Collected:
+    """The sums over all images in one pass, their token layout, and the first few as examples."""
     collector: Collector | None = None
     kept: list[tuple[int, Example]] = []  # with the images' places
     with ExitStack() as stack:
@@ -199,7 +214,7 @@ def collect(
             pixels, names = pixels_of(batch), getattr(batch, "names", ())
             if collector is None:
                 layout = vit.layout_for(pixels)
-                collector = Collector(vit, Statistics.empty(vit, layout), layout)
+                collector = _collector(vit, layout)
                 stack.enter_context(collector.watching())
             elif vit.layout_for(pixels) != collector.layout:
                 raise ImageError(
@@ -213,13 +228,18 @@ def collect(
     return _together(vit, collector, kept, examples, ranks_of(images))
 
 
+def _collector(vit: Backbone, layout: TokenLayout) -> Collector:
+    meters = tuple(meter(vit, layout) for meter in METERS)
+    return Collector(vit, Statistics.empty(vit, layout), layout, meters)
+
+
 def _together(
     vit: Backbone,
     collector: Collector | None,
     kept: list[tuple[int, Example]],
     examples: int,
     ranks: Ranks,
-) -> tuple[Statistics, TokenLayout, list[Example]]:
+) -> Collected:
     """What all ranks have collected; one that had no image adds nothing."""
     layouts = [found for found in ranks.gather(collector and collector.layout) if found]
     if not layouts:
@@ -227,9 +247,13 @@ def _together(
     if len(set(layouts)) > 1:
         grids = ", ".join(str(grid) for grid in sorted({layout.grid for layout in layouts}))
         raise ImageError(f"images have different patch grids ({grids}); diagnose one size at a time.")
-    mine = collector.statistics if collector else Statistics.empty(vit, layouts[0])
+    mine = collector or _collector(vit, layouts[0])
+    for meter in mine.meters:
+        meter.all_reduce(ranks)
     first = sorted(itertools.chain(*ranks.gather(kept)), key=lambda pair: pair[0])[:examples]
-    return mine.together(ranks), layouts[0], [example for _, example in first]
+    return Collected(
+        layouts[0], mine.statistics.together(ranks), tuple(mine.meters), [example for _, example in first]
+    )
 
 
 def _examples(
@@ -265,9 +289,8 @@ def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndar
 # -- conclusions -----------------------------------------------------------------------------------
 
 
-def _conclude(
-    vit: Backbone, layout: TokenLayout, s: Statistics, failed: list[dict[str, str]], kept: list[Example]
-) -> Diagnosis:
+def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> Diagnosis:
+    layout, s = seen.layout, seen.statistics
     gaps = [widest_gap(counts, EDGES) for counts in s.counts]
     layers = [_layer(layer, s, gaps, layout) for layer in range(len(gaps))]
     separated = [gap is not None and gap.separates for gap in gaps]
@@ -303,8 +326,11 @@ def _conclude(
         excess_dimensions=s.excess_dimensions(detect) if found else [],
         layers=layers,
         versions=versions(),
+        kinds=tuple(
+            meter.finding(Context(s.images, tuple(x.threshold for x in layers))) for meter in seen.meters
+        ),
         statistics=s,
-        examples=kept,
+        examples=seen.examples,
     )
 
 

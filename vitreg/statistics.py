@@ -6,6 +6,7 @@ afterwards, "over the outliers" is a sum over the bins beyond the threshold, for
 pass. All sums add up, so the ranks' statistics merge and the order of the images does not matter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
+from vitreg.kinds.base import Meter
 from vitreg.models import Backbone
 from vitreg.ranks import Ranks
 from vitreg.threshold import MIN_RATIO
@@ -135,8 +137,10 @@ def _mean(sums: Tensor, counts: Tensor, chosen: Tensor) -> float | None:
 class Collector:
     """Adds the forward passes that `watch` shows it to a Statistics."""
 
-    def __init__(self, vit: Backbone, statistics: Statistics, layout: TokenLayout) -> None:
-        self.vit, self.statistics, self.layout = vit, statistics, layout
+    def __init__(
+        self, vit: Backbone, statistics: Statistics, layout: TokenLayout, meters: Sequence[Meter] = ()
+    ) -> None:
+        self.vit, self.statistics, self.layout, self.meters = vit, statistics, layout, meters
         self.norms: list[Tensor] = []  # of the latest batch, (b, p) per layer
         self.shares: list[Tensor] = []  # of the latest batch, (b, p) per layer
         self._bins: Tensor | None = None
@@ -155,9 +159,13 @@ class Collector:
 
     def _start(self) -> None:
         self.norms, self.shares, self._bins = [], [], None
+        for meter in self.meters:
+            meter.start()
 
     def _embedding(self, patches: Float[Tensor, "b p d"]) -> None:
         self._similarity = neighbour_similarity(patches, self.layout)
+        for meter in self.meters:
+            meter.embedding(patches)
 
     def _block(self, layer: int, residual: Float[Tensor, "b n d"]) -> None:
         s, layout = self.statistics, self.layout
@@ -185,6 +193,8 @@ class Collector:
             s.images += len(norms)
         self.norms.append(patches)
         self._bins = bins
+        for meter in self.meters:
+            meter.block(layer, residual, norms)
 
     def _add_energies(self, layer: int, residual: Tensor, norms: Tensor) -> None:
         """Which residual dimensions carry the excess: each image's largest patch against its median one."""
@@ -202,6 +212,8 @@ class Collector:
         rows = call.rows(query_tokens(inner).to(self.vit.device))[..., patches]  # (b, h, r, p)
         shares = (rows / rows.sum(-1, keepdim=True)).mean(2)
         self.shares.append(shares.mean(1))
+        for meter in self.meters:
+            meter.attention(layer, call, shares)
         if self._bins is None:  # layer 0: no block has written yet
             return
         s = self.statistics

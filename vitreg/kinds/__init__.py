@@ -1,0 +1,8 @@
+"""Artifacts that are no high norms, each with its own measure: see base.py."""
+
+from vitreg.kinds.base import Context, Finding, Meter
+
+# What a diagnosis measures beside norms, in the order in which it reports them.
+METERS: tuple[type[Meter], ...] = ()
+
+__all__ = ["METERS", "Context", "Finding", "Meter"]
