@@ -16,28 +16,22 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
+from vitreg.planting import Mlp, idle_neurons, mlp_inputs, read_flat, read_marked, write_direction
 from vitreg.probe import evaluating
 from vitreg.sinks import make_sinks
 from vitreg.trace import trace
 
-# The ramp from unmarked to marked, as a share of the marked patches' median distance from the boundary.
-RAMP = 0.02
-WRITTEN_DIMENSIONS = 3  # real massive activations live in one to three residual dimensions
 MIN_NORM = 1.2  # below, marked patches can hardly be told from the others by anything
-MIN_AGREEMENT = 0.9  # of the marked patches, the share that each later block has to mark too
-NEWTON_STEPS = 12
 
 # What a planted neuron does beyond its threshold: rise to a ceiling, or on and on as GELU does.
 Activation = Literal["switch", "ramp"]
@@ -81,7 +75,7 @@ class Phantom:
 
     def marked(self, images: Float[Tensor, "b 3 h w"]) -> Bool[Tensor, "b gh gw"]:
         """The ground truth for any images: the patches that the first block's planted neurons mark."""
-        x = _mlp_inputs(self.vit, _Mlp(self.vit, self.layer), images)
+        x = mlp_inputs(self.vit, Mlp(self.vit, self.layer), images)
         layout = self.vit.layout_for(images)
         return layout.as_grid((x[:, layout.patch_slice] @ self.read + self.bias) >= 0.5)
 
@@ -140,22 +134,19 @@ def plant(
     _check(vit, layers, neurons, rate, norm, activation)
     batches = [images] if isinstance(images, Tensor) else list(images)
     planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom of {vit.name}")
-    mlps = [_Mlp(planted, index) for index in layers]
+    mlps = [Mlp(planted, index) for index in layers]
     generator = torch.Generator().manual_seed(seed)
-    read, bias = _read_flat(planted, mlps[0], batches, rate)
+    read, bias = read_flat(planted, mlps[0], batches, rate)
     chosen = {
-        mlp.layer: _idle_neurons(planted, mlp, batches[0], count, generator)
+        mlp.layer: idle_neurons(planted, mlp, batches[0], count, generator)
         for mlp, count in zip(mlps, _dealt(neurons, len(mlps)), strict=True)
     }
-    write = _write_direction(vit.anatomy.width, generator).to(read)
+    write = write_direction(vit.anatomy.width, generator).to(read)
     phantom = Phantom(planted, chosen, activation, read, bias, write, 0.0, 0.0, False, seed)
     with torch.no_grad():
         marked = [phantom.marked(batch) for batch in batches]  # decided before the block writes
         for left, mlp in zip(reversed(range(len(mlps))), mlps, strict=True):
-            reading = (
-                _read_marked(planted, mlp, batches, marked) if mlp.layer > phantom.layer else (read, bias)
-            )
-            _rewrite(phantom, mlp, reading, batches[0], marked[0])
+            _rewrite(phantom, mlp, batches, marked)
             achieved = _set_norm(phantom, mlp, batches, marked, norm, left)
         richest = max(range(len(batches)), key=lambda i: int(marked[i].sum()))
         listens = listens and make_sinks(planted, batches[richest], marked[richest], layers[-1] + 1)
@@ -184,193 +175,22 @@ def _dealt(neurons: int, blocks: int) -> list[int]:
     return [neurons // blocks + (index < neurons % blocks) for index in range(blocks)]
 
 
-# -- the neurons -----------------------------------------------------------------------------------
+# -- how strong ------------------------------------------------------------------------------------
 
 
-class _Mlp:
-    """The linear layers of one block's MLP: those that lead up to the neurons, and the one down."""
-
-    def __init__(self, vit: Backbone, layer: int) -> None:
-        self.layer = layer
-        block = vit.anatomy.block_modules(vit.model)[layer]
-        self.down = vit.anatomy.down_projections(vit.model)[layer]
-        self.ups = _up_projections(block, vit.anatomy.down_projection, self.down)
-        if not self.ups or any(up.bias is None for up in self.ups):
-            raise UnsupportedModelError(
-                f"the MLP of block {layer} has no linear layer with a bias up to its neurons, so none of them"
-                " can be given a threshold. Plant into a model whose MLP has one."
-            )
-
-    def plant(
-        self,
-        neurons: Sequence[int],
-        holding: int,
-        reading: tuple[Tensor, float],
-        write: Tensor,
-        gate: int = 0,
-    ) -> None:
-        """Neurons carry relu(t), the last `holding` of them -relu(t - 1), for t = read @ x + bias.
-
-        In a gated MLP two rows feed a neuron and are multiplied: row number `gate` reads, the other is
-        held at 1.
-        """
-        (read, bias), rising = reading, len(neurons) - holding
-        for index, neuron in enumerate(neurons):
-            holds = index >= rising
-            rows = [(up, r) for up in self.ups for r in range(neuron, up.out_features, self.down.in_features)]
-            for position, (up, row) in enumerate(rows):
-                reads = len(rows) == 1 or position == gate
-                up.weight[row] = read.to(up.weight) if reads else 0.0
-                up.bias[row] = bias - float(holds) if reads else 1.0
-            share = -1.0 / holding if holds else 1.0 / rising
-            self.down.weight[:, neuron] = share * write.to(self.down.weight)
-
-
-def _up_projections(block: nn.Module, down_path: str, down: nn.Linear) -> list[nn.Linear]:
-    """The linear layers from the width to the neurons (gated: to both halves) nearest to the way down."""
-    width, count = down.out_features, down.in_features
-    found = {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features == width
-        if module.out_features in (count, 2 * count)
-    }
-    shared = {name: _shared_parents(name, down_path) for name in found}
-    return [module for name, module in found.items() if shared[name] == max(shared.values())]
-
-
-def _shared_parents(one: str, other: str) -> int:
-    return len(
-        list(takewhile(lambda pair: pair[0] == pair[1], zip(one.split("."), other.split("."), strict=False)))
-    )
-
-
-def _mlp_inputs(vit: Backbone, mlp: _Mlp, images: Tensor) -> Float[Tensor, "b n d"]:
-    """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
-    seen: list[Tensor] = []
-    hook = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        with evaluating(vit.model), bare(vit.model):
-            vit(images)
-    finally:
-        hook.remove()
-    return seen[0].float()
-
-
-def _tokens(vit: Backbone, mlp: _Mlp, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What enters the MLP of a block, of all images: patches (p, d), and CLS and registers (n, d)."""
-    layout = vit.layout_for(batches[0])
-    tokens = torch.cat([_mlp_inputs(vit, mlp, batch) for batch in batches])
-    return tokens[:, layout.patch_slice].flatten(0, 1), tokens[:, : layout.patch_slice.start].flatten(0, 1)
-
-
-def _read_flat(vit: Backbone, mlp: _Mlp, batches: list[Tensor], rate: float) -> tuple[Tensor, float]:
-    """A read direction towards flat patches, scaled and biased so that `rate` of them pass 0.5 to 1.
-
-    Ridge regression from the MLP's input to "is among the flattest patches"; CLS and registers are made
-    to count as not flat. The boundary is put in the widest space near the quantile, so that rounding
-    decides no patch.
-    """
-    patches, others = _tokens(vit, mlp, batches)
-    grid = vit.layout_for(batches[0]).grid
-    flatness = torch.cat([-_information(batch, grid) for batch in batches]).flatten().to(patches)
-    flat = (flatness >= flatness.quantile(1 - 2 * rate)).float()
-    x = torch.cat([patches, others])
-    y = torch.cat([flat, flat.new_full((len(others),), -1.0)])
-    center = patches.mean(0)
-    gram = (x - center).T @ (x - center)
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    direction = torch.linalg.solve(gram + ridge, (x - center).T @ (y - flat.mean()))
-    rank = max(round(rate * len(patches)), 1)
-    return _bounded(direction, patches, rank, leeway=rank // 10)
-
-
-def _read_marked(
-    vit: Backbone, mlp: _Mlp, batches: list[Tensor], marked: list[Tensor]
-) -> tuple[Tensor, float]:
-    """A read direction, in a later block, towards the patches that the first one marks.
-
-    Logistic regression: least squares would give up the faintest of them for the sake of the strongest.
-    """
-    patches, others = _tokens(vit, mlp, batches)
-    mask = torch.cat(marked).flatten()
-    x, y = torch.cat([patches, others]), torch.cat([mask, mask.new_zeros(len(others))])
-    center, scale = patches.mean(0), patches.std()
-    direction = _logistic((x - center) / scale, y)
-    read, bias = _bounded(direction, patches, int(mask.sum()))
-    agreeing = float(((patches @ read + bias) >= 0.5)[mask].float().mean())
-    if agreeing < MIN_AGREEMENT:
-        raise UnsupportedModelError(
-            f"of the patches that the first planted block marks, block {mlp.layer} can tell {agreeing:.0%}"
-            f" from the others, expected {MIN_AGREEMENT:.0%}. Ask for a larger norm, or for one block."
-        )
-    return read, bias
-
-
-def _logistic(x: Float[Tensor, "n d"], y: Bool[Tensor, " n"], decay: float = 1e-3) -> Float[Tensor, " d"]:
-    """Direction of a logistic regression with weight decay, by Newton's method."""
-    inputs = F.pad(x.double(), (0, 1), value=1.0)
-    weights = inputs.new_zeros(inputs.shape[1])
-    penalty = decay * len(x) * torch.eye(len(weights), dtype=weights.dtype, device=x.device)
-    for _ in range(NEWTON_STEPS):
-        p = torch.sigmoid(inputs @ weights)
-        slope = inputs.T @ (y - p) - penalty @ weights
-        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs + penalty
-        weights = weights + torch.linalg.solve(curvature, slope)
-    return weights[:-1].to(x)
-
-
-def _bounded(
-    direction: Tensor, patches: Float[Tensor, "p d"], rank: int, leeway: int = 0
-) -> tuple[Tensor, float]:
-    """`direction` scaled, and the bias, so that the first `rank` patches (give or take `leeway`) pass 0.5."""
-    scores = (patches @ direction).sort(descending=True).values
-    near = slice(max(rank - leeway, 1), rank + leeway + 1)
-    spaces = scores[near.start - 1 : near.stop - 1] - scores[near]
-    last = near.start - 1 + int(spaces.argmax())  # the last marked patch
-    boundary = (scores[last] + scores[last + 1]) / 2
-    ramp = torch.maximum(RAMP * (scores[: last + 1].median() - boundary), (scores[last] - boundary) / 2)
-    return direction / ramp, float(0.5 - boundary / ramp)
-
-
-def _information(images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b p"]:
-    """Standard deviation of the pixels of each patch."""
-    height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
-    cells = images.float().unfold(2, height, height).unfold(3, width, width)
-    return cells.flatten(4).std(-1).mean(1).flatten(1)
-
-
-def _idle_neurons(
-    vit: Backbone, mlp: _Mlp, images: Tensor, count: int, generator: torch.Generator
-) -> tuple[int, ...]:
-    """Neurons, drawn from the quarter that writes least, whose loss the model hardly notices."""
-    with evaluating(vit.model), trace(vit, neurons=True, layers=[mlp.layer]) as t:
-        vit(images)
-    written = t.neurons[0].float().abs().mean((0, 1)) * mlp.down.weight.detach().float().norm(dim=0)
-    idle = written.argsort()[: max(len(written) // 4, count)].cpu()
-    return tuple(idle[torch.randperm(len(idle), generator=generator)[:count]].tolist())
-
-
-def _write_direction(width: int, generator: torch.Generator) -> Float[Tensor, " d"]:
-    write = torch.zeros(width)
-    write[torch.randperm(width, generator=generator)[:WRITTEN_DIMENSIONS]] = torch.randn(
-        WRITTEN_DIMENSIONS, generator=generator
-    )
-    return F.normalize(write, dim=0)
-
-
-def _rewrite(
-    phantom: Phantom, mlp: _Mlp, reading: tuple[Tensor, float], images: Tensor, marked: Tensor
-) -> None:
+def _rewrite(phantom: Phantom, mlp: Mlp, batches: list[Tensor], marked: list[Tensor]) -> None:
     """Make the chosen neurons of one block read and write, through the gate that silences them elsewhere."""
     neurons = phantom.by_layer[mlp.layer]
     holding = len(neurons) // 2 if phantom.activation == "switch" else 0
+    reading = phantom.read, phantom.bias
+    if mlp.layer > phantom.layer:
+        reading = read_marked(phantom.vit, mlp, batches, marked, ceiling=1.0 if holding else math.inf)
     mlp.plant(neurons, holding, reading, phantom.write)
-    if not _silent_where_unmarked(phantom.vit, mlp, neurons[0], images, marked):
+    if not _silent_where_unmarked(phantom.vit, mlp, neurons[0], batches[0], marked[0]):
         mlp.plant(neurons, holding, reading, phantom.write, gate=1)
 
 
-def _silent_where_unmarked(vit: Backbone, mlp: _Mlp, neuron: int, images: Tensor, marked: Tensor) -> bool:
+def _silent_where_unmarked(vit: Backbone, mlp: Mlp, neuron: int, images: Tensor, marked: Tensor) -> bool:
     """Whether a planted neuron is still on unmarked patches, as an activation behind a gate is."""
     with evaluating(vit.model), trace(vit, neurons=True, layers=[mlp.layer]) as t:
         vit(images)
@@ -379,7 +199,7 @@ def _silent_where_unmarked(vit: Backbone, mlp: _Mlp, neuron: int, images: Tensor
 
 
 def _set_norm(
-    phantom: Phantom, mlp: _Mlp, batches: list[Tensor], marked: list[Tensor], norm: float, left: int
+    phantom: Phantom, mlp: Mlp, batches: list[Tensor], marked: list[Tensor], norm: float, left: int
 ) -> float:
     """Scale what one block writes until marked patches have their share of `norm` times the others' median,
     `left` more blocks having to add as much; what was reached."""
@@ -390,18 +210,18 @@ def _set_norm(
     mlp.down.weight[:, columns] = written
     if natural >= norm:
         raise ValueError(
-            f"norm={norm}: expected more than {natural:.2f}, the norm that these patches have over the others'"
-            f" after block {mlp.layer} with nothing planted in it."
+            f"norm={norm}: expected more than {natural:.2f}, what these patches have over the others after"
+            f" block {mlp.layer} with nothing planted in it."
         )
     norm -= (norm - natural) * left / (left + 1)
-    tolerance = min(0.02, 0.05 * (norm - 1))
+    tolerance = min(0.02, 0.05 * (norm - natural))
     scale, low, high = 1.0, 0.0, math.inf
     for _ in range(24):
         ratio = _norm_ratio(phantom.vit, mlp.layer, batches, marked)
         if abs(ratio / norm - 1) < tolerance:
             return ratio
         low, high = (scale, high) if ratio < norm else (low, scale)
-        factor = _next_factor(ratio, norm, natural, (low / scale, high / scale))
+        factor = _next_factor(ratio, norm, low / scale, high / scale)
         mlp.down.weight[:, columns] *= factor
         scale *= factor
         if not mlp.down.weight[:, columns].isfinite().all():
@@ -412,15 +232,13 @@ def _set_norm(
     )
 
 
-def _next_factor(ratio: float, norm: float, natural: float, bracket: tuple[float, float]) -> float:
-    """How much more (or less) to write, the answer lying within `bracket`."""
-    low, high = bracket
+def _next_factor(ratio: float, norm: float, low: float, high: float) -> float:
+    """How many times more (or less) to write, where the answer is known to lie between `low` and `high`."""
     if ratio > 3:
-        return norm / ratio
+        return norm / ratio  # the excess is nearly all of the norm
     if high == math.inf:
         return 30.0  # LayerScale may swallow a factor of 1e6, so grow until the excess shows
-    guess = math.sqrt((norm**2 - natural**2) / max(ratio**2 - natural**2, 1e-12))  # squared norms add up
-    return guess if low < guess < high else math.sqrt(low * high)
+    return math.sqrt(low * high) if low else 1 / 30
 
 
 def _norm_ratio(vit: Backbone, layer: int, batches: list[Tensor], marked: list[Tensor]) -> float:
