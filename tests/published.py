@@ -25,7 +25,7 @@ import vitreg
 from vitreg.anatomy import TokenLayout
 
 DEPTH, WIDTH, SIZE, PATCH = 12, 48, 112, 8
-PHOTOS = 32
+PHOTOS = 24
 MASSIVE = 7  # the residual dimension along which outliers stand out; in all other patches it is 0
 BORDER = ((0, 3), (0, 10), (6, 13), (13, 5))  # of a grid of 14 x 14
 

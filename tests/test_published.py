@@ -23,7 +23,7 @@ def test_the_published_answer(name, seed):
     report = vitreg.diagnose(shape.vit, [shape.photos])
     assert report.verdict == shape.recipe.verdict
     assert report.onset_layer == shape.recipe.onset
-    others = crops(shape.vit, 16, seed + 100)
+    others = crops(shape.vit, 8, seed + 100)
     if shape.recipe.onset is None:
         assert not report.outliers(shape.vit, others).any()
     else:
