@@ -15,7 +15,7 @@ neurons are zeroed), and the original is the copy plus what those neurons would 
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil, isnan
 from typing import Any, ClassVar, NamedTuple
