@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitreg.carry import BlockEdit, inserted_tokens, install, refuse_own_forward, uninstall
 from vitreg.errors import FixError
@@ -34,6 +35,7 @@ class Fix(ABC):
 
     type: ClassVar[str]
     adds_tokens: ClassVar[bool] = False  # inside the blocks
+    does_not_cure: ClassVar[str] = ""  # one plain sentence, for those who read the verdict
     neurons: RegisterNeurons
 
     def __post_init__(self) -> None:
@@ -128,6 +130,14 @@ class Fix(ABC):
             self, repo_id, vit=vit, evidence=evidence, token=token, private=private,
             commit_message=commit_message,
         )  # fmt: skip
+
+
+def same_values(fix: Fix, other: object) -> bool:
+    """Whether two fixes are of one kind with the same fields, tensors among them by their values."""
+    return type(fix) is type(other) and all(
+        torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+        for mine, theirs in zip(vars(fix).values(), vars(other).values(), strict=True)
+    )
 
 
 class Applied:
