@@ -21,7 +21,7 @@ from vitreg.carry import BlockEdit
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import FixError
 from vitreg.fingerprint import Fingerprint
-from vitreg.fixes.base import Fix, same_values
+from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
 from vitreg.fixes.patch_edit import PatchEdit, along, refuse_skewed
 from vitreg.images import Batch, first_images
@@ -78,7 +78,7 @@ class Inpainting(Fix):
             raise FixError(f"there is nothing to in-paint: {report.reason}")
         if not 0 <= directions < vit.anatomy.width:
             raise ValueError(f"directions={directions}: expected 0 to {vit.anatomy.width - 1}.")
-        basis = _common(vit, images, onset, threshold, directions) if directions else torch.zeros(0, 0)
+        basis = common_directions(vit, images, onset, threshold, directions)
         neurons = RegisterNeurons((), fingerprint=Fingerprint.of(vit))
         return cls(neurons, basis, layer=onset, threshold=threshold)
 
@@ -109,6 +109,15 @@ class Inpainting(Fix):
                 " Inpainting.calibrate(vit, images)."
             )
 
+    def handle(self, vit: Backbone) -> Applied:
+        """As every fix; raises FixError where token splitting is applied, whose copies stand in no grid."""
+        if any(handle.fix.type == "splitting" for handle in applied(vit.model)):
+            raise FixError(
+                "token splitting is applied to the model, and inside the blocks its copies are no neighbours"
+                " of anything. Undo it, apply this fix first, and token splitting last."
+            )
+        return super().handle(vit)
+
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         return {self.layer: _Inpaint(self, vit)}
 
@@ -138,10 +147,12 @@ class _Inpaint(PatchEdit):
         return norms >= self.threshold
 
 
-def _common(
+def common_directions(
     vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], layer: int, threshold: float, count: int
 ) -> Float[Tensor, "r d"]:
     """The directions along which outliers after a block differ from their neighbours together."""
+    if not count:
+        return torch.zeros(0, vit.anatomy.width)
     pixels = first_images(images, IMAGES)
     distances, start = grid_distances(vit.layout_for(pixels).grid), vit.layout.patch_slice.start
     second = torch.zeros(vit.anatomy.width, vit.anatomy.width, dtype=torch.float64)

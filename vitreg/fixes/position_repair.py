@@ -34,7 +34,7 @@ from vitreg.probe import evaluating, first_tensor
 RATIO, DEVIATIONS = 2.0, 8.0
 # A value of a row stands out by so many robust standard deviations of the clean rows' values.
 VALUE_DEVIATIONS = 5.0
-# What is left of a row is as long as clean rows are if it is no longer than this times the longest of them.
+# The rest of a row is as long as clean rows are if it is no longer than this times the longest of them.
 ROOM = 1.2
 # Rows of the model at hand are those of the fix to so large a share of the longest: bfloat16 rounds.
 SAME = 0.02
@@ -320,21 +320,39 @@ def repaired_rows(
 ) -> Float[Tensor, "k d"]:
     """The outlying rows as they should be: as much of each is kept as can be told from the excess.
 
-    - An excess in some dimensions: the row, with its nearest clean neighbours' mean in these, if what is left
-      is as long as clean rows are.
+    - An excess in a few dimensions: the row, with its nearest clean neighbours' mean in these, if in the
+      others it is as long as clean rows are.
     - Else a row that is too long, but points where its neighbours do: scaled to their length.
-    - Else nothing is known of it but its neighbours: their mean.
+    - Else, and for a row that is no longer than clean ones (what is wrong with it only its caller knows):
+      its neighbours' mean.
     """
     distances, clean, rows = grid_distances(grid), table[~outlying], table[outlying]
     means, lengths = (nearest_clean(x[None], outlying[None], distances)[0] for x in (table, _lengths(table)))
     middle = clean.median(0).values
     excess = (rows - middle).abs() > VALUE_DEVIATIONS * _robust_deviation(clean - middle)
+    fits = _sparse(excess) & (_lengths(rows * ~excess) <= ROOM * _longest(clean, ~excess))
     mended = torch.where(excess, means[outlying], rows)
-    fits = _lengths(mended) <= ROOM * _lengths(clean).max()
     scaled = rows * lengths[outlying] / _lengths(rows)
     likeness = F.cosine_similarity(table, means, dim=1)
-    aligned = (likeness[outlying] >= likeness[~outlying].min())[:, None]
-    return torch.where(fits, mended, torch.where(aligned, scaled, means[outlying]))
+    aligned = (likeness[outlying] >= _lowest(likeness[~outlying]))[:, None]
+    too_long = _lengths(rows) > _lengths(clean).max()
+    kept = torch.where(fits, mended, torch.where(aligned, scaled, means[outlying]))
+    return torch.where(too_long, kept, means[outlying])
+
+
+def _lowest(usual: Float[Tensor, " c"]) -> Float[Tensor, ""]:
+    """What is still usual; anything, where clean rows are not like their neighbours either."""
+    middle = usual.median()
+    return torch.minimum(usual.min(), middle - 3 * _robust_deviation(usual - middle))
+
+
+def _sparse(excess: Bool[Tensor, "k d"]) -> Bool[Tensor, "k 1"]:
+    return excess.float().mean(1, keepdim=True) < 0.5
+
+
+def _longest(clean: Float[Tensor, "c d"], dimensions: Bool[Tensor, "k d"]) -> Float[Tensor, "k 1"]:
+    """The largest norm of a clean row over the dimensions of each outlying one."""
+    return (dimensions.float() @ clean.square().T).amax(1, keepdim=True).sqrt()
 
 
 def _lengths(rows: Float[Tensor, "p d"]) -> Float[Tensor, "p 1"]:
