@@ -20,8 +20,7 @@ from vitreg.fixes.inpainting import common_directions
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
 from vitreg.neurons import RegisterNeuron, RegisterNeurons
 
-SOME = ["timm vit", "timm siglip", "timm dinov3", "timm beit", "hf dinov2 registers", "hf clip",
-        "open_clip vit", "torchvision vit"]  # fmt: skip
+SOME = ["timm vit", "timm dinov3", "timm beit", "hf dinov2 registers", "open_clip vit", "torchvision vit"]
 SEEDS = range(3)
 
 

@@ -18,8 +18,7 @@ from vitreg.fixes import Projection, TestTimeRegisters
 from vitreg.fixes.projection import massive_channels
 from vitreg.neurons import RegisterNeurons
 
-SOME = ["timm vit", "timm siglip", "timm dinov3", "timm beit", "hf dinov2 registers", "hf clip",
-        "open_clip vit", "torchvision vit"]  # fmt: skip
+SOME = ["timm vit", "timm dinov3", "timm beit", "hf dinov2 registers", "open_clip vit", "torchvision vit"]
 SEEDS = range(3)
 CHANNELS, SIZE = 2, 30.0  # of the median channel
 
@@ -47,7 +46,7 @@ class Plant(BlockEdit):
         self.massive[self.channels] = SIZE * size * signs
         places = torch.randn(vit.layout.patches, rank, generator=generator)
         places -= places.mean(0)  # what all positions share is no position
-        directions = torch.randn(rank, width, generator=generator)
+        directions = torch.randn(rank, width, generator=generator).sign()  # in no dimension large
         directions[:, self.channels] = 0
         self.pattern = 5 * size * places @ directions
 
@@ -74,10 +73,10 @@ def plant_for(vit: vitreg.Backbone, batch: Tensor, channels: int, rank: int, see
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize(("channels", "rank"), [(CHANNELS, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(("channels", "rank"), [(CHANNELS, 0), (1, 1)])
 def test_the_unplanted_models_features_come_back(name, seed, channels, rank):
     vit = CATALOG[name].backbone(seed)
-    photos, start = crops(vit, 48, seed), vit.layout.patch_slice.start
+    photos, start = crops(vit, 32, seed), vit.layout.patch_slice.start
     clean, plant = last(vit, photos), plant_for(vit, photos, channels, rank, seed)
     with planted(vit, plant):
         broken = last(vit, photos)
