@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalog import images
+from catalog import CATALOG, images
 from test_contract import built, same, tensors
 from test_fix_contract import (
     anatomy_of,
@@ -23,8 +23,10 @@ from test_fix_contract import (
     training,
     twin,
 )
+from test_phantom import crops
 
 import vitreg
+from vitreg.controls import controls_of
 from vitreg.errors import FixError, FixWarning
 from vitreg.fixes import Fix, Inpainting, PositionRepair, Projection, TestTimeRegisters, load_fix
 from vitreg.fixes.artifact import _CLASSES
@@ -186,3 +188,49 @@ def test_every_fix_that_can_be_saved_says_what_it_does_not_cure():
         kind = getattr(import_module(module), name)
         assert kind.does_not_cure.endswith(".")
         assert kind.does_not_cure[0].islower()  # it follows "does not cure "
+
+
+# -- placebos --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_its_placebo_does_as_much_where_nothing_is_wrong(make):
+    vit = built("timm siglip")
+    fix = make(vit)
+    controls = controls_of(fix, vit, seed=1)
+    placebo = controls.fixes["placebo"]
+    assert list(controls.fixes) == ["inert token", "placebo"]
+    assert fix.placebo(vit, 1) == placebo != fix.placebo(vit, 2)
+    plain = residuals(vit, images(vit, 3))
+    with fix.applied_to(vit):
+        fixed = residuals(vit, images(vit, 3))
+    with placebo.applied_to(vit):
+        found = residuals(vit, images(vit, 3))
+    layer = {"positions": 0, "inpainting": 1, "projection": 2}[fix.type]
+    changed, own = ((x[layer] - plain[layer]).norm(dim=-1) > 1e-2 for x in (found, fixed))
+    if fix.type == "positions":
+        assert not set(placebo.patches) & set(fix.patches)
+        assert len(placebo.patches) == len(fix.patches)
+    elif fix.type == "inpainting":
+        assert not (changed & own).any()
+        assert (
+            changed.sum(1).tolist()
+            == torch.minimum(own.sum(1), (~own[:, vit.layout.patch_slice]).sum(1)).tolist()
+        )
+    else:
+        assert placebo.basis.shape == fix.basis.shape
+        assert changed.all()
+
+
+def test_a_fix_is_compared_with_its_placebo():
+    """In-painting removes outliers (all but those of photos that are nothing else), its placebo none."""
+    vit = CATALOG["timm siglip"].backbone()
+    photos = [crops(vit, 96, 0)]
+    phantom = vitreg.plant(vit, photos, 1, rate=0.05).vit
+    fix = Inpainting.calibrate(phantom, photos)
+    controls = {control.name: control for control in vitreg.verify(phantom, fix, photos).controls}
+    assert (
+        controls["placebo"].measures["outliers"].value > 0.9 * controls["unfixed"].measures["outliers"].value
+    )
+    assert controls["placebo"].outliers_more.low > 0
+    assert controls["fix"].measures["outliers"].value < 0.5 * controls["unfixed"].measures["outliers"].value

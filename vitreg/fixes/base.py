@@ -97,6 +97,13 @@ class Fix(ABC):
                     f" {anatomy.depth} blocks of {anatomy.neurons} neurons. It was made for another model."
                 )
 
+    def placebo(self, vit: Backbone, seed: int = 0) -> "Fix | None":
+        """Of a fix without neurons: one of its kind that does as much where nothing is wrong.
+
+        None for kinds that have no such thing.
+        """
+        return None
+
     def made_for(self, vit: Backbone | None) -> Fingerprint | None:
         """The model that the fix belongs to: `vit` if it is given, else that of its neurons."""
         return self.neurons.fingerprint if vit is None else Fingerprint.of(vit)

@@ -118,8 +118,22 @@ class Inpainting(Fix):
             )
         return super().handle(vit)
 
+    def placebo(self, vit: Backbone, seed: int = 0) -> "Inpainting":
+        """As many other patches of each image filled in, drawn at random; the outliers stay."""
+        return _Elsewhere(**vars(self), seed=seed)
+
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         return {self.layer: _Inpaint(self, vit)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Elsewhere(Inpainting):
+    """The placebo. It is no fix to be saved."""
+
+    seed: int = field(kw_only=True)
+
+    def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
+        return {self.layer: _InpaintElsewhere(self, vit)}
 
 
 class _Inpaint(PatchEdit):
@@ -137,14 +151,28 @@ class _Inpaint(PatchEdit):
                 f" {patches.shape[1]}: which of them are neighbours is not known. Apply the fix to"
                 " vitreg.wrap(model, image_size=...) with the size of these images."
             )
-        outlier = self.outlier(token_norms(patches))
+        outlier = token_norms(patches) >= self.threshold
         filled = nearest_clean(patches, outlier, self.distances)
         if len(self.directions):
             filled = patches - along(patches - filled, self.directions)
-        return torch.where(outlier[..., None], filled, patches)
+        return torch.where(self.chosen(outlier)[..., None], filled, patches)
 
-    def outlier(self, norms: Float[Tensor, "b p"]) -> Bool[Tensor, "b p"]:
-        return norms >= self.threshold
+    def chosen(self, outlier: Bool[Tensor, "b p"]) -> Bool[Tensor, "b p"]:
+        """The patches that are filled in: the outliers."""
+        return outlier
+
+
+class _InpaintElsewhere(_Inpaint):
+    """A block of whose clean patches as many are filled in as it has outliers."""
+
+    def __init__(self, fix: _Elsewhere, vit: Backbone) -> None:
+        super().__init__(fix, vit)
+        self.order = torch.rand(vit.layout.patches, generator=torch.Generator().manual_seed(fix.seed))
+
+    def chosen(self, outlier: Bool[Tensor, "b p"]) -> Bool[Tensor, "b p"]:
+        lots = torch.where(outlier, -torch.inf, self.order.to(outlier.device))
+        rank = lots.argsort(-1, descending=True).argsort(-1)
+        return (rank < outlier.sum(-1, keepdim=True)) & ~outlier
 
 
 def common_directions(

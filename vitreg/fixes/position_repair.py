@@ -121,6 +121,16 @@ class PositionRepair(Fix):
         if vit.layout.grid != self.grid:
             _refuse_grid(self.grid, f"{vit.layout.grid[0]}x{vit.layout.grid[1]}")
 
+    def placebo(self, vit: Backbone, seed: int = 0) -> "PositionRepair":
+        """As many other positions, drawn at random, repaired as if they stood out."""
+        others = [patch for patch in range(vit.layout.patches) if patch not in self.patches]
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn = torch.tensor([others[i] for i in order[: len(self.patches)]]).sort().values
+        table, repaired = added_positions(vit).table, _named([*self.patches, *drawn.tolist()], vit.layout)
+        after = table.clone()
+        after[repaired] = repaired_rows(table, repaired, self.grid)
+        return PositionRepair(self.neurons, self.grid, tuple(drawn.tolist()), table[drawn], after[drawn])
+
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         """None in the blocks: what it edits comes before them."""
         return {}

@@ -10,7 +10,7 @@ mean over photos still tells of a place is position, not content (INSID3 finds i
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar
 
@@ -117,6 +117,12 @@ class Projection(Fix):
                 f"the directions have {self.basis.shape[1]} dimensions, and the model's tokens"
                 f" {vit.anatomy.width}. Calibrate with this model: Projection.calibrate(vit, images)."
             )
+
+    def placebo(self, vit: Backbone, seed: int = 0) -> "Projection":
+        """As many directions, drawn at random."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.basis.T.shape, generator=generator)
+        return replace(self, basis=torch.linalg.qr(drawn).Q.T.contiguous())
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         last = vit.anatomy.depth - 1
