@@ -79,6 +79,11 @@ def test_the_table_is_found_by_what_it_does(name):
     torch.testing.assert_close(added_positions(vit).table, rows_of(vit, name), atol=1e-5, rtol=1e-5)
 
 
+def test_a_table_that_is_added_in_place_is_found_too():
+    vit = CATALOG["timm naflexvit"].backbone()
+    assert added_positions(vit).table.shape == (20, 32)
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_model_without_a_table_is_refused_with_the_reason(name):
     with pytest.raises(UnsupportedModelError, match="adds no table of positions"):

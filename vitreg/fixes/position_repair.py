@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import TokenLayout
-from vitreg.carry import BlockEdit, Inner, bare, install, refuse_own_forward, uninstall
+from vitreg.carry import BlockEdit, Inner, install, refuse_own_forward, uninstall
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
@@ -266,7 +266,7 @@ def _before_blocks(
         return hook
 
     hooks: list[Any] = []
-    with bare(vit.model), evaluating(vit.model):
+    with evaluating(vit.model):
         for name, module in vit.model.named_modules():
             hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
             hooks.append(module.register_forward_hook(leaves(name)))
