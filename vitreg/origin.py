@@ -6,9 +6,9 @@
 
 Two questions are asked of each candidate. *Is it needed?* It is removed at the outlier patches of the same
 photos, by replacing it with what ordinary patches of the photo have, and the outliers that are left are
-counted. *Does it write the excess?* The residual stream is a sum, so what sets an outlier apart, e = x - mean
-of the photo's ordinary patches, is the sum of what positions, patch embedding and the two branches of every
-block add to it; a candidate that adds a adds the share <a, e> / <e, e>, and all shares sum to 1. Removal alone
+counted. *Does it write the excess?* The residual stream is a sum, so what sets an outlier apart, e = x - the
+mean of the photo's ordinary patches, is the sum of what positions, patch embedding and the two branches of
+every block add; of e, what adds a adds the share <a, e> / <e, e>, and all shares sum to 1. Removal alone
 would blame triggers: without the position of a corner, or the content of a flat patch, no neuron fires there.
 """
 
@@ -66,11 +66,11 @@ class Candidate(NamedTuple):
 class Origin:
     """What `find_origin` found. Print it, or `.to_json()` it.
 
-    `layers` are the blocks (0-based) that make the outliers together; `positions` the (row, column) of patches
-    that are outliers in at least half of the photos, where the position embedding makes them; `removed` the
-    share of outliers that is gone without the cause, `adds` its share of the excess, `control` the share of
-    outliers that is gone when the same is removed at as many ordinary patches. `candidates` are all that were
-    tried. For "unknown" the shares are 0.
+    `layers` are the blocks (0-based) that make the outliers together; `positions` the (row, column) of the
+    patches that are outliers in at least half of the photos, where the position embedding makes them;
+    `removed` the share of outliers that is gone without the cause, `adds` its share of the excess, `control`
+    the share of outliers that is gone when the same is removed at as many ordinary patches. `candidates` are
+    all that were tried. For "unknown" the shares are 0.
     """
 
     kind: Kind
@@ -93,14 +93,15 @@ class Origin:
         if self.kind == "unknown":
             return self._nothing()
         name = Candidate(self.kind, self.layers, self.adds, self.removed).name
+        several = len(self.layers) > 1
         without = {
-            "neurons": f"without what {'they write' if len(self.layers) > 1 else 'it writes'} at these patches",
+            "neurons": f"without what {'they write' if several else 'it writes'} at these patches",
             "attention output": "with that of ordinary patches of the same photo",
             "patch embedding": "with that of ordinary patches of the same photo",
             "position embedding": "with that of neighbouring patches",
         }[self.kind]
         cells = f" at (row, column) {', '.join(map(str, self.positions))}" if self.positions else ""
-        verb = "make" if len(self.layers) > 1 else "makes"
+        verb = "make" if several else "makes"
         return (
             f"{name} {verb} them{cells}: {without} {self.removed:.0%} of the outliers are gone"
             f" ({self.control:.0%} with the same change at as many ordinary patches)."
@@ -110,8 +111,8 @@ class Origin:
         most = max(self.candidates, key=lambda candidate: candidate.adds)
         return (
             f"nothing that can be named makes them: no part of the model that adds {ADDS:.0%} of their excess"
-            f" takes {GONE:.0%} of them away, and no others, when it is removed at these patches. Most is added"
-            f" by {most.name}: {most.adds:.0%}; without it {1 - most.left:.0%} are gone."
+            f" takes {GONE:.0%} of them away when it is removed at these patches, and only there. Most is"
+            f" added by {most.name}: {most.adds:.0%}; without it {1 - most.left:.0%} are gone."
         )
 
 
@@ -121,15 +122,16 @@ def find_origin(
     """What makes the outliers of a diagnosis, found by removing candidates and looking.
 
     `images` are the diagnosis' own, or others of the same size; the first 64 are looked at, without any fix
-    that is applied to the model. Candidates: the position embedding; the patch embedding; MLPs, and attention
-    outputs, of all blocks up to the detect layer where that branch adds at least 5% of the excess, alone and
-    together. The origin is the candidate that adds most of those which add at least a quarter and without
-    which at least 80% of the outliers are gone, more than twice as many as when the same is removed at as many
-    ordinary patches, drawn by `seed`.
+    that is applied to the model. Candidates are the position embedding, the patch embedding, and of the
+    blocks up to the detect layer each MLP and each attention output that adds at least 5% of the excess,
+    alone and together. The origin is the one that adds most, of those that add at least a quarter and without
+    which at least 80% of the outliers are gone, more than twice as many as when the same is removed at as
+    many ordinary patches, drawn by `seed`.
 
-    Costs one whole pass over these images, and 4 + (blocks that add 5%) + (branches and groups of them to try)
-    passes that end at the detect layer: 7 or 8 where one block makes the outliers. The model is left as it
-    was. Raises FixError for a diagnosis without artifacts, ImageError if no patch of these images is one.
+    Costs one whole pass over these images, one up to block 0, and passes that end at the detect layer: 4, one
+    for each block that adds 5%, and one for each attention output and group to be tried. That is 5 where the
+    MLP of one block makes the outliers, 11 where those of six blocks do. The model is left as it was. Raises
+    FixError for a diagnosis without artifacts, ImageError if no patch of these images is an outlier.
     """
     if not diagnosis.has_artifacts or diagnosis.threshold is None:
         raise FixError("the diagnosis found no artifacts, so nothing makes them: there is no origin to find.")
@@ -181,9 +183,8 @@ def _tried(passes: "_Passes") -> list[Candidate]:
 
 
 class _Pass(NamedTuple):
-    """What one pass over all images showed: how much of the excess is there at each level, and the share of
-    the outliers that is left at the last one. Levels are what enters block 0, and the stream after each block.
-    """
+    """What one pass over all images showed: how much of the excess is there at each level (what enters block
+    0, then the stream after each block), and the share of the outliers that is left at the last one."""
 
     levels: list[float]
     left: float
@@ -215,7 +216,7 @@ class _Passes:
         self.plain = self.run("unknown")
 
     def run(self, kind: Kind, layers: tuple[int, ...] = (), *, control: bool = False) -> _Pass:
-        """One pass without a candidate, at the outliers or at as many others. Nothing is removed as "unknown"."""
+        """One pass without a candidate ("unknown": nothing), at the outliers or at as many others."""
         left, sums = 0, torch.zeros(self.detect + 2, dtype=torch.float64)
         for index, batch in enumerate(self._batches):
             outliers = self._masks[index]
@@ -296,7 +297,10 @@ class _Positions:
             sums.append(here.sum(0))
             raise Enough
 
-        with entering(vit, enter), watch(vit, on_embedding=embedding.append):
+        def embedded(patches: Tensor) -> None:
+            embedding.append(patches.clone())  # some models add positions to this very tensor
+
+        with entering(vit, enter), watch(vit, on_embedding=embedded):
             for batch in batches:
                 run_until(vit, batch)
         return torch.stack(sums).sum(0) / sum(map(len, batches))

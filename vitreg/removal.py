@@ -51,7 +51,7 @@ def mean_over(x: Float[Tensor, "b p *c"], these: Bool[Tensor, "b p"]) -> Float[T
 
 @contextmanager
 def entering(vit: Backbone, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Show a function the stream (b, n, d) that enters block 0; what it returns, if anything, enters instead."""
+    """Show a function the stream (b, n, d) that enters block 0; what it returns, if anything, enters."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         stream = first_tensor((args, kwargs))

@@ -4,15 +4,18 @@
     report = diagnose(phantom.vit, images)
     phantom.marked(images)            # (b, gh, gw): the patches that were planted
 
-A position embedding is planted in its table. What writes a massive vector for some photos' patches and not
-for others has to switch, which no linear map does: there a forward hook on a module of the copy adds the vector
-to what the module gives, where that lies beyond a boundary. The planted model is a copy; it is a phantom,
-never evidence about the model it was planted in, and its name says so.
+A position embedding is planted in its table. What writes a massive vector for some patches and not for
+others has to switch, which no linear map does: there a forward hook on a module of the copy adds the vector
+to what the module gives, where that lies beyond a boundary (weights stay what they are, so a state dict does
+not hold it). The planted model is a copy; it is a phantom, never evidence about the model it was planted in,
+and its name says so.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -25,6 +28,7 @@ from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.neurons import Enough, run_until
+from vitreg.positions import position_table
 from vitreg.probe import evaluating, first_tensor
 from vitreg.removal import entering
 from vitreg.trace import token_norms, watch
@@ -75,7 +79,8 @@ def plant_position_outliers(
     """Give some positions of the grid, (row, column), an outlying position embedding in a copy of `vit`.
 
     Their tokens enter block 0 with norms about `norm` times the others' median (measured on noise): a vector
-    in a few dimensions is added to the row of the table of positions that each reads most. Raises
+    in a few dimensions is added to the row of the table of positions that each reads most. (Where the model
+    resamples its table, neighbours read that row, too: `positions` are all that get at least half.) Raises
     UnsupportedModelError for a model without such a table (rotary or relative positions alone), or that
     normalises tokens before block 0.
     """
@@ -86,7 +91,7 @@ def plant_position_outliers(
     planted, generator = _copy(vit), torch.Generator().manual_seed(seed)
     noise = torch.rand(4, 3, *vit.image_size, generator=generator) * 2 - 1
     cells = torch.tensor([row * columns + column for row, column in positions], device=vit.device)
-    table, responses = _position_table(planted, noise, cells.tolist())
+    table, responses = position_table(planted, noise, cells.tolist())
     write = _direction(vit.anatomy.width, generator).to(vit.device)
     marked = torch.zeros(len(noise), rows * columns, dtype=torch.bool, device=vit.device)
     marked[:, cells] = True
@@ -99,10 +104,12 @@ def plant_position_outliers(
         with torch.no_grad():
             table.copy_(changed.reshape(own.shape))
 
-    reached = _set_norm(planted, [(noise, marked)], -1, norm, scale)
-    cells_given = tuple((int(row), int(column)) for row, column in positions)
-    rate = len(set(cells_given)) / (rows * columns)
-    return OriginPhantom(planted, "position embedding", None, cells_given, write, rate, reached, seed)
+    reached = _set_norm(planted, [noise], marked, -1, norm, scale)
+    norms = _norms(planted, [noise], -1).median(0).values
+    outlying = norms >= reached / 2 * norms[~marked[0]].median()
+    reading = [divmod(cell, columns) for cell in outlying.nonzero().flatten().tolist()]
+    rate = len(reading) / (rows * columns)
+    return OriginPhantom(planted, "position embedding", None, tuple(reading), write, rate, reached, seed)
 
 
 def plant_attention_outliers(
@@ -116,7 +123,8 @@ def plant_attention_outliers(
 ) -> OriginPhantom:
     """Let the attention of block `layer` (0-based) write a massive vector at about `rate` of the patches.
 
-    Which patches depends on what the attention gives them: they lie furthest along a direction drawn by `seed`.
+    Which patches depends on what the attention gives them: they lie furthest along a direction drawn by
+    `seed`. Raises UnsupportedModelError where a block computes attention in no module of its own.
     """
     if not 0 <= layer < vit.anatomy.depth:
         raise ValueError(f"layer {layer}: expected 0 to {vit.anatomy.depth - 1}.")
@@ -140,8 +148,8 @@ def plant_patch_outliers(
     path = vit.anatomy.patch_embedding
     if path is None:
         raise UnsupportedModelError(
-            f"the patch embedding of {vit.name} was not found, so nothing can be planted there. Pass an Anatomy"
-            " that names it."
+            f"the patch embedding of {vit.name} was not found, so nothing can be planted there. Pass an"
+            " Anatomy that names it."
         )
     return _plant(vit, images, "patch embedding", None, path, rate, norm, seed)
 
@@ -164,15 +172,14 @@ def _plant(
     given = torch.cat([writer.given(planted, batch) for batch in batches])
     writer.read, writer.bias = _boundary(given, vit.layout_for(batches[0]).patches, rate, generator)
     writer.write = _direction(given.shape[-1], generator).to(given)
-    marked = [writer.marks(planted, batch) for batch in batches]
+    marked = torch.cat([writer.marks(planted, batch) for batch in batches])
     planted.model.get_submodule(path).register_forward_hook(writer)
-    pairs = list(zip(batches, marked, strict=True))
 
     def scale(amount: float) -> None:
         writer.scale = amount
 
-    reached = _set_norm(planted, pairs, -1 if layer is None else layer, norm, scale)
-    achieved = float(torch.cat(marked).float().mean())
+    reached = _set_norm(planted, batches, marked, -1 if layer is None else layer, norm, scale)
+    achieved = float(marked.float().mean())
     return OriginPhantom(planted, kind, layer, (), writer.write, achieved, reached, seed, writer)
 
 
@@ -180,7 +187,7 @@ def _plant(
 
 
 class Writer:
-    """A forward hook that adds scale * write to tokens of a module's output where read @ x + bias passes 0 to 1.
+    """A forward hook that adds scale * write to a module's tokens, as read @ x + bias rises from 0 to 1.
 
     A token is marked from 0.5 on.
     """
@@ -229,8 +236,8 @@ def _boundary(
 ) -> tuple[Float[Tensor, " d"], float]:
     """A direction and bias that mark about `rate` of the patches, and no other token.
 
-    Of some random directions the one with the widest space near the quantile; t = read @ x + bias rises from 0
-    to 1 within that space.
+    Of some random directions the one with the widest space near the quantile, within which read @ x + bias
+    rises from 0 to 1.
     """
     directions = F.normalize(torch.randn(given.shape[-1], DIRECTIONS, generator=generator), dim=0)
     scores = (given - given[:, -patches:].mean((0, 1))) @ directions.to(given)
@@ -264,72 +271,12 @@ def _attention_module(vit: Backbone, layer: int) -> str:
     finally:
         for handle in handles:
             handle.remove()
+    if found[0] == names[block]:
+        raise UnsupportedModelError(
+            f"block {layer} of {vit.name} computes its attention itself, in no module whose output could be"
+            " planted. Plant into a model whose attention is a module."
+        )
     return found[0]
-
-
-# -- the table of positions --------------------------------------------------------------------------
-
-
-def _position_table(
-    vit: Backbone, images: Tensor, cells: list[int]
-) -> tuple[nn.Parameter, Float[Tensor, "k r"]]:
-    """The parameter that is added to the patches before block 0, and how much of each row each cell reads.
-
-    What enters block 0 is linear in it with the same factor in every dimension and every image, and cells far
-    apart read different rows.
-    """
-    stack = vit.model.get_submodule(vit.anatomy.blocks)
-    inside = {id(parameter) for parameter in stack.parameters()}
-    width, ends = vit.anatomy.width, [0, vit.layout.patches - 1]
-    tables = [
-        p for p in vit.model.parameters() if id(p) not in inside and p.dim() > 1 and p.shape[-1] == width
-    ]
-    frozen = [table for table in tables if not table.requires_grad]
-    for table in frozen:
-        table.requires_grad_(True)
-    try:
-        with evaluating(vit.model), torch.enable_grad():
-            patches = _entering_patches(vit, images)
-            for table in tables:
-                responses = [_response(patches, cell, table) for cell in (*ends, *cells)]
-                read = [response for response in responses if response is not None]
-                if len(read) == len(responses) and float(F.cosine_similarity(read[0], read[1], 0)) < 0.5:
-                    return table, torch.stack(read[2:])
-    finally:
-        for table in frozen:
-            table.requires_grad_(False)
-    raise UnsupportedModelError(
-        f"{vit.name} adds no table of positions to its patches right before block 0 (they are rotary, relative"
-        " or computed, or a norm follows), so none of its rows can be given an outlying norm."
-    )
-
-
-def _entering_patches(vit: Backbone, images: Tensor) -> Float[Tensor, "b p d"]:
-    seen: list[Tensor] = []
-
-    def enter(stream: Tensor) -> None:
-        seen.append(stream[:, vit.layout_for(images).patch_slice])
-        raise Enough
-
-    with entering(vit, enter):
-        run_until(vit, images)
-    return seen[0]
-
-
-def _response(patches: Float[Tensor, "b p d"], cell: int, table: nn.Parameter) -> Float[Tensor, " r"] | None:
-    """How much of each row of the table a cell reads; None if it is not simply added."""
-    probe = torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(0)).to(patches)
-    read = []
-    for image in patches[:2]:
-        (gradient,) = torch.autograd.grad(image[cell] @ probe, table, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            return None
-        rows = gradient.reshape(-1, table.shape[-1]).float()
-        factor = rows @ probe.float() / probe.float().square().sum()
-        if not torch.allclose(rows, torch.outer(factor, probe.float()), atol=1e-4) or not factor.any():
-            return None
-        read.append(factor)
-    return read[0] if torch.allclose(read[0], read[1], atol=1e-4) else None
 
 
 # -- shared ------------------------------------------------------------------------------------------
@@ -349,46 +296,43 @@ def _direction(width: int, generator: torch.Generator) -> Float[Tensor, " d"]:
 
 def _set_norm(
     vit: Backbone,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: Sequence[Tensor],
+    marked: Bool[Tensor, "b p"],
     layer: int,
     norm: float,
     scale: Callable[[float], None],
 ) -> float:
     """Scale what is written until marked patches have `norm` times the others' median; what was reached."""
-    amount = 1.0
+    amount, best = 1.0, 0.0
     for _ in range(16):  # LayerScale may swallow a factor of 1e6, so grow until the excess shows
         scale(amount)
-        ratio = _norm_ratio(vit, batches, layer)
+        norms = _norms(vit, batches, layer)
+        ratio = float(norms[marked].median() / norms[~marked].median())
         if abs(ratio / norm - 1) < 0.02:
             return ratio
+        if not isfinite(ratio):
+            break
+        best = max(best, ratio)
         amount *= norm / ratio if ratio > 3 else 30.0
     where = "before block 0" if layer < 0 else f"in block {layer}"
     raise UnsupportedModelError(
-        f"planted patches reach {ratio:.1f}x the others' norm, not {norm:.0f}x: tokens are normalised {where}"
-        " behind what was planted. Plant into another layer or a pre-norm model."
+        f"planted patches reach {best:.1f}x the others' norm, not {norm:.0f}x: tokens are normalised {where}"
+        " behind what was planted. Plant into a pre-norm model, or another layer."
     )
 
 
-def _norm_ratio(vit: Backbone, batches: list[tuple[Tensor, Tensor]], layer: int) -> float:
-    """Median norm of marked patches over that of the others, after a layer; -1: where block 0 is entered."""
+def _norms(vit: Backbone, batches: Sequence[Tensor], layer: int) -> Float[Tensor, "b p"]:
+    """Norms of patches after a layer; -1: where block 0 is entered."""
     norms: list[Tensor] = []
-
-    def level(stream: Tensor) -> None:
-        norms.append(token_norms(stream))
-        raise Enough
+    patches = vit.layout_for(batches[0]).patch_slice
 
     def block(index: int, stream: Tensor) -> None:
         if index == layer:
-            level(stream)
+            norms.append(token_norms(stream[:, patches]))
+            raise Enough
 
-    patches = vit.layout_for(batches[0][0]).patch_slice
-    with (
-        evaluating(vit.model),
-        bare(vit.model),
-        entering(vit, level) if layer < 0 else watch(vit, on_block=block),
-    ):
-        for images, _ in batches:
+    level = entering(vit, partial(block, -1)) if layer < 0 else watch(vit, on_block=block)
+    with evaluating(vit.model), bare(vit.model), level:
+        for images in batches:
             run_until(vit, images)
-    every = torch.cat(norms)[:, patches]
-    marked = torch.cat([marks for _, marks in batches])
-    return float(every[marked].median() / every[~marked].median())
+    return torch.cat(norms)
