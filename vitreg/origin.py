@@ -36,8 +36,11 @@ Kind = Literal["neurons", "position embedding", "attention output", "patch embed
 
 # A branch of a block is a candidate if it adds this share of the excess.
 TRIED = 0.05
-# An origin adds this share of the excess at least, and without it this share of the outliers is gone.
-ADDS, GONE = 0.25, 0.8
+# It explains an outlier if it adds this share of that one's excess, and the outlier is gone without it; the
+# origin explains this share of the outliers.
+ADDS, EXPLAINS = 0.25, 0.8
+# What explains less than this share of the outliers is not worth a word.
+MENTIONED = 0.1
 # The same removal at ordinary patches must not do this share of what it does at the outliers.
 UNSPECIFIC = 0.5
 
@@ -46,13 +49,23 @@ class Candidate(NamedTuple):
     """One possible cause. `layers` are blocks (0-based), none for what enters block 0.
 
     `adds` is its share of the excess that sets outliers apart at the detect layer, `left` the share of the
-    outliers that is left where it is removed.
+    outliers that is left where it is removed, `explains` the share of those that are gone and of whose own
+    excess it adds at least a quarter.
     """
 
     kind: Kind
     layers: tuple[int, ...]
     adds: float
     left: float
+    explains: float
+
+    @classmethod
+    def of(
+        cls, kind: Kind, layers: Sequence[int], adds: Float[Tensor, " k"], without: "_Pass"
+    ) -> "Candidate":
+        """From its share of each outlier's excess, and the pass without it."""
+        explains = (adds >= ADDS) & ~without.left
+        return cls(kind, tuple(layers), *(float(x.double().mean()) for x in (adds, without.left, explains)))
 
     @property
     def name(self) -> str:
@@ -92,7 +105,7 @@ class Origin:
     def __str__(self) -> str:
         if self.kind == "unknown":
             return self._nothing()
-        name = Candidate(self.kind, self.layers, self.adds, self.removed).name
+        name = Candidate(self.kind, self.layers, self.adds, 0.0, 0.0).name
         several = len(self.layers) > 1
         without = {
             "neurons": f"without what {'they write' if several else 'it writes'} at these patches",
@@ -108,11 +121,23 @@ class Origin:
         )
 
     def _nothing(self) -> str:
-        most = max(self.candidates, key=lambda candidate: candidate.adds)
+        """What each kind of part explains, where none explains enough."""
+        by_kind = {one.kind: one for one in sorted(self.candidates, key=lambda one: one.explains)}
+        some = [one for one in reversed(by_kind.values()) if one.explains >= MENTIONED]
+        if not some:
+            return (
+                "nothing that can be named makes them: no part of the model that was removed adds"
+                f" {ADDS:.0%} of their excess and takes them away."
+            )
+        if some[0].explains >= EXPLAINS:
+            return (
+                f"nothing that can be named makes them: without {some[0].name} they are gone, but they also are"
+                " when the same is removed at as many ordinary patches."
+            )
+        shares = "; ".join(f"{one.name}, {one.explains:.0%}" for one in some)
         return (
-            f"nothing that can be named makes them: no part of the model that adds {ADDS:.0%} of their excess"
-            f" takes {GONE:.0%} of them away when it is removed at these patches, and only there. Most is"
-            f" added by {most.name}: {most.adds:.0%}; without it {1 - most.left:.0%} are gone."
+            f"no one part of the model makes {EXPLAINS:.0%} of them. Shares of the outliers that a part explains"
+            f" (it adds {ADDS:.0%} of their excess, and without it they are gone): {shares}."
         )
 
 
@@ -124,9 +149,10 @@ def find_origin(
     `images` are the diagnosis' own, or others of the same size; the first 64 are looked at, without any fix
     that is applied to the model. Candidates are the position embedding, the patch embedding, and of the
     blocks up to the detect layer each MLP and each attention output that adds at least 5% of the excess,
-    alone and together. The origin is the one that adds most, of those that add at least a quarter and without
-    which at least 80% of the outliers are gone, more than twice as many as when the same is removed at as
-    many ordinary patches, drawn by `seed`.
+    alone and together. A candidate explains an outlier if it adds at least a quarter of that one's excess,
+    and the outlier is gone without it. The origin is the one that adds most, of those that explain at least
+    80% of the outliers, and take away more than twice as many as when the same is removed at as many ordinary
+    patches, drawn by `seed`.
 
     Costs one whole pass over these images, one up to block 0, and passes that end at the detect layer: 4, one
     for each block that adds 5%, and one for each attention output and group to be tried. That is 5 where the
@@ -139,57 +165,59 @@ def find_origin(
     with bare(vit.model), evaluating(vit.model):
         passes = _Passes(vit, pixels, diagnosis, seed)
         tried = _tried(passes)
-        named = sorted(
-            (c for c in tried if c.adds >= ADDS and c.left <= 1 - GONE), key=lambda c: c.adds, reverse=True
-        )
-        for candidate in named:
-            control = 1 - passes.run(candidate.kind, candidate.layers, control=True).left
+        explaining = [candidate for candidate in tried if candidate.explains >= EXPLAINS]
+        for candidate in sorted(explaining, key=lambda candidate: candidate.adds, reverse=True):
+            elsewhere = passes.run(candidate.kind, *candidate.layers, control=True)
+            control = float((~elsewhere.left).double().mean())
             if control < UNSPECIFIC * (1 - candidate.left):
                 return passes.origin(candidate, control, tried)
-    return passes.origin(Candidate("unknown", (), 0.0, 1.0), 0.0, tried)
+    return passes.origin(Candidate("unknown", (), 0.0, 1.0, 0.0), 0.0, tried)
 
 
 def _tried(passes: "_Passes") -> list[Candidate]:
     """All candidates, with what they add and what is left without them."""
     plain = passes.plain
     position, patch = passes.run("position embedding"), passes.run("patch embedding")
-    by_position = plain.level(-1) - position.level(-1)
+    by_position = plain.after(-1) - position.after(-1)
     tried = [
-        Candidate("position embedding", (), by_position, position.left),
-        Candidate("patch embedding", (), plain.level(-1) - by_position, patch.left),
+        Candidate.of("position embedding", (), by_position, position),
+        Candidate.of("patch embedding", (), plain.after(-1) - by_position, patch),
     ]
-    mlps, attentions = [], []
-    for layer in range(passes.detect + 1):
-        added = plain.level(layer) - plain.level(layer - 1)
-        if abs(added) < TRIED:
-            continue
-        mlp = passes.run("neurons", (layer,))
-        by_mlp = plain.level(layer) - mlp.level(layer)
-        if by_mlp >= TRIED:
-            mlps.append(Candidate("neurons", (layer,), by_mlp, mlp.left))
-        if added - by_mlp >= TRIED:
-            left = passes.run("attention output", (layer,)).left
-            attentions.append(Candidate("attention output", (layer,), added - by_mlp, left))
-    for branch in (mlps, attentions):
-        tried += branch
-        if len(branch) > 1:
-            kind, layers = branch[0].kind, tuple(layer for one in branch for layer in one.layers)
-            adds = sum(one.adds for one in branch)
-            tried.append(Candidate(kind, layers, adds, passes.run(kind, layers).left))
+    for kind, adds in _branches(passes).items():
+        tried += [Candidate.of(kind, [layer], adds[layer], passes.run(kind, layer)) for layer in adds]
+        if len(adds) > 1:
+            together = torch.stack(list(adds.values())).sum(0)
+            tried.append(Candidate.of(kind, list(adds), together, passes.run(kind, *adds)))
     return tried
+
+
+def _branches(passes: "_Passes") -> dict[Kind, dict[int, Float[Tensor, " k"]]]:
+    """Per kind and block, the share of each outlier's excess that a branch adds, where it adds enough."""
+    found: dict[Kind, dict[int, Tensor]] = {"neurons": {}, "attention output": {}}
+    plain = passes.plain
+    for layer in range(passes.detect + 1):
+        block = plain.after(layer) - plain.after(layer - 1)
+        if abs(float(block.mean())) < TRIED:
+            continue
+        mlp = plain.after(layer) - passes.run("neurons", layer).after(layer)
+        branches: list[tuple[Kind, Tensor]] = [("neurons", mlp), ("attention output", block - mlp)]
+        for kind, adds in branches:
+            if float(adds.mean()) >= TRIED:
+                found[kind][layer] = adds
+    return found
 
 
 # -- passes ----------------------------------------------------------------------------------------
 
 
 class _Pass(NamedTuple):
-    """What one pass over all images showed: how much of the excess is there at each level (what enters block
-    0, then the stream after each block), and the share of the outliers that is left at the last one."""
+    """What one pass over all images showed: the share of each outlier's excess at each level (what enters
+    block 0, then the stream after each block), and which outliers are left at the last one."""
 
-    levels: list[float]
-    left: float
+    levels: Float[Tensor, "l k"]
+    left: Bool[Tensor, " k"]
 
-    def level(self, layer: int) -> float:
+    def after(self, layer: int) -> Float[Tensor, " k"]:
         """The share of the excess that is there after a block; -1: what enters block 0."""
         return self.levels[layer + 1]
 
@@ -212,22 +240,27 @@ class _Passes:
         generator = torch.Generator().manual_seed(seed)
         self._others = [_as_many_others(mask, generator) for mask in self._masks]
         self._excess: dict[int, Tensor] = {}  # per batch, at the detect layer, (k, d)
+        self._done: dict[tuple[Kind, tuple[int, ...], bool], _Pass] = {}
         self._positions = _Positions(vit, self._batches, torch.cat(self._masks))
         self.plain = self.run("unknown")
 
-    def run(self, kind: Kind, layers: tuple[int, ...] = (), *, control: bool = False) -> _Pass:
-        """One pass without a candidate ("unknown": nothing), at the outliers or at as many others."""
-        left, sums = 0, torch.zeros(self.detect + 2, dtype=torch.float64)
-        for index, batch in enumerate(self._batches):
-            outliers = self._masks[index]
-            at = self._others[index] if control else outliers
-            where = Where(at, ~(at | outliers), self._layout.patch_slice)
-            with self._without(kind, layers, where):
-                levels, still = self._look(batch, outliers)
-            excess = self._excess.setdefault(index, levels[-1])  # of the first, plain pass
-            sums += ((levels * excess).sum(-1) / excess.square().sum(-1)).double().sum(1).cpu()
-            left += still
-        return _Pass((sums / self.outliers).tolist(), left / self.outliers)
+    def run(self, kind: Kind, *layers: int, control: bool = False) -> _Pass:
+        """The pass without a candidate ("unknown": nothing), at the outliers or at as many others."""
+        if (kind, layers, control) not in self._done:
+            batches = range(len(self._batches))
+            levels, left = zip(*(self._run(index, kind, layers, control) for index in batches), strict=True)
+            self._done[kind, layers, control] = _Pass(torch.cat(levels, 1), torch.cat(left))
+        return self._done[kind, layers, control]
+
+    def _run(
+        self, index: int, kind: Kind, layers: tuple[int, ...], control: bool
+    ) -> tuple[Float[Tensor, "l k"], Bool[Tensor, " k"]]:
+        outliers = self._masks[index]
+        at = self._others[index] if control else outliers
+        with self._without(kind, layers, Where(at, ~(at | outliers), self._layout.patch_slice)):
+            levels, left = self._look(self._batches[index], outliers)
+        excess = self._excess.setdefault(index, levels[-1])  # of the first, plain pass
+        return (levels * excess).sum(-1) / excess.square().sum(-1), left
 
     def _without(self, kind: Kind, layers: tuple[int, ...], where: Where) -> AbstractContextManager[Any]:
         if kind == "neurons":
@@ -240,24 +273,27 @@ class _Passes:
             return entering(self._vit, lambda x: self._positions.alone(x, where))
         return nullcontext()
 
-    def _look(self, batch: Tensor, outliers: Bool[Tensor, "b p"]) -> tuple[Float[Tensor, "l k d"], int]:
-        """What sets each outlier apart at each level, and how many of them are left at the detect layer."""
-        patches, levels, left = self._layout.patch_slice, [], 0
+    def _look(
+        self, batch: Tensor, outliers: Bool[Tensor, "b p"]
+    ) -> tuple[Float[Tensor, "l k d"], Bool[Tensor, " k"]]:
+        """What sets each outlier apart at each level, and which of them are left at the detect layer."""
+        patches = self._layout.patch_slice
+        levels: list[Tensor] = []
+        left: list[Tensor] = []
 
         def level(stream: Tensor) -> None:
             here = stream[:, patches].float()
             levels.append((here - mean_over(here, ~outliers)[:, None])[outliers])
 
         def block(layer: int, stream: Tensor) -> None:
-            nonlocal left
             level(stream)
             if layer == self.detect:
-                left = int((token_norms(stream[:, patches])[outliers] >= self._threshold).sum())
+                left.append(token_norms(stream[:, patches])[outliers] >= self._threshold)
                 raise Enough
 
         with entering(self._vit, level), watch(self._vit, on_block=block):
             run_until(self._vit, batch)
-        return torch.stack(levels), left
+        return torch.stack(levels), left[0]
 
     def origin(self, cause: Candidate, control: float, tried: list[Candidate]) -> Origin:
         return Origin(
