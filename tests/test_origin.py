@@ -8,10 +8,11 @@ import pytest
 import torch
 from catalog import CATALOG, images
 from test_phantom import crops
+from torch import nn
 
 import vitreg
 from vitreg.fixes import TestTimeRegisters
-from vitreg.origin import Origin, _as_many_others, find_origin
+from vitreg.origin import Candidate, Origin, _as_many_others, find_origin
 from vitreg.phantoms import (
     OriginPhantom,
     origins,
@@ -125,6 +126,15 @@ def test_triggers_are_tried_and_not_blamed(vit, photos):
     assert named(origin, "attention output", 2)
 
 
+def test_a_mark_at_one_place_in_every_photo_is_content(vit, photos):
+    """Positions are what is added to the patch embedding, not what photos have in common."""
+    marked = photos.clone()
+    marked[:, :, 8:16, 8:16] = 40.0
+    origin = found(vit, marked)
+    assert named(origin, "patch embedding")
+    assert abs(origin.candidates[0].adds) < 0.1
+
+
 def test_what_no_candidate_makes_is_unknown(vit, photos, monkeypatch):
     """A massive vector that is put between two blocks."""
     monkeypatch.setattr(origins, "_attention_module", lambda vit, layer: f"blocks.{layer}")
@@ -134,7 +144,15 @@ def test_what_no_candidate_makes_is_unknown(vit, photos, monkeypatch):
     blocks[1].register_forward_pre_hook(lambda block, args: (phantom.writer(block, args, args[0]),))
     origin = found(phantom.vit, photos)
     assert (origin.kind, origin.layers, origin.removed) == ("unknown", (), 0)
-    assert str(origin).startswith("nothing that can be named makes them")
+    assert max(candidate.explains for candidate in origin.candidates) == 0
+    assert max(candidate.adds for candidate in origin.candidates) > 0.9  # what no MLP adds, by attention
+    assert str(origin).startswith("nothing that can be named makes them: no part of the model")
+
+
+def test_of_two_that_explain_them_the_one_that_adds_most_is_named(phantom, photos, diagnosis, monkeypatch):
+    both = [Candidate("neurons", (1,), adds, left, 1.0) for adds, left in ((0.3, 0.0), (0.7, 0.1))]
+    monkeypatch.setattr("vitreg.origin._tried", lambda passes: both)
+    assert find_origin(phantom.vit, [photos], diagnosis).adds == 0.7
 
 
 def test_two_causes_of_half_of_them_each_are_not_one(vit, photos):
@@ -313,6 +331,21 @@ def test_the_same_seed_gives_the_same_phantom(vit, photos, kind):
 def test_a_model_without_a_table_of_positions_is_refused(name):
     with pytest.raises(vitreg.UnsupportedModelError, match="has no table of positions"):
         plant_position_outliers(CATALOG[name].backbone(), POSITIONS)
+
+
+def test_what_is_added_to_every_patch_alike_is_no_table_of_positions():
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(1, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.shift
+
+    model = CATALOG["timm beit"].module()
+    model.pos_drop = Shift()
+    with pytest.raises(vitreg.UnsupportedModelError, match="has no table of positions"):
+        plant_position_outliers(vitreg.wrap(model, image_size=(32, 40)), POSITIONS)
 
 
 @pytest.mark.parametrize("name", NORMALISED)

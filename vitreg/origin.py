@@ -131,13 +131,13 @@ class Origin:
             )
         if some[0].explains >= EXPLAINS:
             return (
-                f"nothing that can be named makes them: without {some[0].name} they are gone, but they also are"
-                " when the same is removed at as many ordinary patches."
+                f"nothing that can be named makes them: without {some[0].name} they are gone, but they also"
+                " are when the same is removed at as many ordinary patches."
             )
         shares = "; ".join(f"{one.name}, {one.explains:.0%}" for one in some)
         return (
-            f"no one part of the model makes {EXPLAINS:.0%} of them. Shares of the outliers that a part explains"
-            f" (it adds {ADDS:.0%} of their excess, and without it they are gone): {shares}."
+            f"no one part of the model makes {EXPLAINS:.0%} of them. Shares of the outliers that a part"
+            f" explains (it adds {ADDS:.0%} of their excess, and without it they are gone): {shares}."
         )
 
 

@@ -3,8 +3,8 @@
     table, reads = position_table(vit, images, [0, 27])
     table.reshape(-1, vit.anatomy.width)[reads.argmax(1)]    # the rows of patches 0 and 27
 
-No name is asked for. The table is the parameter outside of the blocks in which the patches that enter block 0
-are linear, with one factor for all dimensions and images, and of which patches far apart read other rows.
+No name is asked for. The table is the parameter outside of the blocks that moves the patches that enter block
+0 alike in every image, and of which patches far apart read other rows.
 """
 
 import torch
@@ -80,17 +80,14 @@ def _entering_patches(vit: Backbone, images: Tensor) -> Float[Tensor, "b p d"]:
 def _read(stream: Float[Tensor, "b p d"], patch: int, table: nn.Parameter) -> Float[Tensor, " r"] | None:
     """How much of each row of the table a patch reads; None if it is not simply added.
 
-    For a probe v, the gradient of v @ (row r's share f of the patch) with respect to row r is f v.
+    For a probe v, the gradient of v @ patch with respect to a row that it reads f times is f v, in any image.
     """
     probe = torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(0)).to(stream)
-    reads = []
-    for image in stream[:2]:
-        (gradient,) = torch.autograd.grad(image[patch] @ probe, table, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            return None
-        rows, v = gradient.reshape(-1, table.shape[-1]).float(), probe.float()
-        factor = rows @ v / v.square().sum()
-        if not torch.allclose(rows, torch.outer(factor, v), atol=1e-4) or not factor.any():
-            return None
-        reads.append(factor)
-    return reads[0] if torch.allclose(reads[0], reads[1], atol=1e-4) else None
+    gradients = [
+        torch.autograd.grad(image[patch] @ probe, table, retain_graph=True, allow_unused=True)[0]
+        for image in stream[:2]
+    ]
+    one, other = gradients
+    if one is None or other is None or not one.any() or not torch.allclose(one, other, atol=1e-4):
+        return None
+    return one.reshape(-1, table.shape[-1]).float().norm(dim=1) / probe.float().norm()
