@@ -90,20 +90,21 @@ def judge(s: Statistics, layer: int) -> Judgement:
     """Judge the norms after one block."""
     patches = float(s.counts[layer].sum())
     needed = needed_gain(patches)
-    relative = second_population(s.relative[layer], EDGES)
     # Photos of different brightness blur the norms themselves, which only have to agree.
-    absolute = second_population(
-        s.counts[layer], EDGES, needed=needed / 4, about=None if relative is None else relative.fraction
-    )
+    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4)
     if absolute is None:
         return NOTHING
     evidence = _evidence(s, layer, absolute)
-    if relative is not None:
-        margin = min(relative.gain / needed, 4 * absolute.gain / needed)
-    elif evidence.one_vector and absolute.ratio >= FAR:  # photos that are full of outliers
-        margin = absolute.gain / needed
-    else:
+    if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
+        return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
+    relative = second_population(s.relative[layer], EDGES)
+    if relative is None:
         return NOTHING
+    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4, about=relative.fraction)
+    if absolute is None:
+        return NOTHING
+    evidence = _evidence(s, layer, absolute)
+    margin = min(relative.gain / needed, 4 * absolute.gain / needed)
     if evidence.bound >= BOUND and absolute.ratio < FAR:
         positions = s.positions.shape[1]
         margin = min(margin, absolute.gain * positions / patches / needed_gain(positions))
