@@ -42,6 +42,8 @@ from vitreg.trace import trace
 NOP_SINK = 0.5
 # Of layers whose populations stand apart nearly as clearly as anywhere, the first is looked at.
 NEARLY = 0.9
+# A layer between others that show outliers is no end of them if its margin is at least this.
+NEARLY_ENOUGH = 0.5
 # The attention beyond their share that severe, and moderate, artifacts draw in some block; in words.
 SEVERE, MODERATE = 0.2, 0.05
 STRENGTHS = {
@@ -326,7 +328,7 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
     best, thresholds = judged[detect], tuple(x.threshold for x in judged)
     threshold = best.threshold
     rule = _rule(detect, best)
-    onset = _onset([x.stands for x in judged], detect) if present else None
+    onset = _onset(judged, detect) if present else None
     return Diagnosis(
         model=vit.name,
         images=s.images,
@@ -441,11 +443,12 @@ def _layer(layer: int, s: Statistics, judged: list[Judgement], layout: TokenLayo
     )
 
 
-def _onset(separated: list[bool], detect: int) -> int:
-    """The first of the layers, up to the detect layer and without a break, that show outliers."""
-    onset = detect
-    while onset and separated[onset - 1]:
-        onset -= 1
+def _onset(judged: list[Judgement], detect: int) -> int:
+    """The first layer that shows outliers from which on, up to the detect layer, each nearly does."""
+    onset = layer = detect
+    while layer and (judged[layer - 1].stands or judged[layer - 1].margin >= NEARLY_ENOUGH):
+        layer -= 1
+        onset = layer if judged[layer].stands else onset
     return onset
 
 

@@ -97,7 +97,7 @@ def judge(s: Statistics, layer: int) -> Judgement:
     evidence = _evidence(s, layer, absolute)
     if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
         return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
-    relative = second_population(s.relative[layer], EDGES)
+    relative = second_population(s.relative[layer], EDGES, needed=needed / 2)
     if relative is None:
         return NOTHING
     absolute = second_population(s.counts[layer], EDGES, needed=needed / 4, about=relative.fraction)

@@ -53,6 +53,7 @@ KINDS = {
     "cls": Kind("CLS as before, cosine", ".4f", True),
     "patches": Kind("normal patches as before, cosine", ".4f", True),
     "agreement": Kind("same prediction", ".2%", True),
+    "expected_loss": Kind("expected loss of top-1", ".2%", True),
     "logit_change": Kind("largest logit change, mean", ".3g", True),
     "logit_change_of_all": Kind("largest logit change of all", ".3g", True, largest_of="logit_change"),
     "top1": Kind("top-1", ".2%"),
@@ -164,12 +165,22 @@ class Reference:
         guess = look.logits.argmax(1)
         found = {
             "agreement": (guess == self._look.logits.argmax(1)).float(),
+            "expected_loss": self._expected_loss(guess),
             "logit_change": (look.logits - self._look.logits).abs().amax(1),
         }
         if self._classes is not None:
             known = torch.tensor([-1 if c is None else c for c in self._classes], device=guess.device)
             found["top1"] = torch.where(known < 0, torch.nan, (guess == known).float())
         return found
+
+    def _expected_loss(self, guess: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """How much less likely than the unfixed model's prediction the new one is, as the unfixed model sees it.
+
+        Its mean is the loss of top-1 that the unfixed model itself would expect: no labels are needed.
+        """
+        assert self._look.logits is not None
+        probabilities = self._look.logits.float().softmax(1)
+        return probabilities.amax(1) - probabilities.gather(1, guess[:, None])[:, 0]
 
 
 def neighbour_likeness(patches: Float[Tensor, "b p d"], layout: TokenLayout) -> Float[Tensor, "b p"]:

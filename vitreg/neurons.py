@@ -196,8 +196,8 @@ def find_register_neurons(
       default the detect layer: several blocks may build outliers up together.
 
     `top_k="auto"` takes the smallest count (by doubling, then bisection) that leaves at most `target` of the
-    outliers when they are moved to a test-time register. Where none does, the fewest that leave nearly as few
-    outliers as any. Raises FixError for a diagnosis without artifacts.
+    outliers, and twice that of their excess, when they are moved to a test-time register. Where none does, the
+    fewest that leave nearly as few outliers as any. Raises FixError for a diagnosis without artifacts.
     """
     if not report.has_artifacts or report.threshold is None or report.onset_layer is None:
         raise FixError("the diagnosis found no artifacts, so no neuron makes them: there is nothing to fix.")
@@ -336,17 +336,64 @@ def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, targe
     """The smallest count that leaves at most `target` of the outliers: doubling, then bisection."""
     from vitreg.fixes.registers import TestTimeRegisters
 
-    rule = found.rule
-    before = count_outliers(vit, images, rule)
+    before = _Outliers(vit, found.rule)
+    before.see(images)
     tried: dict[int, float] = {}
 
     def left(count: int) -> float:
         if count not in tried:
             with TestTimeRegisters(found.best(count)).applied_to(vit):
-                tried[count] = count_outliers(vit, images, rule) / max(before, 1)
+                tried[count] = before.left(images)
         return tried[count]
 
     return _smallest(found, left, target, tried)
+
+
+class _Outliers:
+    """The outliers of the model as it is, and what a fix leaves of them, at the rule's layer."""
+
+    def __init__(self, vit: Backbone, rule: OutlierRule) -> None:
+        self._vit, self._rule = vit, rule
+        self._masks: list[Tensor] = []
+
+    def see(self, images: list[Tensor]) -> None:
+        """Look at the model as it is."""
+        self._count, self._excess = self._pass(images)
+
+    def left(self, images: list[Tensor]) -> float:
+        """The share that is left: of outliers, or, if it is more, of half their excess.
+
+        Where norms of outliers overlap with those of others, patches sink below the threshold long before
+        what sets them apart is gone. The excess is the former outliers' mean less that of other patches.
+        """
+        count, excess = self._pass(images)
+        along = float(excess @ self._excess / self._excess.square().sum().clamp(min=1e-30))
+        return max(count / max(self._count, 1), along / 2)
+
+    def _pass(self, images: list[Tensor]) -> tuple[int, Float[Tensor, " d"]]:
+        """How many outliers there are now, and the excess of the former ones."""
+        now: list[Tensor] = []
+        former: list[Tensor] = []
+        others: list[Tensor] = []
+
+        def block(layer: int, residual: Tensor) -> None:
+            if layer != self._rule.layer:
+                return
+            patches = residual[:, seen.layout.patch_slice].float()
+            now.append(self._rule.mask(token_norms(patches)))
+            mask = self._masks[len(now) - 1] if self._masks else now[-1]
+            former.append(patches[mask].sum(0))
+            others.append(patches[~mask].sum(0))
+            raise Enough
+
+        with evaluating(self._vit.model), watch(self._vit, on_block=block) as seen:
+            for batch in images:
+                run_until(self._vit, batch)
+        self._masks = self._masks or now
+        count = sum(int(mask.sum()) for mask in self._masks)
+        rest = sum(mask.numel() for mask in self._masks) - count
+        excess = torch.stack(former).sum(0) / max(count, 1) - torch.stack(others).sum(0) / max(rest, 1)
+        return sum(int(mask.sum()) for mask in now), excess
 
 
 def _smallest(
@@ -365,19 +412,3 @@ def _smallest(
         low, high = (low, middle) if left(middle) <= target else (middle, high)
     search = tuple(sorted(tried.items()))
     return replace(found.best(high), search=search, reached=reached)
-
-
-def count_outliers(vit: Backbone, images: Iterable[Tensor], rule: OutlierRule) -> int:
-    """Patches that the rule marks."""
-    count = 0
-
-    def block(layer: int, residual: Tensor) -> None:
-        nonlocal count
-        if layer == rule.layer:
-            count += int(rule.mask(token_norms(residual[:, seen.layout.patch_slice])).sum())
-            raise Enough
-
-    with evaluating(vit.model), watch(vit, on_block=block) as seen:
-        for batch in images:
-            run_until(vit, batch)
-    return count
