@@ -27,7 +27,7 @@ from vitreg.verify import verify
 Kind = Literal["auto", "registers", "splitting", "bias", "shift-average"]
 
 # Images by which the kind of fix is chosen, and what a test-time register must leave as it was on them, on
-# average: the cosines of CLS and of normal patches before and after, and, where there is a head, what it says:
+# average: the cosines of CLS and of normal patches before and after; and, where there is a head, its word:
 # the loss of top-1 that the unfixed model expects of the changed predictions may be half a point.
 CHOOSING_IMAGES = 128
 UNCHANGED = {"cls": 0.98, "patches": 0.98}

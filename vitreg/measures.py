@@ -174,7 +174,7 @@ class Reference:
         return found
 
     def _expected_loss(self, guess: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """How much less likely than the unfixed model's prediction the new one is, as the unfixed model sees it.
+        """How much less likely the new prediction is than the old one, as the unfixed model sees it.
 
         Its mean is the loss of top-1 that the unfixed model itself would expect: no labels are needed.
         """

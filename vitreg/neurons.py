@@ -196,8 +196,8 @@ def find_register_neurons(
       default the detect layer: several blocks may build outliers up together.
 
     `top_k="auto"` takes the smallest count (by doubling, then bisection) that leaves at most `target` of the
-    outliers, and twice that of their excess, when they are moved to a test-time register. Where none does, the
-    fewest that leave nearly as few outliers as any. Raises FixError for a diagnosis without artifacts.
+    outliers, and twice that of their excess, when they are moved to a test-time register. Where none does,
+    the fewest that leave nearly as few outliers as any. Raises FixError for a diagnosis without artifacts.
     """
     if not report.has_artifacts or report.threshold is None or report.onset_layer is None:
         raise FixError("the diagnosis found no artifacts, so no neuron makes them: there is nothing to fix.")
