@@ -1,13 +1,15 @@
 """What the power study tries: clean streams of patches, populations put into them, tails forced on them.
 
-    stream = clean_streams(shared, 96)[0]
-    inject(stream, Injection(size=3, spread=0.2, share=0.02), seed=0)       # (residuals, truth)
-    TAILS["pareto 3"](stream, rng)                                          # (b, p) factors of the norms
+stream = clean_streams(shared, 96)[0]
+inject(stream, Injection(size=3, spread=0.2, share=0.02), seed=0)       # (residuals, truth)
+TAILS["pareto 3"](stream, rng)                                          # (b, p) factors of the norms
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -26,6 +28,7 @@ from vitreg.trace import trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from catalog import randomise, timm_model
+from phantoms import crops
 
 BATCH = 32
 # The real models' blocks before their own artifacts, and the block after which populations are put in.
@@ -39,7 +42,8 @@ RANDOM = {
     "random SigLIP": "vit_base_patch16_siglip_224",
 }
 RANDOM_SIZE = {"img_size": 112, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 4}
-DIMENSIONS = 3
+# Residual dimensions of the vector that is injected; crops of the bundled photos to draw from.
+DIMENSIONS, POOL = 3, 512
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,26 @@ def statistics_of(stream: Stream, patches: Float[Tensor, "b p d"]) -> Statistics
         collector._start()
         collector._block(0, batch)
     return collector.statistics
+
+
+@contextmanager
+def changed(stream: Stream, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While entered, the model goes on from patches (b, p, d) that `change` made after the stream's block.
+
+    `change` sees the photos' batches one after the other.
+    """
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, stream.layout.patch_slice] = change(output[:, stream.layout.patch_slice])
+        return output
+
+    block = stream.vit.anatomy.block_modules(stream.vit.model)[stream.layer]
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # -- populations ---------------------------------------------------------------------------------------
@@ -221,4 +245,65 @@ TAILS: dict[str, Tail] = {
     "drift by row, 2.7x": _by_row(1.0),
     "drift by brightness, 1.6x": _by_brightness(0.5),
     "drift by brightness, 2.7x": _by_brightness(1.0),
+}
+
+
+# -- images --------------------------------------------------------------------------------------------
+
+Maker = Callable[[Backbone, int, np.random.Generator], Tensor]
+
+
+def _noise(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.uniform(-1, 1, (count, 3, *vit.image_size))).float()
+
+
+def _blank(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    return torch.full((count, 3, *vit.image_size), float(rng.uniform(-1, 1)))
+
+
+def _flat(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    """Each one colour."""
+    colors = torch.from_numpy(rng.uniform(-1, 1, (count, 3, 1, 1))).float()
+    return colors.expand(-1, -1, *vit.image_size).contiguous()
+
+
+def _crops(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    chosen = torch.from_numpy(rng.choice(POOL, count, replace=False))
+    return _pool(vit.image_size)[chosen]
+
+
+@lru_cache(maxsize=8)
+def _pool(image_size: tuple[int, int]) -> Tensor:
+    """Crops of the bundled photos at one size."""
+    return crops(cast(Backbone, SimpleNamespace(image_size=image_size)), POOL, 0)
+
+
+def _framed(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    """Photos with bars above and below, or at the sides, of one colour each, as wide in all of them."""
+    photos, (height, width) = _crops(vit, count, rng), vit.image_size
+    bar = rng.uniform(0.1, 0.4)
+    high, wide = (int(bar * height), 0) if rng.random() < 0.5 else (0, int(bar * width))
+    framed = _flat(vit, count, rng)
+    inside = (..., slice(high, height - high), slice(wide, width - wide))
+    framed[inside] = photos[inside]
+    return framed
+
+
+def _pasted(vit: Backbone, count: int, rng: np.random.Generator) -> Tensor:
+    """Photos with a rectangle of one colour, another in each."""
+    photos, (height, width) = _crops(vit, count, rng), vit.image_size
+    for photo in photos:
+        h, w = (int(side * rng.uniform(0.2, 0.8)) for side in (height, width))
+        y, x = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        photo[:, y : y + h, x : x + w] = torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1)))
+    return photos
+
+
+IMAGES: dict[str, Maker] = {
+    "noise": _noise,
+    "blank": _blank,
+    "flat": _flat,
+    "photos": _crops,
+    "photos with bars": _framed,
+    "photos with rectangles": _pasted,
 }
