@@ -5,8 +5,8 @@
     report.outliers(vit, batch)       # (b, gh, gw) masks
 
 One pass over the images. Layers are 0-based: layer i is the residual stream after block i, before any
-final norm. An outlier is a patch token whose norm lies beyond the gap that separates a second
-population of norms from the first (see threshold.py); a model without such a gap has no artifacts.
+final norm. An outlier is a patch token whose norm belongs to a second population (populations.py) that other
+evidence shows to be an artifact (judging.py); a model without one has no artifacts.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -27,23 +28,41 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
 from vitreg.images import Batch, Images, pixels_of, places_of, ranks_of
+from vitreg.judging import ONE_GROUP, Evidence, Judgement, judge
 from vitreg.kinds import METERS, Context, Finding, Meter
 from vitreg.models import Backbone
+from vitreg.outliers import OutlierRule
+from vitreg.populations import detectable_ratio, quantile
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
-from vitreg.statistics import EDGES, Collector, Statistics
-from vitreg.threshold import MIN_GAP, MIN_RATIO, Gap, quantile, widest_gap
+from vitreg.statistics import BINS_PER_OCTAVE, EDGES, Collector, Statistics
 from vitreg.trace import trace
 
 # A value norm at outliers under this share of the others' is that of a sink that writes nothing.
 NOP_SINK = 0.5
+# Of layers whose populations stand apart nearly as clearly as anywhere, the first is looked at.
+NEARLY = 0.9
+# The attention beyond their share that severe, and moderate, artifacts draw in some block; in words.
+SEVERE, MODERATE = 0.2, 0.05
+STRENGTHS = {
+    "severe": f"in some block they draw {SEVERE:.0%} of the attention or more beyond their share",
+    "moderate": f"in some block they draw {MODERATE:.0%} to {SEVERE:.0%} of the attention beyond their share",
+    "mild": f"they draw less than {MODERATE:.0%} of the attention beyond their share",
+}
+# How fast the sureness of a verdict rises with the margin of its evidence (fitted: benchmarks/power.py).
+SURENESS_POWER = 3.0
+# Shares of the patches for which it is said what would have been seen.
+SHARES = (0.02, 0.005)
 
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
     """One layer: norms of patch tokens (in units of the residual stream), outliers, attention.
 
-    `threshold` is None where no second population of norms stands apart. `attention_to_outliers` is the
+    `threshold` is None where no second population of norms is an artifact. Of the second population that
+    explains the norms best, whether it counts or not, `ratio` is its median norm over that of the others,
+    `misjudged` the share of all patches that the threshold puts on the wrong side, and `margin` how many
+    times the evidence of its shape exceeds what is needed (0: there is none). `attention_to_outliers` is the
     share of CLS-to-patch attention (mean over heads and images) on tokens that enter this block as
     outliers, `attention_by_head` the same per head. `value_norm_ratio` compares value norms at these
     tokens with those elsewhere.
@@ -56,8 +75,10 @@ class LayerDiagnosis:
     mean_plus_3_sigma: float
     threshold: float | None
     outlier_fraction: float
-    gap: float
     ratio: float
+    misjudged: float
+    margin: float
+    evidence: Evidence | None
     attention_to_outliers: float
     attention_by_head: list[float]
     value_norm_ratio: float | None
@@ -79,8 +100,14 @@ class Example:
 class Diagnosis:
     """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
 
-    `verdict` is "artifacts" or "no artifacts". Without artifacts the threshold and onset are None,
-    fractions are 0, and `detect_layer` is the layer that came closest.
+    `verdict` is "artifacts" or "no artifacts", `sureness` the probability that it is right (calibrated on
+    planted and clean norms: docs/power.md). Without artifacts the threshold and onset are None, fractions are
+    0, `detect_layer` is the layer that came closest, and `detectable` says what would have been seen:
+    {share of patches: multiple of the median norm}, None for what would not.
+
+    With artifacts `rule` tells outliers from others at `detect_layer`, where they stand out most; `strength`
+    is "mild", "moderate" or "severe" (see `strength_of`), and `misjudged` the share of patches that no
+    threshold can tell.
     """
 
     model: str
@@ -92,6 +119,11 @@ class Diagnosis:
     register_tokens: int
     verdict: str
     reason: str
+    sureness: float
+    strength: str | None
+    misjudged: float
+    detectable: dict[str, float | None]
+    rule: OutlierRule
     threshold: float | None
     mean_plus_3_sigma: float
     mean_plus_3_sigma_fraction: float
@@ -116,6 +148,7 @@ class Diagnosis:
         apart = ("statistics", "examples", "layers", "kinds")
         plain = {k: v for k, v in vars(self).items() if k not in apart}
         return plain | {
+            "rule": self.rule.to_json(),
             "kinds": {finding.kind: finding.to_json() for finding in self.kinds},
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -133,12 +166,7 @@ class Diagnosis:
         """Masks of the outlier patches of these images, by this diagnosis' layer and threshold."""
         with evaluating(vit.model), trace(vit, layers=[self.detect_layer]) as t:
             vit(images)
-        norms = t.norms[0, :, t.layout.patch_slice]
-        mask = (
-            norms >= self.threshold
-            if self.threshold is not None
-            else torch.zeros_like(norms, dtype=torch.bool)
-        )
+        mask = self.rule.mask(t.norms[0, :, t.layout.patch_slice])
         return t.layout.as_grid(mask)
 
     def figure(self) -> Any:
@@ -160,6 +188,7 @@ class Diagnosis:
             return []
         similar = self.neighbour_similarity
         lines = [
+            f"strength: {self.strength} ({STRENGTHS[self.strength or 'mild']})",
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
             f"places: {describe_places(self.position_frequency)}",
             f"attention on outliers in the last block: {self.attention_to_outliers:.1%}"
@@ -221,7 +250,7 @@ def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples:
                     f"images of {tuple(pixels.shape[2:])} pixels came after images with another patch grid"
                     f" ({collector.layout.grid}); diagnose one size at a time."
                 )
-            vit(pixels)
+            collector.see(pixels)
             if len(kept) < examples:
                 start = places_of(batch, len(kept)).start
                 kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
@@ -291,16 +320,13 @@ def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndar
 
 def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> Diagnosis:
     layout, s = seen.layout, seen.statistics
-    gaps = [widest_gap(counts, EDGES) for counts in s.counts]
-    layers = [_layer(layer, s, gaps, layout) for layer in range(len(gaps))]
-    separated = [gap is not None and gap.separates for gap in gaps]
-    widths = [gap.width if gap else 0.0 for gap in gaps]
-    candidates = [layer for layer, yes in enumerate(separated) if yes] or range(len(gaps))
-    detect = max(candidates, key=lambda layer: widths[layer])
-    found = separated[detect]
-    gap = gaps[detect]
-    threshold = gap.threshold if gap and found else None
-    onset = _onset(separated, detect) if found else None
+    judged = [judge(s, layer) for layer in range(len(s.counts))]
+    layers = [_layer(layer, s, judged, layout) for layer in range(len(judged))]
+    detect, present = _detect(judged)
+    best, thresholds = judged[detect], tuple(x.threshold for x in judged)
+    threshold = best.threshold
+    rule = _rule(detect, best)
+    onset = _onset([x.stands for x in judged], detect) if present else None
     return Diagnosis(
         model=vit.name,
         images=s.images,
@@ -309,8 +335,13 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
         grid=layout.grid,
         prefix_tokens=layout.prefix,
         register_tokens=layout.registers,
-        verdict="artifacts" if found else "no artifacts",
-        reason=_reason(layers, detect, onset, threshold),
+        verdict="artifacts" if present else "no artifacts",
+        reason=_reason(layers, detect, onset),
+        sureness=sureness(best),
+        strength=strength_of(layers, detect) if present else None,
+        misjudged=layers[detect].misjudged if present else 0.0,
+        detectable={} if present else _detectable(s, detect),
+        rule=rule,
         threshold=threshold,
         mean_plus_3_sigma=layers[detect].mean_plus_3_sigma,
         mean_plus_3_sigma_fraction=s.fraction_beyond(detect, layers[detect].mean_plus_3_sigma),
@@ -322,35 +353,86 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
         attention_queries="CLS" if layout.prefix else "evenly spread patches",
         position_frequency=layout.as_grid(s.position_frequency(detect, threshold)).tolist(),
         neighbour_similarity=s.neighbour_similarity(detect, threshold),
-        sink=_sink(layers, detect) if found else None,
-        excess_dimensions=s.excess_dimensions(detect) if found else [],
+        sink=_sink(layers, detect) if present else None,
+        excess_dimensions=[] if threshold is None else s.excess_dimensions(detect, threshold),
         layers=layers,
         versions=versions(),
-        kinds=tuple(
-            meter.finding(Context(s.images, tuple(x.threshold for x in layers))) for meter in seen.meters
-        ),
+        kinds=tuple(meter.finding(Context(s.images, thresholds)) for meter in seen.meters),
         statistics=s,
         examples=seen.examples,
     )
 
 
-def _layer(layer: int, s: Statistics, gaps: list[Gap | None], layout: TokenLayout) -> LayerDiagnosis:
-    counts, gap = s.counts[layer], gaps[layer]
+def _detect(judged: list[Judgement]) -> tuple[int, bool]:
+    """The layer to look at, and whether it shows artifacts.
+
+    The first of those whose populations stand apart nearly as clearly as anywhere: later, the bulk may drown
+    them. Without artifacts, the layer that came closest.
+    """
+    standing = [layer for layer, x in enumerate(judged) if x.stands]
+    if not standing:
+        return max(range(len(judged)), key=lambda layer: judged[layer].margin), False
+    most = max(judged[layer].margin for layer in standing)
+    return next(layer for layer in standing if judged[layer].margin >= NEARLY * most), True
+
+
+def _rule(layer: int, judgement: Judgement) -> OutlierRule:
+    """The threshold, and how likely a norm between the populations is an outlier's."""
+    if judgement.threshold is None or judgement.population is None:
+        return OutlierRule(layer)
+    middles = (EDGES[:-1] * EDGES[1:]).sqrt().tolist()
+    posterior = judgement.population.posterior
+    rising = np.flatnonzero((posterior > 0.005) & (posterior < 0.995))
+    if not len(rising):
+        return OutlierRule(layer, judgement.threshold)
+    near = range(max(int(rising[0]) - 1, 0), min(int(rising[-1]) + 2, len(posterior)))
+    curve = tuple((middles[bin], float(posterior[bin])) for bin in near)
+    return OutlierRule(layer, judgement.threshold, curve)
+
+
+def sureness(judgement: Judgement) -> float:
+    """The probability that the verdict on a layer is right: of artifacts if they stand, else of none."""
+    odds = max(judgement.margin, 1e-3) ** SURENESS_POWER
+    artifacts = odds / (1 + odds)
+    return max(artifacts, 0.5) if judgement.stands else max(1 - artifacts, 0.5)
+
+
+def strength_of(layers: list[LayerDiagnosis], detect: int) -> str:
+    """How strong artifacts are, by the attention that they draw beyond their share, in the block with most.
+
+    "severe" from SEVERE on, "moderate" from MODERATE on, else "mild".
+    """
+    beyond = [
+        x.attention_to_outliers - entering.outlier_fraction
+        for entering, x in pairwise(layers)
+        if entering.threshold is not None
+    ]
+    drawn = max(beyond, default=0.0)
+    return "severe" if drawn >= SEVERE else "moderate" if drawn >= MODERATE else "mild"
+
+
+def _detectable(s: Statistics, layer: int) -> dict[str, float | None]:
+    return {f"{share:g}": detectable_ratio(s.relative[layer], share, BINS_PER_OCTAVE) for share in SHARES}
+
+
+def _layer(layer: int, s: Statistics, judged: list[Judgement], layout: TokenLayout) -> LayerDiagnosis:
+    counts, judgement = s.counts[layer], judged[layer]
     mean, deviation = s.norm_moments(layer)
-    separates = gap is not None and gap.separates
-    entering = gaps[layer - 1] if layer else None
-    bound = entering.threshold if entering is not None and entering.separates else None
+    bound = judged[layer - 1].threshold if layer else None
     by_head = s.attention_beyond(layer, bound)
+    population = judgement.population
     return LayerDiagnosis(
         layer=layer,
         median_norm=quantile(counts, EDGES, 0.5),
         p99_norm=quantile(counts, EDGES, 0.99),
         max_norm=float(s.largest[layer]),
         mean_plus_3_sigma=mean + 3 * deviation,
-        threshold=gap.threshold if gap is not None and separates else None,
-        outlier_fraction=gap.fraction if gap is not None and separates else 0.0,
-        gap=gap.width if gap else 1.0,
-        ratio=gap.ratio if gap else 1.0,
+        threshold=judgement.threshold,
+        outlier_fraction=population.fraction if population is not None and judgement.stands else 0.0,
+        ratio=population.ratio if population is not None else 1.0,
+        misjudged=population.misjudged if population is not None else 0.0,
+        margin=judgement.margin,
+        evidence=judgement.evidence,
         attention_to_outliers=sum(by_head) / len(by_head),
         attention_by_head=by_head,
         value_norm_ratio=s.value_norm_ratio(layer, bound),
@@ -378,21 +460,37 @@ def _sink(layers: list[LayerDiagnosis], detect: int) -> str | None:
     return f"{kind} (value norms {ratio:.2f}x those elsewhere)"
 
 
-def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None, threshold: float | None) -> str:
+def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None) -> str:
     best = layers[detect]
-    if threshold is not None:
+    if onset is not None and best.threshold is not None:
+        why = "".join(f"; {words}" for words in (best.evidence.named if best.evidence else ()))
         return (
             f"from block {onset} on, patch tokens form two populations. After block {detect},"
-            f" {best.outlier_fraction:.2%} have norms {best.ratio:.0f}x the others': above {threshold:.4g},"
-            f" across an almost empty range {best.gap:.1f}x wide."
+            f" {best.outlier_fraction:.2%} have norms of {best.threshold:.4g} or more, in the median"
+            f" {best.ratio:.{0 if best.ratio >= 10 else 1}f}x the others'; {_overlap(best)}{why}."
         )
     tail = max(layers, key=lambda x: x.max_norm / x.median_norm)
-    return (
-        f"in no layer do patch norms form a second population: the widest almost empty range is"
-        f" {best.gap:.2f}x"
-        f" (artifacts: at least {MIN_GAP}x, and {MIN_RATIO:.0f}x the median beyond it); the largest norm is"
+    text = (
+        f"in no layer do patch norms form a second population that is an artifact; the largest norm is"
         f" {tail.max_norm / tail.median_norm:.1f}x the median (block {tail.layer})."
     )
+    if best.margin >= 1:
+        text += f" After block {detect} the norms are no single population, but {_against(best)}."
+    return text
+
+
+def _overlap(layer: LayerDiagnosis) -> str:
+    share = layer.misjudged / max(layer.outlier_fraction, 1e-12)
+    if share < 0.01:
+        return "hardly a patch lies between"
+    return f"the two overlap: any threshold misjudges {layer.misjudged:.2%} of the patches"
+
+
+def _against(layer: LayerDiagnosis) -> str:
+    """Why what stands out is not called an artifact."""
+    if layer.evidence is not None and layer.evidence.one_group > ONE_GROUP:
+        return "nearly all of the larger ones lie in a few photos"
+    return "the larger ones have no direction, dimension or attention in common"
 
 
 def describe_places(frequency: list[list[float]], often: float = 0.5) -> str:

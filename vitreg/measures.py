@@ -22,9 +22,10 @@ from vitreg.labels import Readout, logits_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.statistics import query_tokens
-from vitreg.threshold import MIN_GAP
 from vitreg.trace import token_norms, watch
 
+# In a layer without outliers of its own, a patch that reaches this many times the largest norm there is one.
+RISEN = 1.5
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -109,7 +110,7 @@ class Reference:
     """The unfixed model's pass over some images, and what others are measured by: its outliers.
 
     An outlier is a patch beyond the diagnosis' threshold at its detect layer. In the other layers it is one
-    beyond the layer's own threshold or, where the unfixed model had none, beyond MIN_GAP times the largest
+    beyond the layer's own threshold or, where the unfixed model had none, beyond RISEN times the largest
     norm that it had there.
     """
 
@@ -119,10 +120,10 @@ class Reference:
         assert report.threshold is not None
         assert report.onset_layer is not None
         self._look, self._layout = look, layout
-        self._detect, self._threshold, self._onset = report.detect_layer, report.threshold, report.onset_layer
-        bounds = [MIN_GAP * x.max_norm if x.threshold is None else x.threshold for x in report.layers]
+        self._rule, self._onset = report.rule, report.onset_layer
+        bounds = [RISEN * x.max_norm if x.threshold is None else x.threshold for x in report.layers]
         self._bounds = look.norms.new_tensor(bounds)[:, None, None]
-        self.outliers: Bool[Tensor, "b p"] = look.norms[self._detect] >= report.threshold
+        self.outliers: Bool[Tensor, "b p"] = self._rule.mask(look.norms[self._rule.layer])
         self._classes = classes
         self._border = torch.ones(layout.grid, dtype=torch.bool, device=look.norms.device)
         self._border[1:-1, 1:-1] = False
@@ -143,7 +144,7 @@ class Reference:
         beyond = (look.norms >= self._bounds).float().mean(2)
         cosine = F.cosine_similarity(look.features, self._look.features, dim=-1)
         found = {
-            "outliers": (look.norms[self._detect] >= self._threshold).float().mean(1),
+            "outliers": self._rule.mask(look.norms[self._rule.layer]).float().mean(1),
             "outliers_worst_layer": beyond.amax(0),
             "largest_norm": look.norms[self._onset :].amax((0, 2)),
             "attention": (look.attention.mean(1) * out).sum(1),

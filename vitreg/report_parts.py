@@ -35,9 +35,10 @@ _HOW_VERSIONS = (
 )
 _ON_A_SHEET = 8  # photos beside each other
 _HOW_TABLE = (
-    "Layers count from 0. Layer i is the residual stream after block i, before the model's final norm. Gap: "
-    "upper end over lower end of the widest almost empty range of norms. Attention: its share on tokens that "
-    "enter block i as outliers. Values: the norms of their values over those of other tokens."
+    "Layers count from 0. Layer i is the residual stream after block i, before the model's final norm. "
+    "Misjudged: patches that the threshold puts on the wrong side, where populations overlap. Attention: its "
+    "share on tokens that enter block i as outliers. Values: the norms of their values over those of other "
+    "tokens."
 )
 
 
@@ -167,7 +168,17 @@ def _sheets(photos: int) -> list[slice]:
 
 
 def layer_table(report: Diagnosis) -> str:
-    heads = ["layer", "median", "p99", "max", "mean + 3 sigma", "threshold", "outliers", "gap", "attention"]
+    heads = [
+        "layer",
+        "median",
+        "p99",
+        "max",
+        "mean + 3 sigma",
+        "threshold",
+        "outliers",
+        "misjudged",
+        "attention",
+    ]
     heads += ["values", "CLS norm", "register norm"]
     rows = [_layer_row(layer) for layer in report.layers]
     marks = {report.detect_layer: "detect" if report.has_artifacts else "closest"}
@@ -182,7 +193,7 @@ def layer_table(report: Diagnosis) -> str:
 def _layer_row(x: LayerDiagnosis) -> list[str]:
     norms = [x.median_norm, x.p99_norm, x.max_norm, x.mean_plus_3_sigma, x.threshold]
     ratio = "-" if x.value_norm_ratio is None else f"{x.value_norm_ratio:.2f}x"
-    shares = [percent(x.outlier_fraction), f"{x.gap:.2f}x", percent(x.attention_to_outliers), ratio]
+    shares = [percent(x.outlier_fraction), percent(x.misjudged), percent(x.attention_to_outliers), ratio]
     return [
         str(x.layer),
         *map(plain_number, norms),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
@@ -19,13 +19,19 @@ from vitreg.errors import NonFiniteError
 from vitreg.kinds.base import Meter
 from vitreg.models import Backbone
 from vitreg.ranks import Ranks
-from vitreg.threshold import MIN_RATIO
 from vitreg.trace import token_norms, watch
 
 BINS_PER_OCTAVE = 16
 LOWEST, HIGHEST = -6, 18  # powers of two; norms beyond count in the first or last bin
 BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
 EDGES: Float[Tensor, " edges"] = torch.exp2(torch.arange(BINS + 1) / BINS_PER_OCTAVE + LOWEST)
+
+# Photos are dealt out into this many groups, so that one odd photo is told from many.
+GROUPS = 16
+# For directions, each photo's largest norms are looked at (one patch in so many), in coarse bins.
+LARGEST = 16
+COARSE = 4  # bins in a coarse one
+ORDINARY = 8  # ordinary patches looked at per photo
 
 # Queries whose attention is read where there is no CLS token: that many patches, spread evenly.
 PATCH_QUERIES = 16
@@ -43,9 +49,12 @@ class Statistics:
     largest: Tensor  # (l,) largest patch norm
     moments: Tensor  # (l, 2) sums of patch norms and of their squares
     special: Tensor  # (l, 2) summed norms of CLS, and the mean over registers
-    peak_energy: Tensor  # (l, d) summed squares of each image's largest patch, where it is far out
-    peaks: Tensor  # (l,) images with such a patch
-    median_energy: Tensor  # (l, d) summed squares of each image's median patch
+    relative: Tensor  # (l, k) patch tokens, by their norm over the median norm of their photo
+    groups: Tensor  # (l, g, k) patch tokens, by groups of photos
+    large: Tensor  # (l, c, 2, d) sums of each photo's largest patches, and of their squares; c coarse bins
+    large_counts: Tensor  # (l, c) these patches
+    ordinary: Tensor  # (l, 2, d) the same of each photo's patches with at most the median norm
+    ordinary_counts: Tensor  # (l,) these patches
     images: int = 0
 
     @staticmethod
@@ -65,9 +74,12 @@ class Statistics:
             largest=zeros(depth),
             moments=zeros(depth, 2),
             special=zeros(depth, 2),
-            peak_energy=zeros(depth, width),
-            peaks=zeros(depth, dtype=torch.int64),
-            median_energy=zeros(depth, width),
+            relative=zeros(depth, BINS, dtype=torch.int64),
+            groups=zeros(depth, GROUPS, BINS, dtype=torch.int32),
+            large=zeros(depth, BINS // COARSE, 2, width),
+            large_counts=zeros(depth, BINS // COARSE),
+            ordinary=zeros(depth, 2, width),
+            ordinary_counts=zeros(depth),
         )
 
     def together(self, ranks: Ranks) -> "Statistics":
@@ -115,13 +127,57 @@ class Statistics:
         inside, outside = _mean(sums, counts, beyond), _mean(sums, counts, ~beyond)
         return inside / outside if inside is not None and outside else None
 
-    def excess_dimensions(self, layer: int, most: int = 5) -> list[dict[str, int | float]]:
-        """The residual dimensions with most of the squared norm that outliers have beyond median patches."""
-        mean_peak = self.peak_energy[layer] / max(int(self.peaks[layer]), 1)
-        excess = (mean_peak - self.median_energy[layer] / self.images).clamp(min=0)
-        share = excess / excess.sum()
+    def excess_dimensions(self, layer: int, threshold: float, most: int = 5) -> list[dict[str, int | float]]:
+        """The residual dimensions with most of the squared norm that outliers have beyond the ordinary."""
+        share = self._excess(layer, threshold)
         top = share.topk(min(most, len(share))).indices.tolist()
         return [{"dimension": d, "share": float(share[d])} for d in top if share[d] >= 0.01]
+
+    def few_dimensions(self, layer: int, threshold: float, count: int = 3) -> float:
+        """The share of the outliers' excess squared norm that so few residual dimensions carry."""
+        return float(self._excess(layer, threshold).topk(count).values.sum())
+
+    def direction(self, layer: int, threshold: float) -> float:
+        """How far outliers differ from ordinary patches in one shared direction, in 0 to 1.
+
+        |mean of x - m|^2 over the mean of |x - m|^2, m the mean of ordinary patches, without what so few
+        outliers would show by chance: 0 if they differ in all directions, 1 if all by the same vector.
+        """
+        chosen = self._large_beyond(threshold)
+        count = float(self.large_counts[layer][chosen].sum())
+        if count < 2:
+            return 0.0
+        sums, squares = self.large[layer][chosen].sum(0) / count
+        center = self.ordinary[layer, 0] / self.ordinary_counts[layer].clamp(min=1)
+        energy = float((squares - 2 * sums * center + center.square()).sum())
+        chance = energy / count
+        return min(
+            max((float((sums - center).square().sum()) - chance) / max(energy - chance, 1e-30), 0.0), 1.0
+        )
+
+    def _excess(self, layer: int, threshold: float) -> Float[Tensor, " d"]:
+        """Per dimension, the share of the squared norm that outliers have beyond ordinary patches."""
+        chosen = self._large_beyond(threshold)
+        outliers = self.large[layer][chosen, 1].sum(0) / self.large_counts[layer][chosen].sum().clamp(min=1)
+        excess = (outliers - self.ordinary[layer, 1] / self.ordinary_counts[layer].clamp(min=1)).clamp(min=0)
+        return excess / excess.sum().clamp(min=1e-30)
+
+    def _large_beyond(self, threshold: float) -> Bool[Tensor, " c"]:
+        """The coarse bins beyond a threshold; the one that it lies in only where there is no other."""
+        beyond = EDGES[:-1:COARSE] >= threshold
+        if not self.large_counts[:, beyond].any():
+            beyond = EDGES[COARSE::COARSE] > threshold
+        return beyond
+
+    def largest_group(self, layer: int, threshold: float) -> float:
+        """The share of the outliers that lie in the one group of photos that has most of them."""
+        beyond = self.groups[layer][:, _beyond(threshold)].sum(1)
+        return float(beyond.max()) / max(int(beyond.sum()), 1)
+
+    def bound(self, layer: int, threshold: float, often: float = 0.5) -> float:
+        """The share of outliers that lie at fixed positions: where `often` of the photos have one."""
+        frequency = self.position_frequency(layer, threshold)
+        return float(frequency[frequency >= often].sum() / frequency.sum().clamp(min=1e-30))
 
 
 def _beyond(threshold: float | None) -> Bool[Tensor, " bins"]:
@@ -143,8 +199,14 @@ class Collector:
         self.vit, self.statistics, self.layout, self.meters = vit, statistics, layout, meters
         self.norms: list[Tensor] = []  # of the latest batch, (b, p) per layer
         self.shares: list[Tensor] = []  # of the latest batch, (b, p) per layer
+        self._groups = torch.zeros(0, dtype=torch.long)  # of the photos of the next pass
         self._bins: Tensor | None = None
         self._similarity: Tensor | None = None
+
+    def see(self, pixels: Float[Tensor, "b 3 h w"]) -> None:
+        """Run the model on some images, which adds them."""
+        self._groups = _groups_of(pixels).to(self.vit.device)
+        self.vit(pixels)
 
     def watching(self) -> watch:
         """A context in which every forward pass is added."""
@@ -188,7 +250,10 @@ class Collector:
         s.special[layer, 0] += norms[:, layout.prefix_slice][:, :1].sum()
         if layout.registers:
             s.special[layer, 1] += norms[:, layout.register_slice].mean(1).sum()
-        self._add_energies(layer, residual[:, layout.patch_slice], patches)
+        s.relative[layer] += torch.bincount(_bin(patches / _medians(patches)).flatten(), minlength=BINS)
+        group = self._groups[:, None] * BINS + bins
+        s.groups[layer] += torch.bincount(group.flatten(), minlength=GROUPS * BINS).view(GROUPS, BINS)
+        self._add_directions(layer, residual[:, layout.patch_slice], patches)
         if layer == 0:
             s.images += len(norms)
         self.norms.append(patches)
@@ -196,15 +261,21 @@ class Collector:
         for meter in self.meters:
             meter.block(layer, residual, norms)
 
-    def _add_energies(self, layer: int, residual: Tensor, norms: Tensor) -> None:
-        """Which residual dimensions carry the excess: each image's largest patch against its median one."""
-        s, rows = self.statistics, torch.arange(len(norms), device=norms.device)
-        median, middle = norms.median(1)
-        peak, top = norms.max(1)
-        far = peak > MIN_RATIO * median
-        s.median_energy[layer] += residual[rows, middle].double().square().sum(0)
-        s.peak_energy[layer] += residual[rows, top][far].double().square().sum(0)
-        s.peaks[layer] += far.sum()
+    def _add_directions(
+        self, layer: int, residual: Float[Tensor, "b p d"], norms: Float[Tensor, "b p"]
+    ) -> None:
+        """What the largest patches of each photo hold, by their norms, and what ordinary ones do."""
+        s, count = self.statistics, max(norms.shape[1] // LARGEST, 1)
+        largest, index = norms.topk(count, 1)
+        rows = residual.gather(1, index[..., None].expand(-1, -1, residual.shape[2])).flatten(0, 1).double()
+        bins = (_bin(largest) // COARSE).flatten()
+        s.large[layer].index_add_(0, bins, torch.stack([rows, rows.square()], 1))
+        s.large_counts[layer] += torch.bincount(bins, minlength=BINS // COARSE)
+        _, index = norms.topk(norms.shape[1] // 2 + 1, 1, largest=False)
+        index = index[:, :: max(index.shape[1] // ORDINARY, 1)]
+        rows = residual.gather(1, index[..., None].expand(-1, -1, residual.shape[2])).flatten(0, 1).double()
+        s.ordinary[layer] += torch.stack([rows.sum(0), rows.square().sum(0)])
+        s.ordinary_counts[layer] += len(rows)
 
     def _attention(self, layer: int, call: AttentionCall) -> None:
         inner = self._watch.inner
@@ -254,6 +325,16 @@ def neighbour_similarity(patches: Float[Tensor, "b p d"], layout: TokenLayout) -
 
 def _bin(norms: Tensor) -> Tensor:
     return ((norms.log2() - LOWEST) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+
+
+def _groups_of(pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, " b"]:
+    """A group for each photo, by some of its pixels: in any order of photos, and the same for copies."""
+    some = (pixels.flatten(1)[:, ::7] * 256).round().nan_to_num().long()
+    return some.sum(1) % GROUPS
+
+
+def _medians(norms: Float[Tensor, "b p"]) -> Float[Tensor, "b 1"]:
+    return norms.median(1, keepdim=True).values.clamp(min=1e-30)
 
 
 def _binned(bins: Tensor, values: Tensor) -> Tensor:

@@ -71,17 +71,17 @@ class Meter(ABC):
         """A sum that starts at zero, on the model's device."""
         return torch.zeros(*shape, dtype=dtype, device=self.vit.device)
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027
         """A forward pass enters block 0."""
 
-    def embedding(self, patches: Float[Tensor, "b p d"]) -> None:
+    def embedding(self, patches: Float[Tensor, "b p d"]) -> None:  # noqa: B027
         """The patch embedding, before positions, where the model has one."""
 
-    def block(self, layer: int, residual: Float[Tensor, "b n d"], norms: Float[Tensor, "b n"]) -> None:
+    def block(self, layer: int, residual: Float[Tensor, "b n d"], norms: Float[Tensor, "b n"]) -> None:  # noqa: B027
         """The residual stream after a block, and its tokens' norms."""
 
-    def attention(self, layer: int, call: AttentionCall, shares: Float[Tensor, "b h p"]) -> None:
-        """The attention of a block: `shares` is that of CLS (or of spread patches) to patches, summing to 1."""
+    def attention(self, layer: int, call: AttentionCall, shares: Float[Tensor, "b h p"]) -> None:  # noqa: B027
+        """The attention of a block; each row of `shares`, CLS (or spread patches) to patches, sums to 1."""
 
     def sums(self) -> Iterator[str]:
         """The names of the sums."""

@@ -1,0 +1,122 @@
+"""Is what lies beyond a threshold an artifact? Each layer is judged, by the shape of its norms and more.
+
+    judgement = judge(statistics, layer)
+    judgement.stands, judgement.evidence
+
+The shape comes first: two populations, not a tail (populations.py), both in the norms themselves and relative
+to each photo's median, so that photos of two kinds are not taken for patches of two kinds. Where outliers are
+not far out, the shape alone does not tell artifacts from content: other evidence must speak for them, too.
+"""
+
+from dataclasses import dataclass
+
+from vitreg.populations import Population, needed_gain, second_population
+from vitreg.statistics import EDGES, Statistics
+
+# Norms of this many times the others' median are far out: they need no other evidence (published: 3x to 50x).
+FAR = 3.0
+# Evidence that what stands out is one thing, made by the model. In real models without artifacts and under
+# tails of every kind, the largest norms share a direction to at most 0.5 (soft artifacts: 0.7 to 0.9), and
+# their three richest dimensions hold at most 0.3 of the excess (0.5 to 1).
+SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
+DRAWN_ATTENTION = 3.0  # times the even share, in the next block
+# At fixed positions one more photo shows nothing new: there, positions are counted and not patches.
+BOUND = 0.5
+# If this share of them lies in one sixteenth of the photos, it is these photos' own matter, unless far out.
+ONE_GROUP = 0.6
+# The misjudged share of outliers beyond which populations are no two.
+MAX_MISJUDGED = 0.75
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for or against artifacts in one layer, beside the shape of the norms.
+
+    direction       how far outliers differ from ordinary patches by one shared vector, 0 to 1
+    few_dimensions  share of their excess squared norm in its three richest residual dimensions
+    attention       attention that they draw in the next block, in even shares (None: no next block)
+    bound           share of them at fixed positions
+    one_group       share of them in one sixteenth of the photos
+    """
+
+    direction: float
+    few_dimensions: float
+    attention: float | None
+    bound: float
+    one_group: float
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What speaks for artifacts, in words."""
+        words = []
+        if self.direction >= SHARED_DIRECTION:
+            words.append(f"they share one direction ({self.direction:.2f} of 1)")
+        if self.few_dimensions >= FEW_DIMENSIONS:
+            words.append(f"three residual dimensions carry {self.few_dimensions:.0%} of their excess")
+        if self.attention is not None and self.attention >= DRAWN_ATTENTION:
+            words.append(f"they draw {self.attention:.0f}x their share of attention in the next block")
+        return tuple(words)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A layer's second population, if the shape shows one, and whether it is an artifact's.
+
+    `margin` is how many times the shape's gain exceeds what is needed, by the view that shows it least: norms
+    themselves, norms relative to the photo's median, and positions where outliers are bound to them.
+    """
+
+    population: Population | None
+    evidence: Evidence | None
+    margin: float
+    stands: bool
+
+    @property
+    def threshold(self) -> float | None:
+        return self.population.threshold if self.population is not None and self.stands else None
+
+
+NOTHING = Judgement(None, None, 0.0, False)
+
+
+def judge(s: Statistics, layer: int) -> Judgement:
+    """Judge the norms after one block."""
+    patches = float(s.counts[layer].sum())
+    relative = second_population(s.relative[layer], EDGES)
+    if relative is None:
+        return NOTHING
+    # Photos of different brightness blur the norms themselves, which only have to agree.
+    absolute = second_population(
+        s.counts[layer], EDGES, needed=needed_gain(patches) / 4, about=relative.fraction
+    )
+    if absolute is None:
+        return NOTHING
+    evidence = _evidence(s, layer, absolute)
+    margin = min(relative.gain / relative.needed, absolute.gain / absolute.needed)
+    if evidence.bound >= BOUND and absolute.ratio < FAR:
+        positions = s.positions.shape[1]
+        margin = min(margin, relative.gain * positions / patches / needed_gain(positions))
+    return Judgement(absolute, evidence, margin, _stands(margin, absolute, evidence))
+
+
+def _stands(margin: float, population: Population, evidence: Evidence) -> bool:
+    if margin < 1 or population.misjudged > MAX_MISJUDGED * population.share:
+        return False
+    if population.ratio >= FAR:
+        return True
+    return bool(evidence.named) and evidence.one_group <= ONE_GROUP
+
+
+def _evidence(s: Statistics, layer: int, population: Population) -> Evidence:
+    threshold = population.threshold
+    attention = None
+    if layer + 1 < len(s.counts):
+        by_head = s.attention_beyond(layer + 1, threshold)
+        attention = sum(by_head) / len(by_head) / max(population.fraction, 1e-12)
+    return Evidence(
+        direction=s.direction(layer, threshold),
+        few_dimensions=s.few_dimensions(layer, threshold),
+        attention=attention,
+        bound=s.bound(layer, threshold),
+        one_group=s.largest_group(layer, threshold),
+    )
