@@ -1,8 +1,8 @@
 """Histograms on a log axis, whose sums over images answer questions about a bound that comes later.
 
-    NORMS = LogBins(-6, 18)                 # powers of two
-    counts += torch.bincount(NORMS.index(norms).flatten(), minlength=NORMS.count)
-    counts[NORMS.below(bound)].sum()        # once the bound is known
+NORMS = LogBins(-6, 18)                 # powers of two
+counts += torch.bincount(NORMS.index(norms).flatten(), minlength=NORMS.count)
+counts[NORMS.below(bound)].sum()        # once the bound is known
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """A phantom of low-norm outliers: patches that lack what every other token is given.
 
-    phantom = plant_low_norms(vit, images, layer=1)
-    diagnose(phantom.vit, images).kinds
-    phantom.marked(images)            # (b, gh, gw): the patches of low norm
+phantom = plant_low_norms(vit, images, layer=1)
+diagnose(phantom.vit, images).kinds
+phantom.marked(images)            # (b, gh, gw): the patches of low norm
 """
 
 from dataclasses import replace
@@ -25,9 +25,9 @@ def plant_low_norms(
     norm: float = 0.125,
     seed: int = 0,
 ) -> Phantom:
-    """Give about `rate` of the patches of a copy of `vit` norms about `norm` times the others', after `layer`.
+    """Give about `rate` of the patches of a copy of `vit` norms about `norm` times the others'.
 
-    `layer` is 0-based, `norm` at most 1/4. The same arguments give the same phantom. Raises
+    They have them after block `layer` (0-based); `norm` is at most 1/4. The same arguments give the same phantom. Raises
     UnsupportedModelError where the MLP has no bias.
     """
     phantom = plant(vit, images, layer, rate=rate, norm=1 / norm, seed=seed)

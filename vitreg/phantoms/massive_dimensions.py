@@ -1,8 +1,8 @@
 """A phantom of massive dimensions: a few residual channels that are large in every token.
 
-    phantom = plant_massive_dimensions(vit, images, layer=1)
-    diagnose(phantom.vit, images).kinds
-    phantom.dimensions, phantom.share
+phantom = plant_massive_dimensions(vit, images, layer=1)
+diagnose(phantom.vit, images).kinds
+phantom.dimensions, phantom.share
 """
 
 import copy
@@ -42,7 +42,7 @@ def plant_massive_dimensions(
     share: float = 0.95,
     seed: int = 0,
 ) -> MassivePhantom:
-    """Add to every token, in a copy of `vit`, large values in a few dimensions, by the bias of one block's MLP.
+    """Add large values in a few dimensions to every token of a copy of `vit`, by the bias of one block's MLP.
 
     The same arguments give the same phantom. Raises UnsupportedModelError where that MLP has no bias, or
     where the block normalises what it writes.
@@ -51,8 +51,8 @@ def plant_massive_dimensions(
     down = planted.anatomy.down_projections(planted.model)[layer]
     if down.bias is None:
         raise UnsupportedModelError(
-            f"the MLP of block {layer} ends without a bias, so nothing can be added to every token. Plant into a"
-            " model whose MLP has one."
+            f"the MLP of block {layer} ends without a bias, so nothing can be added to every token."
+            " Plant into a model whose MLP has one."
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(vit.anatomy.width, generator=generator)[:dimensions].to(down.weight.device)

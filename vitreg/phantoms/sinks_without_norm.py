@@ -27,7 +27,7 @@ PLANTED_NORM, LENGTH = 4.0, 0.4
 def plant_sinks(
     vit: Backbone, images: Float[Tensor, "b 3 h w"], layer: int, *, rate: float = 0.02, seed: int = 0
 ) -> Phantom:
-    """Make about `rate` of the patches of a copy of `vit` attention sinks in the blocks after `layer` (0-based).
+    """Make about `rate` of the patches of a copy of `vit` attention sinks after block `layer` (0-based).
 
     The same arguments give the same phantom; its `norm` is 1. Raises UnsupportedModelError where the MLP
     has no bias, or where keys and values cannot be reached because they are rotated or normalised.
@@ -39,8 +39,8 @@ def plant_sinks(
         listens = make_sinks(phantom.vit, images, phantom.marked(images), layer + 1)
     if not listens:
         raise UnsupportedModelError(
-            f"the keys and values after block {layer} are rotated, normalised or not there, so no patch can be"
-            " made an attention sink. Plant into a model that attends to its keys as they are projected, before"
-            " its last block."
+            f"the keys and values after block {layer} are rotated, normalised or not there, so no patch can"
+            " be made an attention sink. Plant into a model that attends to its keys as they are projected,"
+            " before its last block."
         )
     return replace(phantom, norm=1.0)

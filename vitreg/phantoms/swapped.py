@@ -40,7 +40,7 @@ def write_instead(
     length = float(_activations(phantom, images)[columns] @ sizes)
     with torch.no_grad():
         down.weight[:, columns] = torch.outer((marked - elsewhere).to(down.weight), sizes)
-        down.bias += length * elsewhere.to(down.bias)
+        down.bias.add_(length * elsewhere.to(down.bias))
 
 
 def _activations(phantom: Phantom, images: Tensor) -> Float[Tensor, " f"]:
