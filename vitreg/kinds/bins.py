@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PER_OCTAVE = 16  # 4% a bin, the resolution at which thresholds are chosen
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,5 @@ class LogBins:
         return ((values.log2() - self.low) * PER_OCTAVE).floor().clamp(0, self.count - 1).long()
 
     def below(self, bound: float | None) -> Bool[Tensor, " bins"]:
-        """The bins below a bound (a bin edge); all of them for None."""
-        return self.edges[:-1] < (torch.inf if bound is None else bound)
+        """The bins below a bound, a bin edge to within rounding; all of them for None."""
+        return self.edges[:-1] * (1 + ROUNDING) < (torch.inf if bound is None else bound)

@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
 from vitreg.kinds.base import Context, Finding, Meter
 from vitreg.kinds.bins import LogBins
 from vitreg.models import Backbone
-from vitreg.threshold import MIN_GAP, Gap, widest_gap
+from vitreg.populations import Population, second_population
 
-# Their median is at most this part of the others'. In two real models no patch of 96 photos lies below 0.56
-# of its photo's median in any block, black bars and blank squares pasted in or not; among random models
-# single patches reach 0.4, but the range that sets them apart is at most 1.35x wide.
+# Their median is at most this part of the others'. In two real models no patch of 96 photos lies below 0.55
+# of its photo's median in any block, black bars and blank squares pasted in or not; in random models single
+# patches reach 0.4.
 LOW = 0.5
-# A population is no lone token at the end of a tail, where a wide empty range comes by chance.
-FEWEST, MIN_FRACTION = 8, 5e-4
+# A population is no handful of tokens at the end of a tail, and stands apart from it: thresholds misjudge
+# at most this share of it.
+FEWEST, MAX_MISJUDGED = 8, 0.5
 RELATIVE = LogBins(-6, 1)
 
 
@@ -35,9 +36,9 @@ class LowNormFinding(Finding):
     """Patches with norms far below those of their photo, after block `layer`, where they stand apart most.
 
     `fraction` of all patches, `per_image` of each image's, lie below `threshold` times their photo's median
-    norm; `ratio` is their median norm over the others', `gap` how wide the almost empty range between them
-    is. Without such a population fractions are 0 and threshold and ratio None. `lowest` is the smallest
-    norm in any layer, in units of its photo's median (to 4%).
+    norm; `ratio` is their median norm over the others', `misjudged` the share of all patches that the
+    threshold puts on the wrong side. Without such a population fractions are 0 and threshold and ratio None.
+    `lowest` is the smallest norm after that block, in units of its photo's median (to 4%).
     """
 
     kind: ClassVar[str] = "low-norm outliers"
@@ -46,7 +47,7 @@ class LowNormFinding(Finding):
     per_image: float
     threshold: float | None
     ratio: float | None
-    gap: float | None
+    misjudged: float
     lowest: float
 
     def __str__(self) -> str:
@@ -57,8 +58,9 @@ class LowNormFinding(Finding):
             )
         return (
             f"{self.fraction:.1%} of the patches ({self.per_image:.1f} per image) have norms {self.ratio:.2f}"
-            f" times the others' after block {self.layer}, below an almost empty range {self.gap:.1f}x wide."
-            " Whatever weighs patches by their norm, as means and inner products do, hardly sees them."
+            f" times the others' after block {self.layer}, a population of their own (any threshold misjudges"
+            f" {self.misjudged:.2%} of the patches). Whatever weighs patches by their norm, as means and"
+            " inner products do, hardly sees them."
         )
 
 
@@ -77,31 +79,31 @@ class LowNorm(Meter):
     def finding(self, context: Context) -> LowNormFinding:
         counts = self.positions.sum(1)
         lowest = [float(RELATIVE.edges[int(row.nonzero()[0])]) for row in counts]
-        gaps = {layer: gap for layer, row in enumerate(counts) if (gap := _gap_below(row))}
-        if not gaps:
+        below = {layer: found for layer, row in enumerate(counts) if (found := _population_below(row))}
+        if not below:
             layer = min(range(len(lowest)), key=lowest.__getitem__)
-            return LowNormFinding(False, layer, None, 0.0, 0.0, None, None, None, lowest[layer])
-        layer = max(gaps, key=lambda x: gaps[x].width)
-        gap = gaps[layer]
-        low = RELATIVE.below(1 / gap.threshold)
-        frequency = self.positions[layer][:, low].sum(1).double() / context.images
+            return LowNormFinding(False, layer, None, 0.0, 0.0, None, None, 0.0, lowest[layer])
+        layer = max(below, key=lambda x: below[x].gain)
+        population = below[layer]
+        threshold = 1 / population.threshold
+        frequency = self.positions[layer][:, RELATIVE.below(threshold)].sum(1).double() / context.images
         return LowNormFinding(
             present=True,
             layer=layer,
             positions=self.layout.as_grid(frequency).tolist(),
-            fraction=gap.fraction,
+            fraction=population.fraction,
             per_image=float(frequency.sum()),
-            threshold=1 / gap.threshold,
-            ratio=1 / gap.ratio,
-            gap=gap.width,
-            lowest=min(lowest),
+            threshold=threshold,
+            ratio=1 / population.ratio,
+            misjudged=population.misjudged,
+            lowest=lowest[layer],
         )
 
 
-def _gap_below(counts: Tensor) -> Gap | None:
-    """The almost empty range below the bulk, found as the one above it is: by turning the axis round."""
-    gap = widest_gap(counts.flip(0), (1 / RELATIVE.edges).flip(0))
-    if gap is None or gap.width < MIN_GAP or gap.ratio < 1 / LOW:
+def _population_below(counts: Int[Tensor, " bins"]) -> Population | None:
+    """A population below the bulk, found as one above it is: by turning the axis round."""
+    found = second_population(counts.flip(0), (1 / RELATIVE.edges).flip(0))
+    if found is None or not found.stands_out or found.misjudged > MAX_MISJUDGED * found.share:
         return None
-    enough = max(FEWEST, MIN_FRACTION * int(counts.sum()))
-    return gap if gap.fraction * int(counts.sum()) >= enough else None
+    enough = found.fraction * int(counts.sum()) >= FEWEST
+    return found if enough and found.ratio >= 1 / LOW else None

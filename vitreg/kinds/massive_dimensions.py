@@ -36,10 +36,10 @@ class MassiveFinding(Finding):
     """The largest residual `dimensions` after block `layer`, with their figures.
 
     `sizes` are their mean |value| over the median dimension's, tokens taken as unit vectors, `share` what
-    they carry of a patch's squared norm together, on average. `cosine` is the mean between patches of different
-    places in one image, `cosine_without` the same of what is left without these dimensions (mean inner
-    product over mean squared length, so patches of which little is left count little). Where none is massive
-    the single largest one is named.
+    they carry of a patch's squared norm together, on average. `cosine` is the mean between patches of
+    different places in one image, `cosine_without` the same of what is left without these dimensions (mean
+    inner product over mean squared length, so patches of which little is left count little). Where none is
+    massive the single largest one is named.
     """
 
     kind: ClassVar[str] = "massive dimensions"
@@ -55,8 +55,8 @@ class MassiveFinding(Finding):
         if not self.present:
             return (
                 f"no few residual dimensions dominate every patch. The largest, {names}, is"
-                f" {self.sizes[0]:.1f}x the median one and carries {self.share:.0%} of the squared norm (block"
-                f" {self.layer}); the mean cosine between patches is {self.cosine:.2f} with it,"
+                f" {self.sizes[0]:.1f}x the median one and carries {self.share:.0%} of the squared norm"
+                f" (block {self.layer}); the mean cosine between patches is {self.cosine:.2f} with it,"
                 f" {self.cosine_without:.2f} without."
             )
         one = len(self.dimensions) == 1

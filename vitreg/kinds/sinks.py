@@ -39,7 +39,7 @@ NORMS = LogBins(-6, 18)
 class SinkFinding(Finding):
     """Patches that draw attention though the norm with which they enter the block is no outlier's.
 
-    All figures are of block `layer`. `per_image` counts sinks, `images_with` is the share of images that have
+    All figures are of block `layer`, where such patches draw most (if there are none, high-norm sinks do). `per_image` counts sinks, `images_with` is the share of images that have
     any, `attention` the share of attention to patches that `asked` gives them, `even` the share that as many
     patches have on average. `at_fixed` is the share of sinks at places where half of the images have one.
     `high_norm_per_image` and `high_norm_attention` are of the sinks that are outliers by norm. `to_prefix`
@@ -71,16 +71,16 @@ class SinkFinding(Finding):
                 f" outliers by norm; {self.images_with:.0%} of the images have some, and {self.at_fixed:.0%}"
                 " of them are at fixed places. Attention maps show these patches beside what the photo holds."
             )
-        seen = f"only in {self.images_with:.1%} of the images" if self.images_with else "in no image"
-        most = (
-            f"{seen} do all queries alike give a patch of ordinary norm {SINK:.0f} times an even share of"
-            f" attention (sinks: {MIN_IMAGES:.0%} of the images)."
+        none = (
+            f"in no block do {MIN_IMAGES:.0%} of the images have a patch of ordinary norm to which all queries"
+            f" alike give {SINK:.0f} times an even share of attention (block {self.layer}:"
+            f" {self.images_with:.0%})."
         )
         if not self.high_norm_per_image:
-            return most
+            return none
         return (
-            f"{most} High-norm outliers draw as much: {self.high_norm_per_image:.1f} per image,"
-            f" {self.high_norm_attention:.0%} of the {self.asked} attention in block {self.layer}."
+            f"{none} High-norm outliers draw as much there: {self.high_norm_per_image:.1f} per image,"
+            f" {self.high_norm_attention:.0%} of the {self.asked} attention."
         )
 
     def _special(self) -> list[str]:
@@ -140,7 +140,7 @@ class Sinks(Meter):
         images_with = _summed(self.least, ordinary, images)
         drawn = _summed(self.attention_drawn, ordinary, images)
         present = [share >= MIN_IMAGES and round(share * images) >= FEWEST_IMAGES for share in images_with]
-        ranking = drawn if any(present) else images_with
+        ranking = drawn if any(present) else self.attention_drawn.sum(1).tolist()
         layer = max(range(len(ranking)), key=lambda x: (present[x], ranking[x]))
         sinks, outlying = self.positions[layer].double() / images, ~ordinary[layer]
         positions = sinks[:, ordinary[layer]].sum(1)

@@ -27,8 +27,8 @@ def plant_low_norms(
 ) -> Phantom:
     """Give about `rate` of the patches of a copy of `vit` norms about `norm` times the others'.
 
-    They have them after block `layer` (0-based); `norm` is at most 1/4. The same arguments give the same phantom. Raises
-    UnsupportedModelError where the MLP has no bias.
+    They have them after block `layer` (0-based); `norm` is at most 1/4. The same arguments give
+    the same phantom. Raises UnsupportedModelError where the MLP has no bias.
     """
     phantom = plant(vit, images, layer, rate=rate, norm=1 / norm, seed=seed)
     (rest,) = directions(vit.anatomy.width, 1, seed)
