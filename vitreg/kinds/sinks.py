@@ -39,12 +39,13 @@ NORMS = LogBins(-6, 18)
 class SinkFinding(Finding):
     """Patches that draw attention though the norm with which they enter the block is no outlier's.
 
-    All figures are of block `layer`, where such patches draw most (if there are none, high-norm sinks do). `per_image` counts sinks, `images_with` is the share of images that have
-    any, `attention` the share of attention to patches that `asked` gives them, `even` the share that as many
-    patches have on average. `at_fixed` is the share of sinks at places where half of the images have one.
-    `high_norm_per_image` and `high_norm_attention` are of the sinks that are outliers by norm. `to_prefix`
-    and `to_registers` are per layer: how much of their attention over all tokens patches give to CLS and
-    other prefix tokens, and to registers (a fix's included). That alone is no artifact.
+    All figures are of block `layer`, where they draw most (of sinks of any norm, if they are not present).
+    `per_image` counts sinks, `images_with` is the share of images that have any, `attention` the share of
+    attention to patches that `asked` gives them, `even` the share that as many patches have on average.
+    `at_fixed` is the share of sinks at places where half of the images have one. `high_norm_per_image` and
+    `high_norm_attention` are of the sinks that are outliers by norm. `to_prefix` and `to_registers` are per
+    layer: how much of their attention over all tokens patches give to CLS and other prefix tokens, and to
+    registers (a fix's included). That alone is no artifact.
     """
 
     kind: ClassVar[str] = "attention sinks"
@@ -72,8 +73,8 @@ class SinkFinding(Finding):
                 " of them are at fixed places. Attention maps show these patches beside what the photo holds."
             )
         none = (
-            f"in no block do {MIN_IMAGES:.0%} of the images have a patch of ordinary norm to which all queries"
-            f" alike give {SINK:.0f} times an even share of attention (block {self.layer}:"
+            f"in no block do {MIN_IMAGES:.0%} of the images have a patch of ordinary norm to which all"
+            f" queries alike give {SINK:.0f} times an even share of attention (block {self.layer}:"
             f" {self.images_with:.0%})."
         )
         if not self.high_norm_per_image:
