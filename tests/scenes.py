@@ -1,0 +1,42 @@
+"""Photos whose flat patches are known, and the findings of one kind, for tests of artifacts that are no high norms."""
+
+from typing import Any
+
+import torch
+from catalog import Entry, hf_entry, timm_entry
+from torch import Tensor
+
+import vitreg
+from test_phantom import crops
+
+# Models with a grid of 8 x 10: ten times an even share is half of all attention on the catalog's 4 x 5.
+LARGER = (64, 80)
+LARGER_GRID: dict[str, Entry] = {
+    "timm vit": timm_entry("vit_small_patch16_224", size=LARGER),
+    "timm deit3": timm_entry("deit3_small_patch16_224", size=LARGER),
+    "timm deit distilled": timm_entry("deit_small_distilled_patch16_224", prefix=2, size=LARGER),
+    "timm dinov2 registers": timm_entry("vit_small_patch14_reg4_dinov2", registers=4, size=LARGER),
+    "timm siglip": timm_entry("vit_base_patch16_siglip_224", prefix=0, size=LARGER),
+    "hf dinov2": hf_entry("Dinov2Model", "Dinov2Config", size=LARGER),
+    "hf clip": hf_entry("CLIPVisionModel", "CLIPVisionConfig", size=LARGER),
+}
+
+
+def scenes(vit: vitreg.Backbone, count: int, seed: int, flat: int = 1) -> Tensor:
+    """Noisy crops of photos, (count, 3, h, w) in -1 to 1, with `flat` patches of one colour at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    photos = crops(vit, count, seed)
+    photos = (photos + torch.rand(photos.shape, generator=generator) * 2 - 1) / 2
+    height, width = vit.anatomy.patch_size
+    for photo in photos:
+        for patch in torch.randperm(vit.layout.patches, generator=generator)[:flat].tolist():
+            row, column = divmod(patch, vit.layout.grid[1])
+            cell = photo[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+            cell.copy_(torch.rand(3, 1, 1, generator=generator).expand_as(cell) * 2 - 1)
+    return photos
+
+
+def finding(vit: vitreg.Backbone, images: Tensor | list[Tensor], kind: str) -> Any:
+    """What a diagnosis of these images finds of one kind."""
+    batches = [images] if isinstance(images, Tensor) else images
+    return {found.kind: found for found in vitreg.diagnose(vit, batches).kinds}[kind]
