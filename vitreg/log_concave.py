@@ -1,7 +1,7 @@
 """Log-concave densities on a histogram, and mixtures of two: what one hump can explain, and what it cannot.
 
     density = fit(counts)                        # maximum likelihood, log-probabilities per bin
-    two = mixture(counts, start=bin)             # EM from a first guess: what lies beyond `start`
+    two = mixture(counts, first_guess, alone)    # EM from a first guess of each bin's component
     two.posterior                                # per bin, the probability of the second component
 
 A density is log-concave if its logarithm is concave: normal, lognormal, exponential and Pareto tails are
@@ -22,6 +22,8 @@ NEWTON_STEPS = 25
 TAIL = np.exp(-0.35)
 # EM stops where a step gains less than this, or than this share of what the mixture has gained so far.
 EM_STEPS, EM_GAIN, EM_SHARE = 60, 0.05, 2e-3
+# Knots that a step of EM may add to a component: the next steps go on from there.
+EM_ROUNDS = 4
 # Weights under this share of the largest are no observations.
 NEGLIGIBLE = 1e-9
 
@@ -35,7 +37,9 @@ class Density:
     probability: Float[np.ndarray, " bins"]
 
 
-def fit(weights: Float[np.ndarray, " bins"], start: Density | None = None) -> Density:
+def fit(
+    weights: Float[np.ndarray, " bins"], start: Density | None = None, rounds: int = 2 * MOST_KNOTS
+) -> Density:
     """The log-concave density that maximises sum(weights * log p); `start` is one that may be near.
 
     An active set of knots: Newton's method on the heights at the knots, dropping those where concavity would
@@ -49,7 +53,7 @@ def fit(weights: Float[np.ndarray, " bins"], start: Density | None = None) -> De
         inside = np.log(np.maximum(share, 1e-12))
         return Density(np.arange(first, last + 1), inside, _placed(inside, first, len(weights)))
     knots, heights = _feasible(start, first, last)
-    for _ in range(2 * MOST_KNOTS):
+    for _ in range(rounds):
         knots, heights = _newton(share, knots, heights)
         logs = np.interp(np.arange(len(share)), knots, heights)
         gain = _gains(share - np.exp(logs))
@@ -83,7 +87,7 @@ def _feasible(
 
 def _newton(
     share: Float[np.ndarray, " k"], knots: Int[np.ndarray, " m"], heights: Float[np.ndarray, " m"]
-) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+) -> tuple[Int[np.ndarray, " fewer"], Float[np.ndarray, " fewer"]]:
     """Maximise sum(share * f) - sum(exp(f)) over concave f that bend at these knots only."""
     basis = _hats(knots, len(share))
     for _ in range(NEWTON_STEPS):
@@ -123,15 +127,15 @@ def _damped(
     expected: float,
 ) -> float:
     """How much of a Newton step gains (Armijo's rule)."""
-
-    def value(at: Float[np.ndarray, " m"]) -> float:
-        logs = basis @ at
-        return float(share @ logs - np.exp(np.minimum(logs, 50.0)).sum())
-
-    before, length = value(heights), 1.0
-    while length > 1e-6 and value(heights + length * step) < before + 1e-4 * length * expected:
+    logs, change = basis @ heights, basis @ step
+    before, length = _value(share, logs), 1.0
+    while length > 1e-6 and _value(share, logs + length * change) < before + 1e-4 * length * expected:
         length /= 2
     return length
+
+
+def _value(share: Float[np.ndarray, " k"], logs: Float[np.ndarray, " k"]) -> float:
+    return float(share @ logs - np.exp(np.minimum(logs, 50.0)).sum())
 
 
 def _still_concave(
@@ -179,23 +183,27 @@ class Mixture:
     second: Float[np.ndarray, " bins"]
 
 
-def mixture(counts: Float[np.ndarray, " bins"], start: int, single: Density) -> Mixture | None:
-    """The mixture that EM reaches when what lies at bin `start` and beyond is taken for the second component.
+def mixture(
+    counts: Float[np.ndarray, " bins"],
+    first_guess: Float[np.ndarray, " bins"],
+    alone: float,
+    fixed_share: float | None = None,
+) -> Mixture | None:
+    """The mixture that EM reaches from a first guess of the posterior; None where a component dies out.
 
-    `single` is the best single density, which the gain is measured by. None where a component dies out.
+    `alone` is the log-likelihood of the best single density, which the gain is measured by. `fixed_share`
+    holds the second component's share.
     """
-    counts = np.asarray(counts, dtype=float)
-    total, alone = counts.sum(), log_likelihood(counts, single.probability)
-    second = (np.arange(len(counts)) >= start).astype(float)
+    total, second = counts.sum(), first_guess
     low: Density | None = None
     high: Density | None = None
     before = -np.inf
     for _ in range(EM_STEPS):
         above = counts * second
-        share = above.sum() / total
+        share = above.sum() / total if fixed_share is None else fixed_share
         if above.sum() < 2 or (counts - above).sum() < 2:
             return None
-        low, high = fit(counts - above, low), fit(above, high)
+        low, high = fit(counts - above, low, EM_ROUNDS), fit(above, high, EM_ROUNDS)
         p, q = (1 - share) * _with_tails(low.probability), share * _with_tails(high.probability)
         second = q / np.maximum(p + q, 1e-300)
         value = log_likelihood(counts, p + q)

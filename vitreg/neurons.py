@@ -6,6 +6,10 @@
 
 A neuron's activation is the input of its MLP's down-projection. One pass after the diagnosis, which ends
 at the layer where outliers are told apart; what is kept does not grow with the number of images.
+
+The residual stream is a sum, so what sets outliers apart from ordinary patches is a sum, too: of what the
+MLPs and attentions of all blocks up to there write at outliers more than elsewhere. A neuron is scored by its
+part.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,17 +20,19 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.diagnosis import Diagnosis
-from vitreg.errors import FixError
+from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fingerprint import Fingerprint
 from vitreg.images import Batch, First, pixels_of, ranks_of
 from vitreg.models import Backbone
+from vitreg.outliers import OutlierRule
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
 from vitreg.trace import token_norms, watch
+from vitreg.write_gain import write_gains
 
 Method = Literal["contrast", "paper"]
 
@@ -39,6 +45,8 @@ SAMPLED_TOKENS = 64
 HELD = 1 << 30
 # Images, the first ones, on which the number of neurons is searched, and in batches of which size.
 SEARCHED, BATCH = 64, 32
+# Of numbers of neurons that leave so few more of the outliers than the best, the smallest is taken.
+NEARLY = 0.01
 # How many of the best neurons are kept with their scores.
 RANKED = 256
 
@@ -47,8 +55,10 @@ RANKED = 256
 class RegisterNeuron:
     """One neuron and the evidence.
 
-    Activations are means over tokens, signed; `silent` is a share of tokens. `threshold`, where it was
-    measured, is the activation beyond which (below which, if outliers are negative) it marks a token.
+    Activations are means over tokens, signed; `silent` is a share of tokens. `excess` is the share of the
+    outliers' excess (their mean less that of ordinary patches, in the residual stream) that it writes.
+    `threshold`, where it was measured, is the activation beyond which (below which, if outliers are negative)
+    it marks a token.
     """
 
     layer: int
@@ -58,6 +68,7 @@ class RegisterNeuron:
     elsewhere: float = float("nan")
     silent: float = float("nan")
     threshold: float = float("nan")
+    excess: float = float("nan")
 
     def __eq__(self, other: object) -> bool:
         # By their text: evidence that is missing is NaN, which is not equal to itself.
@@ -115,6 +126,13 @@ class RegisterNeurons:
         }
 
     @property
+    def rule(self) -> OutlierRule:
+        """What makes a patch an outlier; one that marks none, for neurons without a search's evidence."""
+        if self.detect_layer is None or self.threshold is None:
+            return OutlierRule(0)
+        return OutlierRule(self.detect_layer, self.threshold)
+
+    @property
     def top_k(self) -> int:
         return len(self.chosen)
 
@@ -169,25 +187,27 @@ def find_register_neurons(
 ) -> RegisterNeurons:
     """The neurons that make the outliers of a diagnosis, and how many of them to edit.
 
-    `images` are the diagnosis' own, or others of the same size. Only blocks up to `top_layer` (default: the
-    onset layer) are searched. Scores, per neuron:
+    `images` are the diagnosis' own, or others of the same size. Scores, per neuron:
 
     - "paper" (Jiang et al., Algorithm 1): |activation| at outlier positions, mean over the positions of an
-      image, then over images.
-    - "contrast": the same less the mean |activation| elsewhere, of neurons that are silent on at least half
-      of the tokens.
+      image, then over images. Blocks up to `top_layer` are searched, by default the onset layer.
+    - "contrast": the same less the mean |activation| elsewhere, times the length of what the neuron writes
+      into the residual stream, of neurons that are silent on at least half of the tokens. `top_layer` is by
+      default the detect layer: several blocks may build outliers up together.
 
     `top_k="auto"` takes the smallest count (by doubling, then bisection) that leaves at most `target` of the
-    outliers when they are moved to a test-time register. Raises FixError for a diagnosis without artifacts.
+    outliers when they are moved to a test-time register. Where none does, the fewest that leave nearly as few
+    outliers as any. Raises FixError for a diagnosis without artifacts.
     """
     if not report.has_artifacts or report.threshold is None or report.onset_layer is None:
         raise FixError("the diagnosis found no artifacts, so no neuron makes them: there is nothing to fix.")
-    top = report.onset_layer if top_layer is None else top_layer
+    default = report.onset_layer if method == "paper" else report.detect_layer
+    top = default if top_layer is None else top_layer
     if not 0 <= top <= report.detect_layer:
         raise ValueError(f"top_layer={top}: expected 0 to the detect layer, {report.detect_layer}.")
-    sums = _Sums(vit, top, report.detect_layer, report.threshold)
+    sums = _Sums(vit, top, report.rule)
     kept = sums.run(vit, images)  # of all ranks, which go on alike
-    ranking = sums.ranked(method)
+    ranking = sums.ranked(method, _written(vit, top), report.statistics.excess(report.rule))
     found = RegisterNeurons(
         (), ranking, method, top, report.detect_layer, report.threshold, sums.images,
         fingerprint=Fingerprint.of(vit),
@@ -204,8 +224,8 @@ class Enough(Exception):  # noqa: N818 - no error: the pass has shown what it wa
 class _Sums:
     """Sums over images of what neurons do at outliers and elsewhere, (l, f), in float64."""
 
-    def __init__(self, vit: Backbone, top: int, detect: int, threshold: float) -> None:
-        self._top, self._detect, self._threshold = top, detect, threshold
+    def __init__(self, vit: Backbone, top: int, rule: OutlierRule) -> None:
+        self._top, self._rule = top, rule
 
         def zeros() -> Tensor:
             return torch.zeros(top + 1, vit.anatomy.neurons, dtype=torch.float64, device=vit.device)
@@ -242,9 +262,9 @@ class _Sums:
             self._held[layer] = activation[:, self._watch.inner.patch_slice]
 
     def _block(self, layer: int, residual: Tensor) -> None:
-        if layer == self._detect:
+        if layer == self._rule.layer:
             patches = self._watch.layout.patch_slice
-            self._add(token_norms(residual[:, patches]) >= self._threshold)
+            self._add(self._rule.mask(token_norms(residual[:, patches])))
             raise Enough
 
     def _add(self, outliers: Bool[Tensor, "b p"]) -> None:
@@ -268,22 +288,46 @@ class _Sums:
         self.sampled += normal.numel()
         self._held.clear()
 
-    def ranked(self, method: Method) -> tuple[RegisterNeuron, ...]:
+    def ranked(
+        self, method: Method, written: Float[Tensor, "l d f"], excess: Float[Tensor, " d"]
+    ) -> tuple[RegisterNeuron, ...]:
         at = self.outlier / max(self.with_outliers, 1)
         signed = self.outlier_signed / max(self.with_outliers, 1)
         normal, elsewhere = self.normal / self.sampled_normal, self.normal_signed / self.sampled_normal
         silent = self.silent / self.sampled
+        along = torch.einsum("d,ldf->lf", excess / excess.square().sum().clamp(min=1e-30), written)
+        share = (signed - elsewhere) * along.to(signed)
         score = at
         if method == "contrast":
-            score = torch.where(silent >= MIN_SILENT_SHARE, at - normal, -torch.inf)
+            written_length = written.norm(dim=1).to(at)
+            score = torch.where(silent >= MIN_SILENT_SHARE, (at - normal) * written_length, -torch.inf)
         best = score.flatten().topk(min(RANKED, int((score > -torch.inf).sum()))).indices.tolist()
-        pairs = [divmod(place, score.shape[1]) for place in best]
+        pairs = [divmod(flat, score.shape[1]) for flat in best]
         return tuple(
             RegisterNeuron(
-                layer, index, *(float(x[layer, index]) for x in (score, signed, elsewhere, silent))
+                layer,
+                index,
+                *(float(x[layer, index]) for x in (score, signed, elsewhere, silent)),
+                excess=float(share[layer, index]),
             )
             for layer, index in pairs
         )
+
+
+def _written(vit: Backbone, top: int) -> Float[Tensor, "l d f"]:
+    """What one unit of each neuron's activation writes into the residual stream, per block up to `top`."""
+    layers = list(range(top + 1))
+    try:
+        gains: dict[int, Tensor] = write_gains(vit, layers)
+    except UnsupportedModelError:  # a norm behind the MLP: what it makes of one neuron depends on the others
+        gains = {}
+    weights = [down.weight.detach().float() for down in vit.anatomy.down_projections(vit.model)[: top + 1]]
+    return torch.stack(
+        [
+            weight * gains[layer][:, None] if layer in gains else weight
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
+    )
 
 
 def run_until(vit: Backbone, images: Tensor) -> None:
@@ -296,13 +340,14 @@ def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, targe
     """The smallest count that leaves at most `target` of the outliers: doubling, then bisection."""
     from vitreg.fixes.registers import TestTimeRegisters
 
-    before = count_outliers(vit, images, found)
+    rule = found.rule
+    before = count_outliers(vit, images, rule)
     tried: dict[int, float] = {}
 
     def left(count: int) -> float:
         if count not in tried:
             with TestTimeRegisters(found.best(count)).applied_to(vit):
-                tried[count] = count_outliers(vit, images, found) / max(before, 1)
+                tried[count] = count_outliers(vit, images, rule) / max(before, 1)
         return tried[count]
 
     return _smallest(found, left, target, tried)
@@ -315,8 +360,9 @@ def _smallest(
     while left(high) > target and high < most:
         low, high = high, min(2 * high, most)
     reached = left(high) <= target
-    if not reached:  # the best that was seen, and the fewest of equals
-        high = min(tried, key=lambda count: (tried[count], count))
+    if not reached:  # the fewest that do nearly as well as the best that was seen: more would only cost more
+        enough = min(tried.values()) + NEARLY
+        high = min(count for count, share in tried.items() if share <= enough)
         low = high - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -325,16 +371,14 @@ def _smallest(
     return replace(found.best(high), search=search, reached=reached)
 
 
-def count_outliers(vit: Backbone, images: Iterable[Tensor], found: RegisterNeurons) -> int:
-    """Patches beyond the threshold at the detect layer."""
-    count, threshold = 0, found.threshold
-    assert threshold is not None
+def count_outliers(vit: Backbone, images: Iterable[Tensor], rule: OutlierRule) -> int:
+    """Patches that the rule marks."""
+    count = 0
 
     def block(layer: int, residual: Tensor) -> None:
         nonlocal count
-        if layer == found.detect_layer:
-            norms = token_norms(residual[:, seen.layout.patch_slice])
-            count += int((norms >= threshold).sum())
+        if layer == rule.layer:
+            count += int(rule.mask(token_norms(residual[:, seen.layout.patch_slice])).sum())
             raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=block) as seen:

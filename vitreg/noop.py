@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 from vitreg.diagnosis import Diagnosis
 from vitreg.errors import FixError, ImageError
-from vitreg.fixes.splitting import write_gains
 from vitreg.images import Batch, pixels_of
 from vitreg.labels import Readout, find_readout, norm_scale
 from vitreg.measures import KINDS, Estimate, Reference, Resampled, look_at
@@ -29,6 +28,7 @@ from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating
 from vitreg.sinks import _Projections
+from vitreg.write_gain import write_gains
 
 How = Literal["silenced", "removed"]
 MEASURES = ("agreement", "logit_change", "cls", "patches")

@@ -26,9 +26,8 @@ CHANCE_GAIN, GAIN_PER_1000 = 40.0, 12.0
 LIKELY = 2 / 3
 # More than this share of the patches is no second population but half of the first.
 MAX_SHARE = 0.25
-# Where populations overlap, mixtures of other shares explain the norms nearly as well as the best: the one with
-# the fewest outliers is taken.
-NEARLY = 0.98
+# A smaller second population is taken while it explains the norms nearly as well: it is tried in steps.
+NEARLY, SMALLER = 0.995, 0.9
 # What is looked for where nothing was found: a lognormal population of this spread, at most so far out.
 SPREAD, MOST_RATIO = 0.2, 64.0
 # Thresholds that misjudge this little more than the best one, as a share of the outliers, are as good.
@@ -85,18 +84,31 @@ def second_population(
         return None
     needed = needed_gain(total) if needed is None else needed
     single = fit(numbers)
-    perfect = 2 * (log_likelihood(numbers, numbers / total) - log_likelihood(numbers, single.probability))
-    if perfect < needed:
+    alone = log_likelihood(numbers, single.probability)
+    if 2 * (log_likelihood(numbers, numbers / total) - alone) < needed:
         return None
-    mixtures = [m for start in _starts(numbers, single, about) if (m := mixture(numbers, start, single))]
+    bins = np.arange(len(numbers))
+    guesses = [(bins >= start).astype(float) for start in _starts(numbers, single, about)]
+    mixtures = [m for guess in guesses if (m := mixture(numbers, guess, alone))]
     most = MAX_SHARE if about is None else min(2 * about, MAX_SHARE)
-    least = 0.0 if about is None else about / 2
-    possible = [m for m in mixtures if least <= m.share <= most and m.posterior.max() >= LIKELY]
+    possible = [m for m in mixtures if m.share <= most and m.posterior.max() >= LIKELY and m.gain > 0]
     if not possible:
         return None
-    enough = NEARLY * max(m.gain for m in possible)
-    fewest = min((m for m in possible if m.gain >= enough), key=lambda m: m.share)
-    return _population(numbers, edges.double().cpu().numpy(), fewest, needed)
+    best = _fewest(numbers, max(possible, key=lambda m: m.gain), alone)
+    return _population(numbers, edges.double().cpu().numpy(), best, needed)
+
+
+def _fewest(counts: Float[np.ndarray, " bins"], best: Mixture, alone: float) -> Mixture:
+    """The mixture with the smallest second population that explains the norms nearly as well as the best one.
+
+    Where populations overlap, the likelihood hardly minds how what lies between is shared out.
+    """
+    fewest = best
+    while True:
+        fewer = mixture(counts, fewest.posterior, alone, SMALLER * fewest.share)
+        if fewer is None or fewer.gain < NEARLY * best.gain or fewer.posterior.max() < LIKELY:
+            return fewest
+        fewest = fewer
 
 
 def _starts(counts: Float[np.ndarray, " bins"], single: Density, about: float | None) -> list[int]:

@@ -18,6 +18,7 @@ from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
 from vitreg.kinds.base import Meter
 from vitreg.models import Backbone
+from vitreg.outliers import OutlierRule
 from vitreg.ranks import Ranks
 from vitreg.trace import token_norms, watch
 
@@ -154,6 +155,13 @@ class Statistics:
         return min(
             max((float((sums - center).square().sum()) - chance) / max(energy - chance, 1e-30), 0.0), 1.0
         )
+
+    def excess(self, rule: OutlierRule) -> Float[Tensor, " d"]:
+        """The mean of the outliers less that of ordinary patches, in the residual stream after a layer."""
+        chosen = self._large_beyond(rule.threshold)
+        outliers = self.large[rule.layer][chosen, 0].sum(0)
+        ordinary = self.ordinary[rule.layer, 0] / self.ordinary_counts[rule.layer].clamp(min=1)
+        return outliers / self.large_counts[rule.layer][chosen].sum().clamp(min=1) - ordinary
 
     def _excess(self, layer: int, threshold: float) -> Float[Tensor, " d"]:
         """Per dimension, the share of the squared norm that outliers have beyond ordinary patches."""

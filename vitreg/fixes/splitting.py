@@ -14,11 +14,9 @@ The fork costs nothing where it happens: in that block the grid's token becomes 
 neurons are zeroed), and the original is the copy plus what those neurons would have written.
 """
 
-import copy
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from math import ceil, isnan
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from vitreg.arrangement import ArrangedCall, arranged, shown_as
 from vitreg.attention import AttentionCall, MultiheadCall, SdpaCall
-from vitreg.carry import BlockEdit, Carry, Inner, bare
+from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.inside import Inside
@@ -38,7 +35,7 @@ from vitreg.fixes.marks import measure_marks
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.probe import evaluating
+from vitreg.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
 ROOM = 1.5
@@ -309,47 +306,3 @@ def _place(x: Float[Tensor, "b n d"], fork: Fork, value: Float[Tensor, "b c d"])
     """The stream with other tokens where there is a fork."""
     value = torch.where(fork.valid[..., None], value, _at(x, fork.position))
     return x.scatter(1, fork.position[..., None].expand_as(value), value.to(x.dtype))
-
-
-def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d"]]:
-    """Per block and channel, how much of what the down-projection gives reaches the stream (LayerScale).
-
-    Measured: a copy of the block, in float32, runs on what enters it, with more and more added there.
-    Raises UnsupportedModelError for a block that does not simply add what its MLP gives.
-    """
-    entered: dict[int, Any] = {}
-    with ExitStack() as stack:
-        for layer, block in enumerate(vit.anatomy.block_modules(vit.model)):
-            saw = partial(_saw_entering, entered, layer)
-            stack.callback(block.register_forward_pre_hook(saw, with_kwargs=True).remove)
-        stack.enter_context(bare(vit.model))
-        stack.enter_context(evaluating(vit.model))
-        vit(torch.zeros(1, 3, *vit.image_size))
-        return {layer: _gain(vit, layer, *entered[layer]) for layer in layers}
-
-
-def _saw_entering(entered: dict[int, Any], layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    entered[layer] = args, kwargs
-
-
-def _gain(vit: Backbone, layer: int, args: Any, kwargs: Any) -> Float[Tensor, " d"]:
-    block = copy.deepcopy(vit.anatomy.block_modules(vit.model)[layer]).float()
-    args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
-    outputs = []
-    for amount in (0.0, 1.0, 2.0):
-        down = block.get_submodule(vit.anatomy.down_projection)
-        hook = down.register_forward_hook(lambda module, given, output, amount=amount: output + amount)
-        with torch.autocast(vit.device.type, enabled=False):
-            output = block(*args, **kwargs)
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-        hook.remove()
-    once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
-    gain = once.mean((0, 1))
-    atol = 1e-2 * float(gain.abs().max())
-    alike = torch.allclose(once, gain.expand_as(once), rtol=1e-2, atol=atol)
-    if not alike or not torch.allclose(twice, 2 * once, rtol=1e-2, atol=atol):
-        raise UnsupportedModelError(
-            f"block {layer} normalises what its MLP writes, so a token cannot be split there. Use test-time"
-            " registers."
-        )
-    return gain
