@@ -1,13 +1,13 @@
-"""Photos whose flat patches are known, and the findings of one kind, for tests of artifacts that are no high norms."""
+"""Photos whose flat patches are known, and what a diagnosis of them finds of one kind."""
 
 from typing import Any
 
 import torch
 from catalog import Entry, hf_entry, timm_entry
+from test_phantom import crops
 from torch import Tensor
 
 import vitreg
-from test_phantom import crops
 
 # Models with a grid of 8 x 10: ten times an even share is half of all attention on the catalog's 4 x 5.
 LARGER = (64, 80)
@@ -23,7 +23,7 @@ LARGER_GRID: dict[str, Entry] = {
 
 
 def scenes(vit: vitreg.Backbone, count: int, seed: int, flat: int = 1) -> Tensor:
-    """Noisy crops of photos, (count, 3, h, w) in -1 to 1, with `flat` patches of one colour at random places."""
+    """Noisy crops of photos, (count, 3, h, w) in -1 to 1, `flat` patches of each of one colour."""
     generator = torch.Generator().manual_seed(seed)
     photos = crops(vit, count, seed)
     photos = (photos + torch.rand(photos.shape, generator=generator) * 2 - 1) / 2

@@ -1,4 +1,4 @@
-"""Sinks, low norms and massive dimensions are not found where nobody planted them, and real models are told."""
+"""Sinks, low norms and massive dimensions: none where nobody planted them, and what real models have."""
 
 from pathlib import Path
 
@@ -46,7 +46,6 @@ def test_ranks_add_up_and_batches_do_not_matter():
     for meters in (collect(vit, parts, 0).meters, *of_each(3, of_one)):
         for meter, expected in zip(meters, whole, strict=True):
             if type(meter) in METERS:
-                assert {"positions"} & {*meter.sums()} or {"products"} & {*meter.sums()}
                 for name in meter.sums():
                     torch.testing.assert_close(
                         getattr(meter, name), getattr(expected, name), rtol=1e-5, atol=1e-5
@@ -68,7 +67,7 @@ def test_real_models(shared, name, clean):
     whole = vitreg.load(str(shared / "models" / name))
     photos = [b.pixels for b in vitreg.read_images(shared / "data/imagenet-sample-1000", whole, limit=48)]
     sinks, low, massive = of_kinds(vitreg.diagnose(whole, photos))
-    assert not (sinks.present or low.present or massive.present)
+    assert [x.present for x in (sinks, low, massive)] == [False, False, False]
     assert sinks.layer >= 10
     assert sinks.high_norm_attention > 0.2
     assert 0.5 < low.lowest < 0.65

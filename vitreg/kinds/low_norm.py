@@ -4,12 +4,13 @@
     low = next(finding for finding in diagnosis.kinds if finding.kind == "low-norm outliers")
     print(low)                       # how many, how far below, after which block
 
-The rule for high norms, upside down (Bach et al., 2025, describe such artifacts), on norms in units of each
-photo's own median, so that photos of different contrast are not mistaken for two populations.
+Bach et al. (2025) describe such artifacts. A second population lies below an almost empty range of norms, in
+units of each photo's own median, so that photos of different contrast are not mistaken for two populations.
+What is merely the lower tail of the bulk, however long, has no such range.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,16 +20,18 @@ from vitreg.anatomy import TokenLayout
 from vitreg.kinds.base import Context, Finding, Meter
 from vitreg.kinds.bins import LogBins
 from vitreg.models import Backbone
-from vitreg.populations import Population, second_population
+from vitreg.populations import quantile
 
-# Their median is at most this part of the others'. In two real models no patch of 96 photos lies below 0.55
-# of its photo's median in any block, black bars and blank squares pasted in or not; in random models single
-# patches reach 0.4.
-LOW = 0.5
-# A population is no handful of tokens at the end of a tail, and stands apart from it: thresholds misjudge
-# at most this share of it.
-FEWEST, MAX_MISJUDGED = 8, 0.5
-RELATIVE = LogBins(-6, 1)
+# The range is at least GAP times wide and holds at most a tenth of what lies below it; the median there is
+# at most LOW times the others'. In two real models no patch of 96 photos lies below 0.55 of its photo's
+# median in any block, black bars and blank squares pasted in or not; random models have single patches at
+# 0.4, below ranges 1.35x wide at most.
+GAP, LEAK, LOW = 1.5, 0.1, 0.5
+# A population is no handful of patches at the end of a tail, where a wide range is empty by chance. Norms
+# evenly spread down to zero, the longest tail below that norms have, would put k * (gap - 1) patches into a
+# range above k others. That so few are there has to have a probability below exp(-14), one in a million.
+FEWEST, MAX_FRACTION, IMPROBABLE = 8, 0.25, 14.0
+RELATIVE = LogBins(-8, 1)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class LowNormFinding(Finding):
     """Patches with norms far below those of their photo, after block `layer`, where they stand apart most.
 
     `fraction` of all patches, `per_image` of each image's, lie below `threshold` times their photo's median
-    norm; `ratio` is their median norm over the others', `misjudged` the share of all patches that the
-    threshold puts on the wrong side. Without such a population fractions are 0 and threshold and ratio None.
+    norm; `ratio` is their median norm over the others', `gap` how many times wide the almost empty range
+    around the threshold is. Without such a population fractions are 0 and threshold, ratio and gap None.
     `lowest` is the smallest norm after that block, in units of its photo's median (to 4%).
     """
 
@@ -47,7 +50,7 @@ class LowNormFinding(Finding):
     per_image: float
     threshold: float | None
     ratio: float | None
-    misjudged: float
+    gap: float | None
     lowest: float
 
     def __str__(self) -> str:
@@ -58,9 +61,8 @@ class LowNormFinding(Finding):
             )
         return (
             f"{self.fraction:.1%} of the patches ({self.per_image:.1f} per image) have norms {self.ratio:.2f}"
-            f" times the others' after block {self.layer}, a population of their own (any threshold misjudges"
-            f" {self.misjudged:.2%} of the patches). Whatever weighs patches by their norm, as means and"
-            " inner products do, hardly sees them."
+            f" times the others' after block {self.layer}, below an almost empty range {self.gap:.1f}x wide."
+            " Whatever weighs patches by their norm, as means and inner products do, hardly sees them."
         )
 
 
@@ -82,28 +84,47 @@ class LowNorm(Meter):
         below = {layer: found for layer, row in enumerate(counts) if (found := _population_below(row))}
         if not below:
             layer = min(range(len(lowest)), key=lowest.__getitem__)
-            return LowNormFinding(False, layer, None, 0.0, 0.0, None, None, 0.0, lowest[layer])
-        layer = max(below, key=lambda x: below[x].gain)
+            return LowNormFinding(False, layer, None, 0.0, 0.0, None, None, None, lowest[layer])
+        layer = max(below, key=lambda x: below[x].gap)
         population = below[layer]
-        threshold = 1 / population.threshold
-        frequency = self.positions[layer][:, RELATIVE.below(threshold)].sum(1).double() / context.images
+        frequency = self.positions[layer][:, RELATIVE.below(population.threshold)].sum(1).double()
+        per_image = float(frequency.sum()) / context.images
         return LowNormFinding(
             present=True,
             layer=layer,
-            positions=self.layout.as_grid(frequency).tolist(),
-            fraction=population.fraction,
-            per_image=float(frequency.sum()),
-            threshold=threshold,
-            ratio=1 / population.ratio,
-            misjudged=population.misjudged,
+            positions=self.layout.as_grid(frequency / context.images).tolist(),
+            fraction=per_image / self.layout.patches,
+            per_image=per_image,
+            threshold=population.threshold,
+            ratio=population.ratio,
+            gap=population.gap,
             lowest=lowest[layer],
         )
 
 
-def _population_below(counts: Int[Tensor, " bins"]) -> Population | None:
-    """A population below the bulk, found as one above it is: by turning the axis round."""
-    found = second_population(counts.flip(0), (1 / RELATIVE.edges).flip(0))
-    if found is None or not found.stands_out or found.misjudged > MAX_MISJUDGED * found.share:
+class _Population(NamedTuple):
+    """What lies below an almost empty range: its middle, its width, and the medians' ratio."""
+
+    threshold: float
+    gap: float
+    ratio: float
+
+
+def _population_below(counts: Int[Tensor, " bins"]) -> _Population | None:
+    """The population below the widest almost empty range, if it is far enough from the others."""
+    edges, total = RELATIVE.edges, int(counts.sum())
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # patches below each edge
+    between = below[None, :] - below[:, None]
+    possible = (between >= 0) & (between <= LEAK * below[:, None]) & (below * 2 < total)
+    possible &= ((below >= FEWEST) & (below <= MAX_FRACTION * total))[:, None]
+    expected = below[:, None] * (edges[None, :] / edges[:, None] - 1).clamp(min=0)
+    possible &= (expected - between).clamp(min=0) ** 2 >= 2 * IMPROBABLE * expected  # Chernoff's bound
+    start, stop = torch.arange(len(edges))[:, None], torch.arange(len(edges))[None, :]
+    width = torch.where(possible & (stop > start), stop - start, 0)
+    low, high = divmod(int(width.argmax()), len(edges))
+    middle = (low + high) // 2
+    gap = float(edges[high] / edges[low])
+    if gap < GAP:
         return None
-    enough = found.fraction * int(counts.sum()) >= FEWEST
-    return found if enough and found.ratio >= 1 / LOW else None
+    ratio = quantile(counts[:middle], edges, 0.5) / quantile(counts[middle:], edges[middle:], 0.5)
+    return _Population(float(edges[middle]), gap, ratio) if ratio <= LOW else None
