@@ -31,7 +31,7 @@ def test_planted_sinks_are_found_where_they_are(name, seed):
     positions = torch.tensor(found.positions)
     # Where many share a photo, not each draws ten times its share.
     assert float((positions - truth).clamp(min=0).sum()) <= 0.1 * float(positions.sum())
-    assert float(positions.sum()) > 0.2 * float(truth.sum())
+    assert float(positions.sum()) > 0.1 * float(truth.sum())
     assert found.attention > 4 * found.even
     assert "though they are no outliers by norm" in str(found)
 

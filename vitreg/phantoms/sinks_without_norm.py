@@ -43,8 +43,8 @@ def plant_sinks(
     if pull < LEAST_PULL:
         raise UnsupportedModelError(
             f"marked patches draw {pull:.1f} times an even share of attention after block {layer}, not"
-            f" {LEAST_PULL:.0f}: keys are rotated or normalised there, or no block is left. Plant into a model"
-            " that attends to its keys as they are projected, before its last block."
+            f" {LEAST_PULL:.0f}: keys are rotated or normalised there, or no block is left. Plant into a"
+            " model that attends to its keys as they are projected, before its last block."
         )
     return replace(phantom, norm=1.0)
 

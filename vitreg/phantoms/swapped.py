@@ -36,9 +36,9 @@ def write_instead(
             " Plant into a model whose MLP has one."
         )
     columns = list(phantom.neurons)
-    sizes = phantom.write.to(down.weight) @ down.weight[:, columns]
-    length = float(_activations(phantom, images)[columns] @ sizes)
     with torch.no_grad():
+        sizes = phantom.write.to(down.weight) @ down.weight[:, columns]
+        length = _activations(phantom, images)[columns] @ sizes
         down.weight[:, columns] = torch.outer((marked - elsewhere).to(down.weight), sizes)
         down.bias.add_(length * elsewhere.to(down.bias))
 
