@@ -1,9 +1,18 @@
-"""A small planted model and photos on disk, for evaluations whose outliers must be known."""
+"""Small planted models whose outliers are known: one with photos on disk, and a catalog of many.
 
+for member in members(neurons=(1, 4, 16)):
+    phantom, photos = member.plant(), member.crops()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 from catalog import CATALOG
 from torch import Tensor
 
@@ -11,6 +20,102 @@ import vitreg
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.images import demo_photos
 from vitreg.neurons import find_register_neurons
+from vitreg.phantom import Activation
+
+ARCHITECTURES = [
+    "timm vit",
+    "timm deit distilled",
+    "timm deit3",
+    "timm dinov2 registers",
+    "timm dinov2 swiglu",
+    "timm dinov3",
+    "timm eva02",
+    "timm siglip",
+    "hf dinov2",
+    "hf clip",
+    "open_clip vit",
+    "torchvision vit",
+]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One phantom of the catalog: a random model of an architecture, and what is planted in it."""
+
+    name: str
+    seed: int = 0
+    layer: int | tuple[int, ...] = 1
+    neurons: int = 4
+    activation: Activation = "switch"
+    rate: float = 0.02
+    norm: float = 15.0
+    photos: int = 96
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.seed}-{self.layer}-{self.neurons}-{self.activation}-{self.norm:g}"
+
+    def backbone(self) -> vitreg.Backbone:
+        return _backbone(self.name, self.seed)
+
+    def crops(self) -> Tensor:
+        """The photos that it is planted with."""
+        return _crops(self.name, self.seed, self.photos)
+
+    def plant(self, listens: bool = True) -> vitreg.Phantom:
+        return vitreg.plant(
+            self.backbone(),
+            self.crops(),
+            self.layer,
+            neurons=self.neurons,
+            rate=self.rate,
+            norm=self.norm,
+            activation=self.activation,
+            listens=listens,
+            seed=self.seed,
+        )
+
+
+def members(
+    *,
+    layers: Sequence[int | tuple[int, ...]] = (1, 2, 1),
+    neurons: Sequence[int] = (4,),
+    activations: Sequence[Activation] = ("switch", "ramp"),
+    norms: Sequence[float] = (15.0,),
+    rate: float = 0.02,
+    photos: int = 96,
+) -> list[Member]:
+    """12 architectures x 3 seeds x the numbers of neurons x the activations; layers and norms take turns."""
+    found = []
+    for seed, name in product(range(3), ARCHITECTURES):
+        for turn, (count, activation) in enumerate(product(neurons, activations), seed):
+            layer, norm = layers[seed % len(layers)], norms[turn % len(norms)]
+            found.append(Member(name, seed, layer, count, activation, rate, norm, photos))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _backbone(name: str, seed: int) -> vitreg.Backbone:
+    return CATALOG[name].backbone(seed)
+
+
+@lru_cache(maxsize=4)
+def _crops(name: str, seed: int, count: int) -> Tensor:
+    return crops(_backbone(name, seed), count, seed)
+
+
+def crops(vit: vitreg.Backbone, count: int, seed: int) -> torch.Tensor:
+    """Random crops of the bundled photos, (count, 3, h, w) in -1 to 1."""
+    rng = np.random.default_rng(seed)
+    height, width = vit.image_size
+    photos = [PIL.Image.open(path).convert("RGB") for path in demo_photos()]
+    cut = []
+    for index in range(count):
+        photo = photos[index % len(photos)]
+        scale = rng.uniform(1, min(photo.width / width, photo.height / height))
+        w, h = int(width * scale), int(height * scale)
+        x, y = rng.integers(0, photo.width - w + 1), rng.integers(0, photo.height - h + 1)
+        cut.append(np.asarray(photo.crop((x, y, x + w, y + h)).resize((width, height))))
+    return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def save_crops(folder: Path, count: int, seed: int = 0) -> Path:

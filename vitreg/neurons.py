@@ -295,7 +295,8 @@ class _Sums:
         signed = self.outlier_signed / max(self.with_outliers, 1)
         normal, elsewhere = self.normal / self.sampled_normal, self.normal_signed / self.sampled_normal
         silent = self.silent / self.sampled
-        along = torch.einsum("d,ldf->lf", excess / excess.square().sum().clamp(min=1e-30), written)
+        toward = (excess / excess.square().sum().clamp(min=1e-30)).to(written)
+        along = torch.einsum("d,ldf->lf", toward, written)
         share = (signed - elsewhere) * along.to(signed)
         score = at
         if method == "contrast":

@@ -197,7 +197,7 @@ def detectable_ratio(counts: Int[Tensor, " bins"], share: float, per_octave: int
         extra *= share / extra.sum()
         both, truth = (1 - share) * numbers + numbers.sum() * extra, (1 - share) * alone + extra
         gain = log_likelihood(both, truth) - log_likelihood(both, fit(both).probability)
-        return 2 * gain >= needed_gain(numbers.sum())
+        return bool(2 * gain >= needed_gain(float(numbers.sum())))
 
     low, high = 1, int(np.log2(MOST_RATIO) * per_octave)
     if not stands_out(high):
