@@ -8,6 +8,8 @@ from test_phantom import crops
 from torch import Tensor
 
 import vitreg
+from vitreg.diagnosis import collect
+from vitreg.kinds import Context
 
 # Models with a grid of 8 x 10: ten times an even share is half of all attention on the catalog's 4 x 5.
 LARGER = (64, 80)
@@ -36,7 +38,13 @@ def scenes(vit: vitreg.Backbone, count: int, seed: int, flat: int = 1) -> Tensor
     return photos
 
 
-def finding(vit: vitreg.Backbone, images: Tensor | list[Tensor], kind: str) -> Any:
-    """What a diagnosis of these images finds of one kind."""
-    batches = [images] if isinstance(images, Tensor) else images
-    return {found.kind: found for found in vitreg.diagnose(vit, batches).kinds}[kind]
+def findings(vit: vitreg.Backbone, images: Tensor) -> dict[str, Any]:
+    """What is found of each kind, where no norm is taken for an outlier's."""
+    context = Context(len(images), (None,) * vit.anatomy.depth)
+    found = [meter.finding(context) for meter in collect(vit, [images], 0).meters]
+    return {finding.kind: finding for finding in found}
+
+
+def finding(vit: vitreg.Backbone, images: Tensor, kind: str) -> Any:
+    """What is found of one kind."""
+    return findings(vit, images)[kind]

@@ -13,9 +13,7 @@ from vitreg.phantoms.massive_dimensions import plant_massive_dimensions
 KIND = "massive dimensions"
 PLANTED = [
     "timm vit",
-    "timm deit distilled",
     "timm dinov2 registers",
-    "timm dinov3",
     "timm eva02",
     "timm siglip",
     "hf dinov2 swiglu",

@@ -114,7 +114,9 @@ def test_patches_that_enter_as_outliers_are_no_sinks_of_ordinary_norm():
 def test_planted_high_norms_are_told_from_them():
     vit = LARGER_GRID["timm vit"].backbone()
     photos = scenes(vit, 32, 0, flat=2)
-    found = finding(vitreg.plant(vit, photos, 0).vit, photos, KIND)
+    diagnosis = vitreg.diagnose(vitreg.plant(vit, photos, 0).vit, [photos])
+    found = next(found for found in diagnosis.kinds if found.kind == KIND)
+    assert diagnosis.has_artifacts
     assert not found.present
     assert found.high_norm_per_image > 0.2
 
@@ -126,10 +128,14 @@ def test_registers_of_a_fix_count_as_registers():
     neurons = find_register_neurons(phantom.vit, [photos], vitreg.diagnose(phantom.vit, [photos]))
     assert not any(finding(phantom.vit, photos, KIND).to_registers)
     for fix in (TestTimeRegisters(neurons), TokenSplitting.calibrate(phantom.vit, [photos], neurons)):
-        with fix.applied_to(phantom.vit):
+        with fix.applied_to(phantom.vit), torch.no_grad():
             found = finding(phantom.vit, photos, KIND)
-        assert found.to_registers[2] > 0.001
-        assert found.to_prefix[0] == pytest.approx(finding(phantom.vit, photos, KIND).to_prefix[0])
+            with vitreg.trace(phantom.vit, attention=[2, 7, 12, 17], layers=[2]) as t:
+                phantom.vit(photos)
+        shares = t.attention[0].mean((0, 1, 2))
+        assert found.to_registers[2] == pytest.approx(float(shares[t.inner.register_slice].sum()), rel=1e-4)
+        assert found.to_prefix[2] == pytest.approx(float(shares[t.inner.prefix_slice].sum()), rel=1e-4)
+        assert found.to_registers[2] > 0
 
 
 def test_what_cannot_be_planted_is_refused():

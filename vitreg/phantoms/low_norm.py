@@ -30,7 +30,7 @@ def plant_low_norms(
     They have them after block `layer` (0-based); `norm` is at most 1/4. The same arguments give
     the same phantom. Raises UnsupportedModelError where the MLP has no bias.
     """
-    phantom = plant(vit, images, layer, rate=rate, norm=1 / norm, seed=seed)
+    phantom = plant(vit, images, layer, rate=rate, norm=1 / norm, listens=False, seed=seed)
     (rest,) = directions(vit.anatomy.width, 1, seed)
     write_instead(phantom, images, torch.zeros_like(rest), rest)
     return replace(phantom, norm=norm)

@@ -33,7 +33,7 @@ def plant_sinks(
     The same arguments give the same phantom; its `norm` is 1. Raises UnsupportedModelError where the MLP
     has no bias, or where keys cannot be reached because they are rotated or normalised.
     """
-    phantom = plant(vit, images, layer, rate=rate, norm=PLANTED_NORM, seed=seed)
+    phantom = plant(vit, images, layer, rate=rate, norm=PLANTED_NORM, listens=False, seed=seed)
     mark, rest = directions(vit.anatomy.width, 2, seed)
     write_instead(phantom, images, mark, rest)
     marked = phantom.marked(images)
