@@ -15,7 +15,6 @@ from vitreg.kinds import Context
 LARGER = (64, 80)
 LARGER_GRID: dict[str, Entry] = {
     "timm vit": timm_entry("vit_small_patch16_224", size=LARGER),
-    "timm deit3": timm_entry("deit3_small_patch16_224", size=LARGER),
     "timm deit distilled": timm_entry("deit_small_distilled_patch16_224", prefix=2, size=LARGER),
     "timm dinov2 registers": timm_entry("vit_small_patch14_reg4_dinov2", registers=4, size=LARGER),
     "timm siglip": timm_entry("vit_base_patch16_siglip_224", prefix=0, size=LARGER),

@@ -4,15 +4,15 @@ import pytest
 import torch
 from catalog import CATALOG
 from scenes import finding, scenes
-from test_phantom import crops
 
-import vitreg
+from vitreg.kinds import Context
+from vitreg.kinds.bins import LogBins
+from vitreg.kinds.low_norm import LowNorm, LowNormFinding
 from vitreg.phantoms.low_norm import plant_low_norms
 
 KIND = "low-norm outliers"
 PLANTED = [
     "timm vit",
-    "timm deit3",
     "timm dinov2 registers",
     "timm dinov3",
     "timm siglip",
@@ -40,44 +40,53 @@ def test_planted_low_norms_are_found_where_they_are(name, seed):
     assert f"have norms {found.ratio:.2f} times the others' after block {seed}" in str(found)
 
 
-def scaled(vit: vitreg.Backbone, factors) -> vitreg.Backbone:
-    """The model with its patches multiplied by factors(b, p) after block 0."""
-
-    def scale(module, args, x):
-        x, patches = x.clone(), vit.layout.patch_slice
-        x[:, patches] *= factors(len(x), vit.layout.patches)[..., None]
-        return x
-
-    vit.model.blocks[0].register_forward_hook(scale)
-    return vit
+def measured(norms: torch.Tensor) -> LowNormFinding:
+    """What is found where patches (b, p) have these norms after each block."""
+    vit = CATALOG["timm vit"].backbone()
+    meter = LowNorm(vit, vit.layout)
+    tokens = torch.cat([torch.ones(len(norms), vit.layout.patch_slice.start), norms], 1)
+    for layer in range(vit.anatomy.depth):
+        meter.block(layer, torch.zeros(*tokens.shape, vit.anatomy.width), tokens)
+    return meter.finding(Context(len(norms), (None,) * vit.anatomy.depth))
 
 
-def lone(photos: int, patches: int) -> torch.Tensor:
-    factors = torch.ones(photos, patches)
-    factors[:7, 3] = 0.1
-    return factors
+def one_place(norm: float, photos: int = 48) -> torch.Tensor:
+    """Norms of 1, and of `norm` at row 2, column 3 of the first so many of 48 photos."""
+    norms = torch.ones(48, 20)
+    norms[:photos, 13] = norm
+    return norms
 
 
 TAILS = {
-    "lognormal": lambda b, p: torch.exp(0.8 * torch.randn(b, p)),
-    "Pareto": lambda b, p: torch.rand(b, p) ** 0.5,
-    "Student": lambda b, p: torch.distributions.StudentT(torch.tensor(3.0)).sample((b, p)).abs(),
-    "dim photos": lambda b, p: torch.where(torch.arange(b) % 4 == 0, 0.1, 1.0)[:, None].expand(b, p),
-    "a little lower": lambda b, p: torch.where(torch.arange(p) == 3, 0.7, 1.0).expand(b, p),
-    "a handful": lone,
+    "lognormal": lambda: torch.exp(0.8 * torch.randn(48, 20)),
+    "Pareto": lambda: torch.rand(48, 20) ** 0.5,
+    "Student": lambda: torch.distributions.StudentT(torch.tensor(3.0)).sample((48, 20)).abs(),
+    "dim photos": lambda: torch.where(torch.arange(48) % 8 == 0, 0.1, 1.0)[:, None].expand(48, 20),
+    "a little lower": lambda: one_place(0.6),
+    "a handful": lambda: one_place(0.1, photos=7),
+    "flat halves": lambda: torch.where(torch.arange(20) < 9, 0.1, 1.0).expand(48, 20),
 }
 
 
 @pytest.mark.parametrize("name", TAILS)
 def test_tails_and_dim_photos_are_no_population(name):
-    vit = scaled(CATALOG["timm vit"].backbone(), TAILS[name])
-    assert not finding(vit, crops(vit, 96, 0), KIND).present
+    for _ in range(20):
+        found = measured(TAILS[name]())
+        assert not found.present, found
 
 
 def test_a_fixed_place_of_low_norm():
-    vit = scaled(
-        CATALOG["timm vit"].backbone(), lambda b, p: torch.where(torch.arange(p) == 13, 0.1, 1.0).expand(b, p)
-    )
-    found = finding(vit, crops(vit, 32, 0), KIND)
-    assert (found.present, found.layer, found.per_image) == (True, 0, 1.0)
+    found = measured(one_place(0.4))
+    assert (found.present, found.per_image) == (True, 1.0)
     assert torch.tensor(found.positions).nonzero().tolist() == [[2, 3]]
+    assert found.ratio == pytest.approx(0.4, rel=0.05)
+    assert found.gap == pytest.approx(2.5, rel=0.1)
+
+
+def test_bins_below_an_edge_are_those_before_it():
+    bins = LogBins(-3, 2)
+    for number, edge in enumerate(bins.edges.tolist()):
+        for same in (edge, edge * (1 + 1e-6), edge * (1 - 1e-6)):
+            assert int(bins.below(same).sum()) == number
+    assert bins.below(None).all()
+    assert bins.index(bins.edges[:-1] * 1.02).tolist() == [*range(bins.count)]

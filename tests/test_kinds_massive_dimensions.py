@@ -82,7 +82,7 @@ def written(vit: vitreg.Backbone, patches: slice | list[int], dimensions: list[i
         (slice(None), [3, 7, 9, 12, 20, 21, 22, 23], True),
         (slice(None), [3, 7, 9, 12, 20, 21, 22, 23, 24], False),  # no few
         ([5], [3], False),  # one outlier in 20 patches
-        (slice(0, 12), [3], False),  # most tokens, not every one
+        (slice(0, 14), [3], False),  # most tokens, not every one
     ],
 )
 def test_few_dimensions_of_every_token_are_massive_and_nothing_else(patches, dimensions, present):

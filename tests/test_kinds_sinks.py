@@ -96,7 +96,7 @@ def test_cls_with_a_few_patches_makes_no_sink(queries):
 
 
 @pytest.mark.parametrize(
-    ("photos", "of", "present"), [(2, 2, False), (3, 3, True), (2, 20, False), (4, 20, True)]
+    ("photos", "of", "present"), [(2, 2, False), (3, 3, True), (3, 20, False), (4, 20, True)]
 )
 def test_sinks_are_in_many_images(photos, of, present):
     found = attended(slice(None), 7, photos, of)
