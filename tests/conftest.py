@@ -15,7 +15,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Not inside patched forwards (torch.compile would have to trace through the checks), nor in the innermost loops.
+# Not inside patched forwards (torch.compile would have to trace through the checks), nor in inner loops.
 PATCHED = {"arrangement", "carry", "fixes", "log_concave"}
 PACKAGE = Path(__file__).resolve().parents[1] / "vitreg"
 _hook = install_import_hook(

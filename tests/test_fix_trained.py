@@ -243,7 +243,7 @@ def test_evaluations_know_it(shared):
 
 
 def test_its_placebo_is_as_many_inert_tokens(vit):
-    controls = controls_of(made(vit, 4), vit.anatomy)
+    controls = controls_of(made(vit, 4), vit)
     assert controls.fixes == {"inert token": TestTimeRegisters(RegisterNeurons(()), registers=4)}
     assert controls.left_out == ("neuron controls: the fix edits no neurons",)
 

@@ -382,7 +382,7 @@ def test_controls_are_of_the_same_size_and_other_neurons(phantom):
         )
     )
     fix = TestTimeRegisters(neurons, registers=3, initial="mean")
-    found = controls_of(fix, phantom.vit.anatomy)
+    found = controls_of(fix, phantom.vit)
     assert list(found.fixes) == ["inert token", "random neurons", "zeroed", "mean-ablated"]
     drawn = found.fixes["random neurons"]
     assert {layer: len(x) for layer, x in drawn.neurons.by_layer.items()} == {0: 1, 2: 3}
@@ -391,16 +391,16 @@ def test_controls_are_of_the_same_size_and_other_neurons(phantom):
     inert = found.fixes["inert token"]
     assert (inert.neurons.chosen, inert.registers, inert.initial) == ((), 3, "mean")
     assert (found.fixes["zeroed"].registers, found.fixes["mean-ablated"].left) == (0, "mean")
-    assert controls_of(fix, phantom.vit.anatomy, seed=1).fixes["random neurons"] != drawn
-    assert controls_of(fix, phantom.vit.anatomy) == found
-    most = controls_of(TestTimeRegisters({0: list(range(100))}), phantom.vit.anatomy).fixes["random neurons"]
+    assert controls_of(fix, phantom.vit, seed=1).fixes["random neurons"] != drawn
+    assert controls_of(fix, phantom.vit) == found
+    most = controls_of(TestTimeRegisters({0: list(range(100))}), phantom.vit).fixes["random neurons"]
     assert sorted(most.neurons.by_layer[0]) == list(range(100, 128))  # all that are left
 
 
 def test_what_cannot_be_a_control_is_left_out_and_named(helped, phantom):
     assert "mean-ablated" not in {control.name for control in helped.controls}
     assert "mean-ablated: the neurons were given without evidence" in str(helped)
-    nothing = controls_of(TestTimeRegisters({}), phantom.vit.anatomy)
+    nothing = controls_of(TestTimeRegisters({}), phantom.vit)
     assert list(nothing.fixes) == ["inert token"]
     assert nothing.left_out
 

@@ -1,6 +1,7 @@
 """What a fix must be compared with before it may be said to help.
 
-Two placebos, which should do nothing: an inert extra token, and the same number of other neurons. Two
+Two placebos, which should do nothing: an inert extra token, and the same number of other neurons (of a fix
+without neurons: one of its own kind that does as much where nothing is wrong). Two
 ablations, which remove the artifacts without a place for what they hold: the neurons at zero, and at the
 mean of ordinary patches (fairer: arXiv 2604.14433).
 """
@@ -13,9 +14,10 @@ import torch
 from vitreg.anatomy import Anatomy
 from vitreg.fixes.base import Fix
 from vitreg.fixes.registers import TestTimeRegisters
+from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
 
-PLACEBOS = ("inert token", "random neurons")
+PLACEBOS = ("inert token", "random neurons", "placebo")
 ABLATIONS = ("zeroed", "mean-ablated")
 
 
@@ -27,14 +29,16 @@ class Controls:
     left_out: tuple[str, ...]
 
 
-def controls_of(fix: Fix, anatomy: Anatomy, seed: int = 0) -> Controls:
+def controls_of(fix: Fix, vit: Backbone, seed: int = 0) -> Controls:
     """The controls for any fix: variations of it if its type is registers, else of the plainest of these."""
     own = isinstance(fix, TestTimeRegisters)
     plain = fix if isinstance(fix, TestTimeRegisters) else TestTimeRegisters(fix.neurons)
     inert = replace(plain, neurons=RegisterNeurons(()), registers=max(getattr(fix, "registers", 1), 1))
     if not fix.neurons.chosen:
-        return Controls({"inert token": inert}, ("neuron controls: the fix edits no neurons",))
-    others = random_neurons(fix.neurons, anatomy, seed)
+        placebo = fix.placebo(vit, seed)
+        own_kind: dict[str, Fix] = {} if placebo is None else {"placebo": placebo}
+        return Controls({"inert token": inert} | own_kind, ("neuron controls: the fix edits no neurons",))
+    others = random_neurons(fix.neurons, vit.anatomy, seed)
     left_out = []
     # What "mean" and "own" leave behind is known of the neurons that were searched for, not of others.
     drawn = replace(plain, neurons=others, left="zero")

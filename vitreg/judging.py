@@ -4,8 +4,9 @@
     judgement.stands, judgement.evidence
 
 The shape comes first: two populations, not a tail (populations.py), both in the norms themselves and relative
-to each photo's median, so that photos of two kinds are not taken for patches of two kinds. Where outliers are
-not far out, the shape alone does not tell artifacts from content: other evidence must speak for them, too.
+to each photo's ordinary norm, so that photos of two kinds are not taken for patches of two kinds. Where
+outliers are not far out, the shape alone does not tell artifacts from content: other evidence must speak for
+them, too.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ FAR = 3.0
 # tails of every kind, the largest norms share a direction to at most 0.5 (soft artifacts: 0.7 to 0.9), and
 # their three richest dimensions hold at most 0.3 of the excess (0.5 to 1).
 SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
+ONE_VECTOR = 0.8  # of both
 DRAWN_ATTENTION = 3.0  # times the even share, in the next block
 # At fixed positions one more photo shows nothing new: there, positions are counted and not patches.
 BOUND = 0.5
@@ -46,6 +48,11 @@ class Evidence:
     one_group: float
 
     @property
+    def one_vector(self) -> bool:
+        """Whether outliers are hardly more than ordinary patches and one vector of a few dimensions."""
+        return min(self.direction, self.few_dimensions) >= ONE_VECTOR
+
+    @property
     def named(self) -> tuple[str, ...]:
         """What speaks for artifacts, in words."""
         words = []
@@ -63,7 +70,7 @@ class Judgement:
     """A layer's second population, if the shape shows one, and whether it is an artifact's.
 
     `margin` is how many times the shape's gain exceeds what is needed, by the view that shows it least: norms
-    themselves, norms relative to the photo's median, and positions where outliers are bound to them.
+    themselves, relative to the photo's ordinary ones, and positions where outliers are bound to them.
     """
 
     population: Population | None
@@ -82,20 +89,25 @@ NOTHING = Judgement(None, None, 0.0, False)
 def judge(s: Statistics, layer: int) -> Judgement:
     """Judge the norms after one block."""
     patches = float(s.counts[layer].sum())
-    relative = second_population(s.relative[layer], EDGES)
-    if relative is None:
-        return NOTHING
+    needed = needed_gain(patches)
     # Photos of different brightness blur the norms themselves, which only have to agree.
-    absolute = second_population(
-        s.counts[layer], EDGES, needed=needed_gain(patches) / 4, about=relative.fraction
-    )
+    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4)
     if absolute is None:
         return NOTHING
     evidence = _evidence(s, layer, absolute)
-    margin = min(relative.gain / relative.needed, absolute.gain / absolute.needed)
+    if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
+        return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
+    relative = second_population(s.relative[layer], EDGES)
+    if relative is None:
+        return NOTHING
+    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4, about=relative.fraction)
+    if absolute is None:
+        return NOTHING
+    evidence = _evidence(s, layer, absolute)
+    margin = min(relative.gain / needed, 4 * absolute.gain / needed)
     if evidence.bound >= BOUND and absolute.ratio < FAR:
         positions = s.positions.shape[1]
-        margin = min(margin, relative.gain * positions / patches / needed_gain(positions))
+        margin = min(margin, absolute.gain * positions / patches / needed_gain(positions))
     return Judgement(absolute, evidence, margin, _stands(margin, absolute, evidence))
 
 

@@ -304,14 +304,9 @@ class _Sums:
             score = torch.where(silent >= MIN_SILENT_SHARE, (at - normal) * written_length, -torch.inf)
         best = score.flatten().topk(min(RANKED, int((score > -torch.inf).sum()))).indices.tolist()
         pairs = [divmod(flat, score.shape[1]) for flat in best]
+        figures = (score, signed, elsewhere, silent, torch.full_like(score, torch.nan), share)
         return tuple(
-            RegisterNeuron(
-                layer,
-                index,
-                *(float(x[layer, index]) for x in (score, signed, elsewhere, silent)),
-                excess=float(share[layer, index]),
-            )
-            for layer, index in pairs
+            RegisterNeuron(layer, index, *(float(x[layer, index]) for x in figures)) for layer, index in pairs
         )
 
 

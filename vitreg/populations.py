@@ -76,7 +76,7 @@ def second_population(
     """The second population that explains a histogram best; None where none could gain what is `needed`.
 
     `counts` per bin, `edges` (bins + 1) norms in equal ratios. `needed` is `needed_gain` if not given.
-    `about`: the share that is looked for, to within a factor of 2, where it is known from elsewhere.
+    `about`: the share that is looked for, where it is known from elsewhere (at most three times as much).
     """
     numbers = counts.double().cpu().numpy()
     total = float(numbers.sum())
@@ -90,7 +90,7 @@ def second_population(
     bins = np.arange(len(numbers))
     guesses = [(bins >= start).astype(float) for start in _starts(numbers, single, about)]
     mixtures = [m for guess in guesses if (m := mixture(numbers, guess, alone))]
-    most = MAX_SHARE if about is None else min(2 * about, MAX_SHARE)
+    most = MAX_SHARE if about is None else min(3 * about, MAX_SHARE)
     possible = [m for m in mixtures if m.share <= most and m.posterior.max() >= LIKELY and m.gain > 0]
     if not possible:
         return None

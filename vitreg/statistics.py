@@ -50,7 +50,7 @@ class Statistics:
     largest: Tensor  # (l,) largest patch norm
     moments: Tensor  # (l, 2) sums of patch norms and of their squares
     special: Tensor  # (l, 2) summed norms of CLS, and the mean over registers
-    relative: Tensor  # (l, k) patch tokens, by their norm over the median norm of their photo
+    relative: Tensor  # (l, k) patch tokens, by their norm over the `ordinary_norm` of their photo
     groups: Tensor  # (l, g, k) patch tokens, by groups of photos
     large: Tensor  # (l, c, 2, d) sums of each photo's largest patches, and of their squares; c coarse bins
     large_counts: Tensor  # (l, c) these patches
@@ -258,7 +258,7 @@ class Collector:
         s.special[layer, 0] += norms[:, layout.prefix_slice][:, :1].sum()
         if layout.registers:
             s.special[layer, 1] += norms[:, layout.register_slice].mean(1).sum()
-        s.relative[layer] += torch.bincount(_bin(patches / _medians(patches)).flatten(), minlength=BINS)
+        s.relative[layer] += torch.bincount(_bin(patches / ordinary_norm(patches)).flatten(), minlength=BINS)
         group = self._groups[:, None] * BINS + bins
         s.groups[layer] += torch.bincount(group.flatten(), minlength=GROUPS * BINS).view(GROUPS, BINS)
         self._add_directions(layer, residual[:, layout.patch_slice], patches)
@@ -341,8 +341,13 @@ def _groups_of(pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, " b"]:
     return some.sum(1) % GROUPS
 
 
-def _medians(norms: Float[Tensor, "b p"]) -> Float[Tensor, "b 1"]:
-    return norms.median(1, keepdim=True).values.clamp(min=1e-30)
+def ordinary_norm(norms: Float[Tensor, "b p"]) -> Float[Tensor, "b 1"]:
+    """The norm that a photo's patches are compared with: their lower quartile.
+
+    Not their median, for in a photo with large flat areas most patches may be outliers.
+    """
+    rank = max(norms.shape[1] // 4, 1)
+    return norms.kthvalue(rank, 1, keepdim=True).values.clamp(min=1e-30)
 
 
 def _binned(bins: Tensor, values: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def verify(
       predictions stay; without a head: the cosine of CLS before and after is under 0.95 (without CLS: that
       of normal patches). Also if the artifacts vanish.
     - "helps": no harm, and fewer patches are outliers, at the detect layer and at the worst layer, than
-      without the fix and than under either placebo (an inert token, as many random neurons).
+      without the fix and than under any placebo (an inert token; as many random neurons, or where the fix
+      has none, its own kind where nothing is wrong).
     - "no effect": anything else.
 
     Raises ImageError for a report of another model or image size, ValueError for images that can be read
@@ -69,7 +70,7 @@ def verify(
     before = report or diagnose(vit, images)
     if not before.has_artifacts:
         return Verdict("no artifacts", before.reason, vit.name, fix, before, images=before.images, seed=seed)
-    chosen = controls_of(fix, vit.anatomy, seed) if controls else None
+    chosen = controls_of(fix, vit, seed) if controls else None
     say("diagnosing the model with the fix")
     with fix.applied_to(vit):
         after = diagnose(vit, images)

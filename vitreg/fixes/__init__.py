@@ -3,6 +3,9 @@
 from vitreg.fixes.artifact import load_fix, save_fix
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.fixes.base import Applied, Fix, applied
+from vitreg.fixes.inpainting import Inpainting
+from vitreg.fixes.position_repair import PositionRepair
+from vitreg.fixes.projection import Projection
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.fixes.shift_average import ShiftAverage
 from vitreg.fixes.shifting import ShiftSink
@@ -14,6 +17,9 @@ __all__ = [
     "AttentionBias",
     "Fix",
     "Fork",
+    "Inpainting",
+    "PositionRepair",
+    "Projection",
     "ShiftAverage",
     "ShiftSink",
     "TestTimeRegisters",

@@ -39,6 +39,9 @@ _CLASSES = {
     "splitting": ("vitreg.fixes.splitting", "TokenSplitting"),
     "bias": ("vitreg.fixes.attention_bias", "AttentionBias"),
     "shift-average": ("vitreg.fixes.shift_average", "ShiftAverage"),
+    "positions": ("vitreg.fixes.position_repair", "PositionRepair"),
+    "inpainting": ("vitreg.fixes.inpainting", "Inpainting"),
+    "projection": ("vitreg.fixes.projection", "Projection"),
     "trained": ("vitreg.fixes.trained", "TrainedRegisters"),
 }
 _KEYS = dict.fromkeys(("format", "vitreg", "type", "config", "neurons", "fingerprint", "tensors", "evidence"))

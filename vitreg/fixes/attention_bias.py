@@ -42,6 +42,10 @@ class AttentionBias(Fix):
     """
 
     type: ClassVar[str] = "bias"
+    does_not_cure: ClassVar[str] = (
+        "outliers that no neuron makes, such as those of an outlying position embedding; and the key that"
+        " stands in for them is a mean, the same for every image."
+    )
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     entry: int = 0
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitreg.carry import BlockEdit, inserted_tokens, install, refuse_own_forward, uninstall
 from vitreg.errors import FixError
@@ -34,6 +35,7 @@ class Fix(ABC):
 
     type: ClassVar[str]
     adds_tokens: ClassVar[bool] = False  # inside the blocks
+    does_not_cure: ClassVar[str] = ""  # one plain sentence, for those who read the verdict
     neurons: RegisterNeurons
 
     def __post_init__(self) -> None:
@@ -95,6 +97,13 @@ class Fix(ABC):
                     f" {anatomy.depth} blocks of {anatomy.neurons} neurons. It was made for another model."
                 )
 
+    def placebo(self, vit: Backbone, seed: int = 0) -> "Fix | None":
+        """Of a fix without neurons: one of its kind that does as much where nothing is wrong.
+
+        None for kinds that have no such thing.
+        """
+        return None
+
     def made_for(self, vit: Backbone | None) -> Fingerprint | None:
         """The model that the fix belongs to: `vit` if it is given, else that of its neurons."""
         return self.neurons.fingerprint if vit is None else Fingerprint.of(vit)
@@ -128,6 +137,14 @@ class Fix(ABC):
             self, repo_id, vit=vit, evidence=evidence, token=token, private=private,
             commit_message=commit_message,
         )  # fmt: skip
+
+
+def same_values(fix: Fix, other: object) -> bool:
+    """Whether two fixes are of one kind with the same fields, tensors among them by their values."""
+    return type(fix) is type(other) and all(
+        torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+        for mine, theirs in zip(vars(fix).values(), vars(other).values(), strict=True)
+    )
 
 
 class Applied:

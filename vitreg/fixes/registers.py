@@ -50,6 +50,10 @@ class TestTimeRegisters(Fix):
 
     __test__ = False  # pytest: no test class
     type: ClassVar[str] = "registers"
+    does_not_cure: ClassVar[str] = (
+        "outliers that no neuron makes, such as those of an outlying position embedding; and every token"
+        " reads the register in place of them, so that predictions may change."
+    )
     adds_tokens: ClassVar[bool] = True
     registers: int = 1
     share: Literal["copy", "split"] = "copy"

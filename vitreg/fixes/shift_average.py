@@ -43,6 +43,10 @@ class ShiftAverage(Fix):
     """
 
     type: ClassVar[str] = "shift-average"
+    does_not_cure: ClassVar[str] = (
+        "anything before the end of the last block: attention, CLS and the outliers themselves stay; and what"
+        " sits at the same place in every view is in their median."
+    )
     neurons: RegisterNeurons = field(default_factory=lambda: RegisterNeurons.of({}), repr=False)
     views: int = 8
     reach: int = 2

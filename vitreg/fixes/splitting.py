@@ -15,7 +15,7 @@ neurons are zeroed), and the original is the copy plus what those neurons would 
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil, isnan
 from typing import Any, ClassVar, NamedTuple
@@ -51,6 +51,10 @@ class TokenSplitting(Fix):
     """
 
     type: ClassVar[str] = "splitting"
+    does_not_cure: ClassVar[str] = (
+        "outliers that no neuron makes, such as those of an outlying position embedding; and every token"
+        " still attends to the original outliers, which go on as keys and values."
+    )
     adds_tokens: ClassVar[bool] = True
     capacity: float = 0.05
 

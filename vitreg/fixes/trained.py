@@ -36,6 +36,10 @@ class TrainedRegisters(Fix):
     """
 
     type: ClassVar[str] = "trained"
+    does_not_cure: ClassVar[str] = (
+        "what the training did not teach: how many outliers are left is for the verdict to say, and these"
+        " weights are no longer those of the original model."
+    )
     adds_tokens: ClassVar[bool] = True
     tokens: Tensor = field(repr=False)
     weights: dict[str, Tensor] = field(repr=False)
