@@ -1,0 +1,142 @@
+"""Patch features that stop being local: they come to resemble far patches as much as their neighbours.
+
+    report = diagnose(vit, photos)
+    next(f for f in report.kinds if f.kind == "locality").kept       # after each block
+
+What Gram anchoring fights in DINOv3 (arXiv 2508.10104): the longer a model trains, the less a patch says of
+its own place. Compare checkpoints with vitreg.emergence.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitreg.anatomy import TokenLayout
+from vitreg.kinds.base import Context, Finding, Meter
+from vitreg.models import Backbone
+
+# What of its best locality a model may lose by the last block. A DeiT-Ti keeps 74%, a ViT-Ti 77% (0.52 after
+# block 1, 0.40 after the last); random models of 50 architectures on photos, where they have any, 60% and more.
+COLLAPSED = 0.4
+# A model whose best block has less has no locality to lose (random models on noise: below 0.06).
+WORTH_LOSING = 0.1
+# Images whose neighbouring patches are no more alike than far ones (noise, one colour) cannot tell: their
+# patch embedding has a locality of -0.001 to 0.02, that of photos 0.14 or more.
+LOCAL_IMAGES = 0.05
+
+SAME = 1e-5  # patches whose far cosine is nearer to 1 than this are the same, up to rounding
+CELLS = 16  # spread over the grid, each read with two neighbours
+
+
+@dataclass(frozen=True)
+class Locality(Finding):
+    """How much more a patch resembles its grid neighbours than far patches, after each block.
+
+    `near` and `far` are mean cosines to the cells beside, and to cells at least half the shorter side of the
+    grid away; `locality` is their difference, `kept` what it is of the most that it could be,
+    (near - far) / (1 - far): patches that all share one large component lose no locality by it. `images` is
+    `kept` of the patch embedding, before any block (None: it cannot be watched). `collapsed` (None: these
+    images cannot tell) is the last block's `kept` over the best block's.
+    """
+
+    kind: ClassVar[str] = "locality"
+    title: ClassVar[str] = "Patch features that are no longer local"
+    near: tuple[float, ...]
+    far: tuple[float, ...]
+    locality: tuple[float, ...]
+    kept: tuple[float, ...]
+    images: float | None
+    collapsed: float | None
+
+    def __str__(self) -> str:
+        best = max(range(len(self.kept)), key=self.kept.__getitem__)
+        if self.collapsed is None:
+            return "these images, or this model, have too little locality to tell whether it is lost."
+        figures = (
+            f"after the last block a patch resembles its neighbours with a cosine of {self.near[-1]:.2f} and"
+            f" far patches with {self.far[-1]:.2f}; after block {best} it is {self.near[best]:.2f} and"
+            f" {self.far[best]:.2f}"
+        )
+        if not self.present:
+            return f"{figures}: {self.collapsed:.0%} of the locality is kept (lost below {COLLAPSED:.0%})."
+        return (
+            f"{figures}. Only {self.collapsed:.0%} of the locality is left: read dense features from block"
+            f" {best}, or from an earlier checkpoint."
+        )
+
+
+class LocalityMeter(Meter):
+    """Sums of cosines between some patches and their neighbours, and far ones, after each block."""
+
+    def __init__(self, vit: Backbone, layout: TokenLayout) -> None:
+        super().__init__(vit, layout)
+        self._pairs = Pairs.spread(layout.grid, vit.device)
+        self.cosines = self.zeros(vit.anatomy.depth, 2)  # near and far, summed over images
+        self.embedded = self.zeros(2)
+
+    def embedding(self, patches: Float[Tensor, "b p d"]) -> None:
+        chosen = patches[:, self._pairs.cells].float()
+        self.embedded += self._pairs.cosines(chosen, chosen.norm(dim=-1))
+
+    def block(self, layer: int, residual: Float[Tensor, "b n d"], norms: Float[Tensor, "b n"]) -> None:
+        tokens = self._pairs.cells + self.layout.patch_slice.start
+        self.cosines[layer] += self._pairs.cosines(residual[:, tokens].float(), norms[:, tokens])
+
+    def finding(self, context: Context) -> Locality:
+        near, far = (self.cosines / context.images).T.tolist()
+        kept = tuple(_kept(*pair) for pair in zip(near, far, strict=True))
+        embedded = (self.embedded / context.images).tolist()
+        images = _kept(*embedded) if any(embedded) else None
+        best = max(kept[:-1])
+        known = best >= WORTH_LOSING and (images is None or images >= LOCAL_IMAGES)
+        collapsed = max(kept[-1], 0.0) / best if known else None
+        return Locality(
+            present=collapsed is not None and collapsed < COLLAPSED,
+            layer=len(kept) - 1,
+            positions=None,
+            near=tuple(near),
+            far=tuple(far),
+            locality=tuple(a - b for a, b in zip(near, far, strict=True)),
+            kept=kept,
+            images=images,
+            collapsed=collapsed,
+        )
+
+
+def _kept(near: float, far: float) -> float:
+    """(near - far) / (1 - far); 0 where all patches are the same but for rounding."""
+    return (near - far) / (1 - far) if 1 - far > SAME else 0.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some grid cells (row-major numbers), and weights over pairs of them that give a mean cosine each.
+
+    `near` are pairs side by side, `far` those at least half the shorter side of the grid apart (and never
+    side by side).
+    """
+
+    cells: Int[Tensor, " c"]
+    weights: Float[Tensor, "2 c c"]
+
+    @staticmethod
+    def spread(grid: tuple[int, int], device: torch.device) -> "Pairs":
+        rows, columns = grid
+        spread = ((torch.arange(CELLS) + 0.5) * rows * columns / CELLS).long()
+        right = spread[spread % columns < columns - 1] + 1
+        below = spread[spread < (rows - 1) * columns] + columns
+        cells = torch.cat([spread, right, below]).unique()
+        row, column = cells // columns, cells % columns
+        down, across = (row - row[:, None]).abs(), (column - column[:, None]).abs()
+        far = torch.maximum(down, across) >= max(min(grid) // 2, 2)
+        both = torch.stack([down + across == 1, far]).float()
+        return Pairs(cells.to(device), (both / both.sum((1, 2), keepdim=True).clamp(min=1)).to(device))
+
+    def cosines(self, x: Float[Tensor, "b c d"], norms: Float[Tensor, "b c"]) -> Float[Tensor, " 2"]:
+        """The mean cosine of near and of far pairs, summed over images."""
+        unit = x / norms.clamp(min=1e-12)[..., None]
+        gram = unit @ unit.transpose(1, 2)
+        return torch.einsum("bij,kij->k", gram, self.weights).double()
