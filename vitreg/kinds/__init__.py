@@ -3,8 +3,10 @@
 from vitreg.kinds.base import Context, Finding, Meter
 from vitreg.kinds.locality import LocalityMeter
 from vitreg.kinds.position_pattern import PositionPatterns
+from vitreg.kinds.strip_test import StripTest, strip_test
+from vitreg.kinds.token_content import TokenContentMeter
 
 # What a diagnosis measures beside norms, in the order in which it reports them.
-METERS: tuple[type[Meter], ...] = (PositionPatterns, LocalityMeter)
+METERS: tuple[type[Meter], ...] = (PositionPatterns, LocalityMeter, TokenContentMeter)
 
-__all__ = ["METERS", "Context", "Finding", "Meter"]
+__all__ = ["METERS", "Context", "Finding", "Meter", "StripTest", "strip_test"]

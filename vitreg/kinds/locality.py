@@ -7,6 +7,7 @@ What Gram anchoring fights in DINOv3 (arXiv 2508.10104): the longer a model trai
 its own place. Compare checkpoints with vitreg.emergence.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,10 @@ from vitreg.models import Backbone
 # block 1, 0.40 after the last); random models of 50 architectures on photos, where they have any, 60% and more.
 COLLAPSED = 0.4
 # A model whose best block has less has no locality to lose (random models on noise: below 0.06).
-WORTH_LOSING = 0.1
+WORTH_LOSING = 0.15
+# A collapse is one only if it stands out of chance by so many standard errors over images; of too few images
+# even these are not known.
+STANDARD_ERRORS, FEWEST_IMAGES = 3.0, 8
 # Images whose neighbouring patches are no more alike than far ones (noise, one colour) cannot tell: their
 # patch embedding has a locality of -0.001 to 0.02, that of photos 0.14 or more.
 LOCAL_IMAGES = 0.05
@@ -39,7 +43,7 @@ class Locality(Finding):
     grid away; `locality` is their difference, `kept` what it is of the most that it could be,
     (near - far) / (1 - far): patches that all share one large component lose no locality by it. `images` is
     `kept` of the patch embedding, before any block (None: it cannot be watched). `collapsed` (None: these
-    images cannot tell) is the last block's `kept` over the best block's.
+    images cannot tell) is the last block's `kept` over that of the best block before it.
     """
 
     kind: ClassVar[str] = "locality"
@@ -52,9 +56,9 @@ class Locality(Finding):
     collapsed: float | None
 
     def __str__(self) -> str:
-        best = max(range(len(self.kept)), key=self.kept.__getitem__)
+        best = max(range(len(self.kept) - 1), key=self.kept.__getitem__)
         if self.collapsed is None:
-            return "these images, or this model, have too little locality to tell whether it is lost."
+            return "these images are too few, or they or this model have too little locality, to tell whether it is lost."
         figures = (
             f"after the last block a patch resembles its neighbours with a cosine of {self.near[-1]:.2f} and"
             f" far patches with {self.far[-1]:.2f}; after block {best} it is {self.near[best]:.2f} and"
@@ -74,8 +78,8 @@ class LocalityMeter(Meter):
     def __init__(self, vit: Backbone, layout: TokenLayout) -> None:
         super().__init__(vit, layout)
         self._pairs = Pairs.spread(layout.grid, vit.device)
-        self.cosines = self.zeros(vit.anatomy.depth, 2)  # near and far, summed over images
-        self.embedded = self.zeros(2)
+        self.cosines = self.zeros(vit.anatomy.depth, 3)  # of near, of far, and their difference squared
+        self.embedded = self.zeros(3)
 
     def embedding(self, patches: Float[Tensor, "b p d"]) -> None:
         chosen = patches[:, self._pairs.cells].float()
@@ -86,15 +90,18 @@ class LocalityMeter(Meter):
         self.cosines[layer] += self._pairs.cosines(residual[:, tokens].float(), norms[:, tokens])
 
     def finding(self, context: Context) -> Locality:
-        near, far = (self.cosines / context.images).T.tolist()
-        kept = tuple(_kept(*pair) for pair in zip(near, far, strict=True))
-        embedded = (self.embedded / context.images).tolist()
-        images = _kept(*embedded) if any(embedded) else None
-        best = max(kept[:-1])
-        known = best >= WORTH_LOSING and (images is None or images >= LOCAL_IMAGES)
-        collapsed = max(kept[-1], 0.0) / best if known else None
+        near, far, _ = (self.cosines / context.images).T.tolist()
+        kept, errors = zip(*(_kept(sums.tolist(), context.images) for sums in self.cosines), strict=True)
+        images = _kept(self.embedded.tolist(), context.images)[0] if self.embedded.any() else None
+        best = max(range(len(kept) - 1), key=kept.__getitem__)
+        known = (
+            context.images >= FEWEST_IMAGES
+            and kept[best] >= WORTH_LOSING
+            and (images is None or images >= LOCAL_IMAGES)
+        )
+        error = math.hypot(errors[-1], COLLAPSED * errors[best])
         return Locality(
-            present=collapsed is not None and collapsed < COLLAPSED,
+            present=known and COLLAPSED * kept[best] - kept[-1] > STANDARD_ERRORS * error,
             layer=len(kept) - 1,
             positions=None,
             near=tuple(near),
@@ -102,13 +109,17 @@ class LocalityMeter(Meter):
             locality=tuple(a - b for a, b in zip(near, far, strict=True)),
             kept=kept,
             images=images,
-            collapsed=collapsed,
+            collapsed=max(kept[-1], 0.0) / kept[best] if known else None,
         )
 
 
-def _kept(near: float, far: float) -> float:
-    """(near - far) / (1 - far); 0 where all patches are the same but for rounding."""
-    return (near - far) / (1 - far) if 1 - far > SAME else 0.0
+def _kept(sums: list[float], images: int) -> tuple[float, float]:
+    """(near - far) / (1 - far), and its standard error; 0 where all patches are the same but for rounding."""
+    near, far, squares = (x / images for x in sums)
+    if 1 - far <= SAME:
+        return 0.0, 0.0
+    deviation = max(squares - (near - far) ** 2, 0.0) ** 0.5
+    return (near - far) / (1 - far), deviation / images**0.5 / (1 - far)
 
 
 @dataclass(frozen=True)
@@ -135,8 +146,8 @@ class Pairs:
         both = torch.stack([down + across == 1, far]).float()
         return Pairs(cells.to(device), (both / both.sum((1, 2), keepdim=True).clamp(min=1)).to(device))
 
-    def cosines(self, x: Float[Tensor, "b c d"], norms: Float[Tensor, "b c"]) -> Float[Tensor, " 2"]:
-        """The mean cosine of near and of far pairs, summed over images."""
+    def cosines(self, x: Float[Tensor, "b c d"], norms: Float[Tensor, "b c"]) -> Float[Tensor, " 3"]:
+        """Mean cosines of near and of far pairs, and the square of their difference, summed over images."""
         unit = x / norms.clamp(min=1e-12)[..., None]
-        gram = unit @ unit.transpose(1, 2)
-        return torch.einsum("bij,kij->k", gram, self.weights).double()
+        near, far = torch.einsum("bij,kij->kb", unit @ unit.transpose(1, 2), self.weights).double()
+        return torch.stack([near.sum(), far.sum(), (near - far).square().sum()])
