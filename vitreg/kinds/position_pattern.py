@@ -54,14 +54,14 @@ class PositionPattern(Finding):
         if self.share is None:
             return "these images are too few or too much alike to tell what is bound to positions."
         figures = (
-            f"{self.share:.0%} of the variance of the patch features after the last block is the same in every"
-            f" photo at each position"
+            f"{self.share:.0%} of the variance of the patch features after the last block is the same in"
+            " every photo at each position"
         )
         if not self.present:
             return f"{figures}, as is ordinary (an artifact from {DOMINANT:.0%} on)."
         return (
-            f"{figures}, in about {self.effective_rank:.0f} direction(s): the mean over photos shows it, and so"
-            " does a blank image. Project it out before you match patches."
+            f"{figures}, in about {self.effective_rank:.0f} direction(s): the mean over photos shows it."
+            " Project it out before you match patches."
         )
 
 
@@ -150,9 +150,7 @@ class Components:
         return own / (own + self.photo + self.rest)
 
 
-def components(
-    means: Float[Tensor, "p d"], squares: float, mean_squares: float, images: int
-) -> Components:
+def components(means: Float[Tensor, "p d"], squares: float, mean_squares: float, images: int) -> Components:
     """Two-way variance components of `images` photos by p positions, without replication.
 
     `means` are over photos, `squares` the sum of all squared norms, `mean_squares` that of the photos' mean

@@ -2,9 +2,9 @@
 
     print(strip_test(vit, images))        # a few photos, (b, 3, h, w): two forward passes
 
-A strip of patch rows in the middle of each photo is pasted over the same rows of the next photo. A token that
-speaks of its own place goes on saying what it said. A fixed pattern does so, too, but says what patches around
-the strip say that show something else; a global proxy drops what it said for that (UniRefiner, arXiv 2605.19622).
+A strip of each photo, its upper half, is pasted over that of the next photo. A token that speaks of its own place
+goes on saying what it said. A global proxy drops that for what patches below the strip say, though they show
+something else; a fixed pattern says what such patches of either photo say (after UniRefiner, arXiv 2605.19622).
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,10 @@ DROPPED = 0.5  # a token that resembles what it said in its own photo less than 
 
 @dataclass(frozen=True)
 class StripTest:
-    """Which patches of the pasted strips (b, rows, gw) are fixed patterns, and which global proxies.
-
-    `rows` is the first of the strips' rows in the grid.
-    """
+    """Which patches of the pasted strips, the first rows of the grid, are fixed patterns and which global proxies."""
 
     fixed: Bool[Tensor, "b rows gw"]
     proxies: Bool[Tensor, "b rows gw"]
-    row: int
 
     def __str__(self) -> str:
         fixed, proxies = (float(marked.double().mean()) for marked in (self.fixed, self.proxies))
@@ -45,32 +41,53 @@ class StripTest:
 def strip_test(vit: Backbone, images: Float[Tensor, "b 3 h w"]) -> StripTest:
     """Paste a strip of each photo into the next, and compare what its patches say after the last block.
 
-    Features are centred by the median of all patches. Raises ImageError for fewer than two photos, or a grid of
-    fewer than three rows.
+    Features are centred by the median of each photo's patches. Raises ImageError for fewer than two photos, or a
+    grid of fewer than two rows.
     """
     layout = vit.layout_for(images)
     rows, patch = layout.grid[0], vit.anatomy.patch_size[0]
-    if len(images) < 2 or rows < 3:
+    if len(images) < 2 or rows < 2:
         raise ImageError(
-            f"the strip test got {len(images)} photos of {rows} patch rows; expected at least 2 photos of 3 rows."
+            f"the strip test got {len(images)} photos of {rows} patch rows; expected at least 2 photos of 2 rows."
         )
-    strip = slice(rows // 3, rows - rows // 3)
+    strip = slice(0, rows // 2)
     pasted = images.roll(1, 0)
-    pasted[:, :, strip.start * patch : strip.stop * patch] = images[:, :, strip.start * patch : strip.stop * patch]
-    before, after, shown = _last_patches(vit, images)[0], *_last_patches(vit, pasted)
-    centre = before.flatten(0, 1).median(0).values
-    before, after = (F.normalize(x - centre, dim=-1).unflatten(1, layout.grid) for x in (before, after))
-    shown = F.normalize(shown - shown.mean(1, keepdim=True), dim=-1).unflatten(1, layout.grid)
-    kept = (before * after).sum(-1)[:, strip]
-    around = torch.ones(rows, dtype=torch.bool, device=kept.device)
-    around[strip] = False
-    alike = _pairs(after, strip, around).masked_fill(_pairs(shown, strip, around) >= UNLIKE, -1)
-    host = alike.amax(-1).view_as(kept)
+    pasted[:, :, strip.start * patch : strip.stop * patch] = images[
+        :, :, strip.start * patch : strip.stop * patch
+    ]
+    (before, shown), (after, shown_there) = (_last_patches(vit, x) for x in (images, pasted))
+    before, after = (_own(x).unflatten(1, layout.grid) for x in (before, after))
+    shown, shown_there = (_centred(x).unflatten(1, layout.grid) for x in (shown, shown_there))
+    own = _echo(after[:, strip], before, shown[:, strip], shown, strip)
+    host = _echo(after[:, strip], after, shown_there[:, strip], shown_there, strip)
+    dropped = (before * after).sum(-1)[:, strip] < DROPPED
     return StripTest(
-        fixed=(kept > ALIKE) & (host > ALIKE),
-        proxies=(kept < DROPPED) & (host > ALIKE_IN_PHOTO),
-        row=strip.start,
+        fixed=(host > ALIKE) & (own > ALIKE),
+        proxies=(host > ALIKE_IN_PHOTO) & (own < ALIKE) & dropped,
     )
+
+
+def _own(patches: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
+    return F.normalize(patches - patches.median(1, keepdim=True).values, dim=-1)
+
+
+def _centred(embedded: Float[Tensor, "b p e"]) -> Float[Tensor, "b p e"]:
+    return F.normalize(embedded - embedded.mean(1, keepdim=True), dim=-1)
+
+
+def _echo(
+    said: Float[Tensor, "b s gw d"],
+    photo: Float[Tensor, "b gh gw d"],
+    shown: Float[Tensor, "b s gw e"],
+    photo_shown: Float[Tensor, "b gh gw e"],
+    strip: slice,
+) -> Float[Tensor, "b s gw"]:
+    """The largest cosine of each patch of a strip to those patches outside it that show something else."""
+    around = torch.ones(photo.shape[1], dtype=torch.bool, device=photo.device)
+    around[strip] = False
+    alike = said.flatten(1, 2) @ photo[:, around].flatten(1, 2).transpose(1, 2)
+    content = shown.flatten(1, 2) @ photo_shown[:, around].flatten(1, 2).transpose(1, 2)
+    return alike.masked_fill(content >= UNLIKE, -1).amax(-1).view(said.shape[:3])
 
 
 def _last_patches(vit: Backbone, images: Tensor) -> tuple[Float[Tensor, "b p d"], Float[Tensor, "b p e"]]:
@@ -81,8 +98,3 @@ def _last_patches(vit: Backbone, images: Tensor) -> tuple[Float[Tensor, "b p d"]
         vit(images)
     patches = t.residuals[0][:, t.layout.patch_slice].float()
     return patches, t.embedding.float() if embeds else torch.zeros_like(patches)
-
-
-def _pairs(x: Float[Tensor, "b gh gw d"], strip: slice, around: Bool[Tensor, " gh"]) -> Float[Tensor, "b s o"]:
-    """Cosines of each patch of the strip to each around it."""
-    return x[:, strip].flatten(1, 2) @ x[:, around].flatten(1, 2).transpose(1, 2)

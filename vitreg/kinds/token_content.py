@@ -31,7 +31,9 @@ EVERY_PHOTO = 0.25
 # A proxy is alike to less than this share of other photos' patches: where features have so few directions
 # that many are alike, those of one photo are so by chance, too.
 CHANCE = 0.01
-# Shares of tokens from which on there are fixed patterns, or proxies.
+# Shares of tokens from which on there are fixed patterns, or proxies. Of 32 photos, a DeiT-Ti has 6.0% and 0%
+# after its last block, a ViT-Ti 2.1% and 0%; both have none at all in blocks 0 to 5, on which chance depends
+# little. Random models of 52 architectures with 20 patches: up to 0.5% and 1.9%.
 FIXED, PROXIES = 0.01, 0.04
 FEWEST_PHOTOS, FEWEST_TOKENS = 8, 6
 
@@ -117,11 +119,13 @@ def _enough(marked: Bool[Tensor, "i t"], share: float) -> bool:
 def fixed_and_proxies(sampled: Sampled) -> tuple[Bool[Tensor, "i t"], Bool[Tensor, "i t"]]:
     """Which of the sampled tokens say the same in every photo, and which only what their whole photo says.
 
-    Features are centred twice, by all tokens and by those of their own photo: what tells photos apart, such as
-    their brightness, is no pattern, and neither is what tells one patch from the others of its photo only.
+    Features are centred twice, by all tokens and by those of their own photo: what tells photos apart, such
+    as their brightness, is no pattern, and neither is what tells one patch from the others of its photo only.
     """
     photos, tokens = sampled.cells.shape
-    own = F.normalize(sampled.features - sampled.features.median(1, keepdim=True).values, dim=-1).flatten(0, 1)
+    own = F.normalize(sampled.features - sampled.features.median(1, keepdim=True).values, dim=-1).flatten(
+        0, 1
+    )
     all_ = sampled.features.flatten(0, 1)
     all_ = F.normalize(all_ - all_.median(0).values, dim=-1)
     shown = F.normalize(sampled.contents.flatten(0, 1), dim=-1)
@@ -136,7 +140,9 @@ def fixed_and_proxies(sampled: Sampled) -> tuple[Bool[Tensor, "i t"], Bool[Tenso
         unlike_elsewhere += unlike.sum(1)
     fixed = met >= max(EVERY_PHOTO * (photos - 1), 3)
     rare = alike_elsewhere < CHANCE * unlike_elsewhere
-    return fixed.unflatten(0, (photos, tokens)), (sampled.alone.flatten() & ~fixed & rare).view_as(sampled.alone)
+    return fixed.unflatten(0, (photos, tokens)), (sampled.alone.flatten() & ~fixed & rare).view_as(
+        sampled.alone
+    )
 
 
 def _by_place(marked: Bool[Tensor, "i t"], sampled: Sampled, layout: TokenLayout) -> Float[Tensor, " p"]:

@@ -20,7 +20,7 @@ SHUFFLES = 64
 
 @dataclass(frozen=True)
 class LocalityPhantom:
-    """A planted model and its truth: `order` (p,) are the places that patches speak of after block `layer`."""
+    """A planted model and its truth: after block `layer`, patch p speaks of place order[p]."""
 
     vit: Backbone
     layer: int

@@ -1,7 +1,7 @@
 """Plant a pattern that is bound to positions: the same vector at each place of every photo.
 
-    phantom = plant_position_pattern(vit, images, layer=11, share=0.7)
-    phantom.vit, phantom.pattern      # the planted model, and what was added to its patches (p, d)
+phantom = plant_position_pattern(vit, images, layer=11, share=0.7)
+phantom.vit, phantom.pattern      # the planted model, and what was added to its patches (p, d)
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,9 @@ def plant_position_pattern(
     its own, more). Raises ValueError for a share that is not between 0 and 1, or a layer out of range.
     """
     if not 0 < share < 1 or not 1 <= rank <= min(vit.layout.patches - 1, vit.anatomy.width):
-        raise ValueError(f"share={share}, rank={rank}: expected a share between 0 and 1, and a rank of at least 1.")
+        raise ValueError(
+            f"share={share}, rank={rank}: expected a share between 0 and 1, and a rank of at least 1."
+        )
     patches = patches_after(vit, images, layer)
     variance = (patches - patches.mean((0, 1))).square().sum(-1).mean()
     pattern = _waves(vit.layout.grid, vit.anatomy.width, rank, seed).to(patches)

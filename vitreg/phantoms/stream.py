@@ -1,6 +1,6 @@
 """A copy of a model whose patches are changed after one block, as the phantoms of several kinds need it.
 
-    planted = with_changed_patches(vit, layer=5, change=lambda patches: 2 * patches, kind="doubled")
+planted = with_changed_patches(vit, layer=5, change=lambda patches: 2 * patches, kind="doubled")
 """
 
 import copy

@@ -1,0 +1,144 @@
+"""Fixed patterns and global proxies: each found where planted, told apart, and found nowhere else."""
+
+from typing import Any
+
+import pytest
+import torch
+from catalog import CATALOG, images
+from phantoms import save_crops
+from ranked import copied, differences, of_each
+from test_phantom import crops
+
+import vitreg
+from vitreg.errors import ImageError
+from vitreg.images import read_images
+from vitreg.kinds import strip_test
+from vitreg.kinds.token_content import TokenContent
+from vitreg.kinds.token_sample import TokenSample
+from vitreg.phantoms.stream import patches_after
+from vitreg.phantoms.token_content import plant_token_content
+
+PLANTED = [
+    "timm vit",
+    "timm deit3",
+    "timm siglip",
+    "timm relpos cls",
+    "hf ijepa",
+    "hf clip",
+    "open_clip vit",
+]
+
+
+def found(vit: vitreg.Backbone, photos: Any) -> TokenContent:
+    (finding,) = [
+        x
+        for x in vitreg.diagnose(vit, [photos] if isinstance(photos, torch.Tensor) else photos).kinds
+        if isinstance(x, TokenContent)
+    ]
+    return finding
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_kind_is_found_and_told_from_the_other(name, seed):
+    vit = CATALOG[name].backbone(seed)
+    photos, last = crops(vit, 48, seed), vit.anatomy.depth - 1
+    assert not found(vit, photos).present
+    same = found(plant_token_content(vit, photos, last, says="the same", rate=0.2, seed=seed).vit, photos)
+    assert same.present
+    assert same.fixed == pytest.approx(0.2, abs=0.01)
+    assert same.proxies == 0
+    assert "in every photo" in str(same)
+    phantom = plant_token_content(vit, photos, last, says="the photo", rate=0.2, seed=seed)
+    proxies = found(phantom.vit, photos)
+    assert proxies.present
+    assert 0.08 <= proxies.proxies <= 0.2  # some have no far companion that shows something else
+    assert proxies.fixed <= 0.01
+    assert "far patches of their photo" in str(proxies)
+    for says, finding in (("the same", same), ("the photo", proxies)):
+        tested = strip_test(
+            plant_token_content(vit, photos, last, says=says, rate=0.2, seed=seed).vit, photos[:16]
+        )
+        more, less = (tested.fixed, tested.proxies) if says == "the same" else (tested.proxies, tested.fixed)
+        assert float(more.float().mean()) > max(0.04, 1.2 * float(less.float().mean())), (finding, tested)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_strip_test_clears_what_was_not_planted(name):
+    vit = CATALOG[name].backbone()
+    tested = strip_test(vit, crops(vit, 16, 0))
+    assert tested.fixed.shape == (16, vit.layout.grid[0] // 2, vit.layout.grid[1])
+    assert float(tested.fixed.float().mean()) + float(tested.proxies.float().mean()) <= 0.02
+
+
+def test_positions_are_those_of_the_planted_patches():
+    vit = CATALOG["timm vit"].backbone()
+    photos = crops(vit, 32, 0)
+    phantom = plant_token_content(vit, photos, 2, says="the same", rate=0.2)
+    places = phantom.marked(photos).double().mean(0)
+    assert torch.tensor(found(phantom.vit, photos).positions).double() == pytest.approx(
+        places.numpy(), abs=0.1
+    )
+    x, clean = (patches_after(v, photos, 2) for v in (phantom.vit, vit))
+    changed = (x - clean).abs().sum(-1) > 0
+    assert torch.equal(vit.layout.as_grid(changed), phantom.marked(photos))
+
+
+@pytest.mark.parametrize("says", ["the same", "the photo"])
+def test_batches_order_and_processes_do_not_matter(says, tmp_path):
+    vit, folder = CATALOG["timm deit3"].backbone(), save_crops(tmp_path / "photos", 36)
+    photos = torch.cat([batch.pixels for batch in read_images(folder, vit)])
+    vit = plant_token_content(vit, photos, 2, says=says, rate=0.2).vit
+    one = found(vit, photos).to_json()
+    assert one["photos"] <= 32
+    assert differences(found(vit, photos.flip(0).split(5)).to_json(), one) == []
+    for shared in of_each(
+        2, lambda ranks: found(copied(vit), read_images(folder, vit, batch_size=3, ranks=ranks)).to_json()
+    ):
+        assert differences(shared, one) == []
+
+
+def test_the_sample_is_of_fixed_size_and_the_same_for_any_order():
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(50, 30, 6, generator=generator)
+    embedded = torch.randn(50, 30, 4, generator=generator)
+    forth, back = (TokenSample((5, 6), photos=8, tokens=10) for _ in range(2))
+    for order, sample in ((torch.arange(50), forth), (torch.arange(50).flip(0), back)):
+        for some in order.split(7):
+            sample.add(patches[some], embedded[some])
+    assert forth.sampled is not None
+    assert back.sampled is not None
+    for name, value in vars(forth.sampled).items():
+        assert len(value) == 8
+        torch.testing.assert_close(value, getattr(back.sampled, name))
+    assert forth.sampled.cells.shape == (8, 10)
+    assert all(len(cells.unique()) == 10 for cells in forth.sampled.cells)
+    drawn = TokenSample((5, 6), photos=50, tokens=10)
+    drawn.add(patches, embedded)
+    assert drawn.sampled is not None
+    assert torch.bincount(drawn.sampled.cells.flatten(), minlength=30).min() > 0  # every place has its turn
+
+
+def test_few_photos_cannot_tell():
+    vit = CATALOG["timm vit"].backbone()
+    finding = found(vit, crops(vit, 5, 0))
+    assert not finding.present
+    assert finding.fixed is None
+    assert "too few" in str(finding)
+
+
+@pytest.mark.parametrize(
+    "images_", [torch.zeros(24, 3, 32, 40), torch.rand(24, 3, 1, 1).expand(24, 3, 32, 40)]
+)
+def test_blank_images_are_no_pattern(images_):
+    assert not found(CATALOG["timm vit"].backbone(), images_.clone()).present
+
+
+def test_wrong_requests():
+    vit = CATALOG["timm vit"].backbone()
+    photos = images(vit, 4)
+    for wrong in ({"layer": 9}, {"layer": 1, "rate": 0.01}, {"layer": 1, "rate": 0.9}):
+        with pytest.raises(ValueError, match="expected"):
+            plant_token_content(vit, photos, says="the same", **wrong)
+    with pytest.raises(ImageError, match="at least 2 photos"):
+        strip_test(vit, photos[:1])
