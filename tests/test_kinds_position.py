@@ -38,7 +38,7 @@ def found(vit: vitreg.Backbone, photos: Any) -> PositionPattern:
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_pattern_is_found_with_its_share_and_rank(name, seed):
     vit = CATALOG[name].backbone(seed)
-    photos, last, rank = crops(vit, 48, seed), vit.anatomy.depth - 1, 1 + seed
+    photos, last, rank = crops(vit, 32, seed), vit.anatomy.depth - 1, 1 + seed
     clean = found(vit, photos)
     assert not clean.present
     phantom = plant_position_pattern(vit, photos, last, share=0.7, rank=rank, seed=seed)

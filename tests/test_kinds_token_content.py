@@ -42,25 +42,23 @@ def found(vit: vitreg.Backbone, photos: Any) -> TokenContent:
 @pytest.mark.parametrize("name", PLANTED)
 def test_each_kind_is_found_and_told_from_the_other(name, seed):
     vit = CATALOG[name].backbone(seed)
-    photos, last = crops(vit, 48, seed), vit.anatomy.depth - 1
+    photos, last = crops(vit, 40, seed), vit.anatomy.depth - 1
     assert not found(vit, photos).present
-    same = found(plant_token_content(vit, photos, last, says="the same", rate=0.2, seed=seed).vit, photos)
+    of = {
+        says: plant_token_content(vit, photos, last, says=says, rate=0.2, seed=seed).vit
+        for says in ("the same", "the photo")
+    }
+    same, photo = (found(planted, photos) for planted in of.values())
     assert same.present
-    assert same.fixed == pytest.approx(0.2, abs=0.01)
-    assert same.proxies == 0
+    assert photo.present
+    assert same.fixed == pytest.approx(0.2, abs=0.02)
+    assert 0.08 <= photo.proxies <= 0.2  # some have no far companion that shows something else
+    assert same.proxies <= 0.01 >= photo.fixed
     assert "in every photo" in str(same)
-    phantom = plant_token_content(vit, photos, last, says="the photo", rate=0.2, seed=seed)
-    proxies = found(phantom.vit, photos)
-    assert proxies.present
-    assert 0.08 <= proxies.proxies <= 0.2  # some have no far companion that shows something else
-    assert proxies.fixed <= 0.01
-    assert "far patches of their photo" in str(proxies)
-    for says, finding in (("the same", same), ("the photo", proxies)):
-        tested = strip_test(
-            plant_token_content(vit, photos, last, says=says, rate=0.2, seed=seed).vit, photos[:16]
-        )
-        more, less = (tested.fixed, tested.proxies) if says == "the same" else (tested.proxies, tested.fixed)
-        assert float(more.float().mean()) > max(0.04, 1.2 * float(less.float().mean())), (finding, tested)
+    assert "far patches of their photo" in str(photo)
+    same_strip, photo_strip = (strip_test(planted, photos[:16]) for planted in of.values())
+    assert same_strip.fixed.float().mean() > max(0.04, 1.2 * same_strip.proxies.float().mean())
+    assert photo_strip.proxies.float().mean() > max(0.04, 1.2 * photo_strip.fixed.float().mean())
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -105,7 +103,7 @@ def test_the_sample_is_of_fixed_size_and_the_same_for_any_order():
     forth, back = (TokenSample((5, 6), photos=8, tokens=10) for _ in range(2))
     for order, sample in ((torch.arange(50), forth), (torch.arange(50).flip(0), back)):
         for some in order.split(7):
-            sample.add(patches[some], embedded[some])
+            sample.add(patches[some], patches[some].norm(dim=-1), embedded[some])
     assert forth.sampled is not None
     assert back.sampled is not None
     for name, value in vars(forth.sampled).items():
@@ -114,7 +112,7 @@ def test_the_sample_is_of_fixed_size_and_the_same_for_any_order():
     assert forth.sampled.cells.shape == (8, 10)
     assert all(len(cells.unique()) == 10 for cells in forth.sampled.cells)
     drawn = TokenSample((5, 6), photos=50, tokens=10)
-    drawn.add(patches, embedded)
+    drawn.add(patches, patches.norm(dim=-1), embedded)
     assert drawn.sampled is not None
     assert torch.bincount(drawn.sampled.cells.flatten(), minlength=30).min() > 0  # every place has its turn
 
@@ -131,7 +129,7 @@ def test_few_photos_cannot_tell():
     "images_", [torch.zeros(24, 3, 32, 40), torch.rand(24, 3, 1, 1).expand(24, 3, 32, 40)]
 )
 def test_blank_images_are_no_pattern(images_):
-    assert not found(CATALOG["timm vit"].backbone(), images_.clone()).present
+    assert found(CATALOG["timm vit"].backbone(), images_.clone()).fixed is None
 
 
 def test_wrong_requests():

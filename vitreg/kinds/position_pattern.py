@@ -89,7 +89,7 @@ class PositionPatterns(Meter):
         if layer not in self.layers:
             return
         row, patches = self.layers.index(layer), residual[:, self.layout.patch_slice]
-        self.at_positions[row] += patches.sum(0, dtype=torch.float64)
+        self.at_positions[row] += patches.sum(0, dtype=torch.float32)
         means = patches.mean(1, dtype=torch.float32).double()
         all_squares = norms[:, self.layout.patch_slice].double().square().sum()
         self.squares[row] += torch.stack([all_squares, means.square().sum()])

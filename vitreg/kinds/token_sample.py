@@ -1,7 +1,7 @@
 """A sample of patches of a sample of photos, of fixed size, that any order and any processes make alike.
 
     sample = TokenSample(photos=64, tokens=32)
-    sample.add(patches, contents)         # of each batch: after the last block, and as they were embedded
+    sample.add(patches, norms, embedded)  # of each batch: after the last block, and as they were embedded
     sample.features, sample.contents      # (i, t, d) of up to 64 photos, 32 patches of each
 
 Which photos stay, and which of their patches, is drawn from a number that the photo's own content gives
@@ -11,18 +11,19 @@ Which photos stay, and which of their patches, is drawn from a number that the p
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.ranks import Ranks
 
 # Patches say nearly the same (cosine of centred features) though they show something else (cosine of centred
-# patch embeddings). Of such pairs in different photos, 1 in 1000 reaches 0.5 in blocks 3 and 5 of two real models.
+# patch embeddings). Of such pairs in different photos, 1 in 1000 reaches 0.5 in blocks 3 and 5 of two real
+# models.
 ALIKE, UNLIKE = 0.8, 0.0
-# Far places of one photo are proxies only if they say it still more alike (parts of one object reach 0.8), and
-# in spite of the patches beside them.
+# Far places of one photo are proxies only if they say it still more alike (parts of one object reach 0.8),
+# and in spite of the patches beside them.
 ALIKE_IN_PHOTO, UNLIKE_BESIDE = 0.95, 0.5
+FLAT = 1e-3  # contrast between patches of a photo, over the size of their embeddings (photos: 0.5 and more)
 
 
 @dataclass(frozen=True)
@@ -78,30 +79,43 @@ class TokenSample:
         self._far = torch.maximum(down, across) >= max(max(grid) // 4, 2)
         self._shuffled = torch.randperm(len(row), generator=torch.Generator().manual_seed(0))
 
-    def add(self, patches: Float[Tensor, "b p d"], embedded: Float[Tensor, "b p e"]) -> None:
-        """Draw each photo of a batch; keep those with the lowest draws of all."""
+    def add(
+        self, patches: Float[Tensor, "b p d"], norms: Float[Tensor, "b p"], embedded: Float[Tensor, "b p e"]
+    ) -> None:
+        """Draw each photo of a batch; keep those with the lowest draws. `norms` are those of `patches`."""
         draws, starts = _draws(embedded)
-        bound = self.sampled.draws[-1] if self.sampled and len(self.sampled.draws) == self.photos else 1.0
-        chosen = (draws < bound).nonzero()[:, 0]
-        chosen = chosen[draws[chosen].argsort()[: self.photos]]
-        if not len(chosen):
-            return
-        start = (starts[chosen] * len(self._shuffled)).long()[:, None]
-        order = (start + torch.arange(self.tokens, device=start.device)) % len(self._shuffled)
-        cells = self._shuffled.to(start.device)[order]
-        new = self._sampled(draws[chosen], cells, patches[chosen].float(), embedded[chosen].float())
-        joined = Sampled.joined([self.sampled, new]) if self.sampled else new
-        self.sampled = joined.lowest(self.photos)
+        kept = draws if self.sampled is None else torch.cat([self.sampled.draws, draws])
+        last = kept.sort().values[: self.photos][-1]
+        if not (draws <= last).all():
+            chosen = draws <= last
+            draws, starts, patches = draws[chosen], starts[chosen], patches[chosen]
+            norms, embedded = norms[chosen], embedded[chosen]
+        if len(draws):
+            new = self._sampled(draws, self._cells(starts), patches.float(), norms, embedded.float())
+            joined = Sampled.joined([self.sampled, new]) if self.sampled else new
+            self.sampled = joined.lowest(self.photos)
 
-    def _sampled(self, draws: Tensor, cells: Tensor, patches: Tensor, embedded: Tensor) -> Sampled:
-        features, contents = _rows(patches, cells), embedded - embedded.mean(1, keepdim=True)
-        alike = _cosines(features, patches, features.median(1, keepdim=True).values)
-        unlike = _cosines(_rows(contents, cells), contents, 0.0) < UNLIKE
+    def _cells(self, starts: Float[Tensor, " i"]) -> Int[Tensor, "i t"]:
+        """For each photo so many cells of a fixed shuffle, from its own start on."""
+        first = (starts * len(self._shuffled)).long()[:, None]
+        order = (first + torch.arange(self.tokens, device=first.device)) % len(self._shuffled)
+        return self._shuffled.to(first.device)[order]
+
+    def _sampled(
+        self, draws: Tensor, cells: Tensor, patches: Tensor, norms: Tensor, embedded: Tensor
+    ) -> Sampled:
+        features, shown = _rows(patches, cells), _rows(embedded, cells)
+        mean, sizes = embedded.mean(1, keepdim=True), torch.linalg.vector_norm(embedded, dim=-1)
+        contents = shown - mean
+        # What a flat image shows is rounding: it shows nothing.
+        contents[contents.norm(dim=-1).mean(1) < FLAT * sizes.mean(1)] = 0
+        alike = _cosines(features, patches, centre(features), norms)
+        unlike = _cosines(shown, embedded, mean, sizes) < UNLIKE
         far, beside = (mask.to(cells.device)[cells] for mask in (self._far, self._beside))
         echoes = ((alike > ALIKE_IN_PHOTO) & unlike & far).sum(-1)
         near = (alike * beside).sum(-1) / beside.sum(-1).clamp(min=1)
         alone = (echoes >= max(1, patches.shape[1] // 100)) & (near < UNLIKE_BESIDE)
-        return Sampled(draws, cells, features, _rows(contents, cells), alone)
+        return Sampled(draws, cells, features, contents, alone)
 
     def all_reduce(self, ranks: Ranks) -> None:
         """That of all processes' photos, on the CPU."""
@@ -109,16 +123,36 @@ class TokenSample:
         self.sampled = Sampled.joined(parts).lowest(self.photos) if parts else None
 
 
+def centre(tokens: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b 1 d"]:
+    """The mean of the three quarters of the tokens nearest to the mean of all: outliers do not move it."""
+    distances = torch.linalg.vector_norm(tokens - tokens.mean(-2, keepdim=True), dim=-1)
+    near = distances <= distances.quantile(0.75, dim=-1, keepdim=True)
+    return (tokens * near[..., None]).sum(-2, keepdim=True) / near.sum(-1)[..., None, None]
+
+
 def _draws(embedded: Float[Tensor, "b p e"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Two numbers from 0 to 1 per photo, as good as random, that rounding hardly changes."""
-    x = embedded.flatten(1)
-    sizes = x.abs().mean(1, dtype=torch.float64), torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return tuple((size * 1e4).frac().abs() for size in sizes)  # type: ignore[return-value]
+    some = embedded[:, :: max(embedded.shape[1] // 16, 1)].flatten(1).double()
+    sizes = torch.stack([some.abs().mean(1), some.square().mean(1)]).clamp(min=1e-30)
+    first, second = 1e4 * sizes.log()
+    return first - first.floor(), second - second.floor()
 
 
 def _rows(x: Float[Tensor, "i p d"], cells: Int[Tensor, "i t"]) -> Float[Tensor, "i t d"]:
-    return x.gather(1, cells[..., None].expand(-1, -1, x.shape[-1]))
+    return x[torch.arange(len(x), device=x.device)[:, None], cells]
 
 
-def _cosines(one: Tensor, other: Tensor, centre: Tensor | float) -> Float[Tensor, "i t p"]:
-    return F.normalize(one - centre, dim=-1) @ F.normalize(other - centre, dim=-1).transpose(-2, -1)
+def _cosines(
+    some: Float[Tensor, "i t d"], all_: Float[Tensor, "i p d"], middle: Tensor, norms: Float[Tensor, "i p"]
+) -> Float[Tensor, "i t p"]:
+    """Cosines of some patches to all of their photo, both less `middle` (i, 1, d), from the `norms` of all.
+
+    All patches are many, so they are read once, and not changed: (x - m)(y - m) = (x - m)y - (x - m)m.
+    """
+    centred = some - middle
+    products = torch.cat([centred, middle], 1) @ all_.transpose(1, 2)
+    dots = products[:, :-1] - (centred * middle).sum(-1, keepdim=True)
+    lengths = (norms.square()[:, None] - 2 * products[:, -1:] + middle.square().sum(-1, keepdim=True)).clamp(
+        min=0
+    )
+    return dots / (torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * lengths.sqrt()).clamp(min=1e-12)

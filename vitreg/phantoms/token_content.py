@@ -79,7 +79,7 @@ def plant_token_content(
 
 @dataclass(frozen=True)
 class _Overwrites:
-    """The change itself: which patches, and by what. `mixes` (d, d) makes its own direction of a photo's mean."""
+    """The change itself. `mixes` (d, d) makes of a photo's mean patch its own direction (None: one for all)."""
 
     rate: float
     reads: Float[Tensor, " d"]
