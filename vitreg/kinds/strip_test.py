@@ -26,7 +26,7 @@ DROPPED = 0.5  # a token that resembles what it said in its own photo less than 
 
 @dataclass(frozen=True)
 class StripTest:
-    """Which patches of the pasted strips, the grid's first rows, are fixed patterns, and which global proxies."""
+    """Which patches of the pasted strips (the grid's first rows) are fixed patterns, and which proxies."""
 
     fixed: Bool[Tensor, "b rows gw"]
     proxies: Bool[Tensor, "b rows gw"]
@@ -42,8 +42,8 @@ class StripTest:
 def strip_test(vit: Backbone, images: Float[Tensor, "b 3 h w"]) -> StripTest:
     """Paste a strip of each photo into the next, and compare what its patches say after the last block.
 
-    Features are centred by the middle of each photo's patches. Raises ImageError for fewer than two photos, or
-    a grid of fewer than two rows.
+    Features are centred by the middle of each photo's patches. Raises ImageError for fewer than two photos,
+    or a grid of fewer than two rows.
     """
     layout = vit.layout_for(images)
     rows, patch = layout.grid[0], vit.anatomy.patch_size[0]

@@ -25,9 +25,9 @@ from vitreg.models import Backbone
 from vitreg.ranks import Ranks
 
 PHOTOS, TOKENS = 32, 32  # sampled of all photos, and of the patches of each
-# A token says the same in every photo if so many of the others hold one alike among their sampled patches.
-# A pattern on 1% of the patches is met in a quarter of such samples, one on 4% in three quarters.
-EVERY_PHOTO = 0.25
+# A token says the same in every photo if so many of the others hold one alike: of a sample of their patches, in
+# which a pattern on 2% of them is met half the time; and where all patches are sampled.
+OF_SAMPLES, OF_WHOLE_PHOTOS = 0.25, 0.5
 # A proxy is alike to less than this share of other photos' patches: where features have so few directions
 # that many are alike, those of one photo are so by chance, too.
 CHANCE = 0.01
@@ -54,9 +54,7 @@ class TokenContent(Finding):
 
     def __str__(self) -> str:
         if self.fixed is None or self.proxies is None:
-            return (
-                f"{self.photos} photos that show something are too few to tell what tokens say in every one."
-            )
+            return f"{self.photos} photos that show something are too few to tell what tokens say in each."
         parts = []
         if self.present and self.fixed >= FIXED:
             parts.append(
@@ -105,7 +103,7 @@ class TokenContentMeter(Meter):
         photos = len(sampled.draws) if sampled else 0
         if sampled is None or photos < FEWEST_PHOTOS:
             return TokenContent(False, last, None, None, None, photos)
-        fixed, proxies = fixed_and_proxies(sampled)
+        fixed, proxies = fixed_and_proxies(sampled, self.layout.patches)
         return TokenContent(
             present=_enough(fixed, FIXED) or _enough(proxies, PROXIES),
             layer=last,
@@ -120,8 +118,10 @@ def _enough(marked: Bool[Tensor, "i t"], share: float) -> bool:
     return int(marked.sum()) >= max(share * marked.numel(), FEWEST_TOKENS)
 
 
-def fixed_and_proxies(sampled: Sampled) -> tuple[Bool[Tensor, "i t"], Bool[Tensor, "i t"]]:
+def fixed_and_proxies(sampled: Sampled, patches: int) -> tuple[Bool[Tensor, "i t"], Bool[Tensor, "i t"]]:
     """Which of the sampled tokens say the same in every photo, and which only what their whole photo says.
+
+    `patches` is how many each photo has.
 
     Features are centred twice, by all tokens and by those of their own photo: what tells photos apart, such
     as their brightness, is no pattern, and neither is what tells one patch from the others of its photo only.
@@ -135,7 +135,8 @@ def fixed_and_proxies(sampled: Sampled) -> tuple[Bool[Tensor, "i t"], Bool[Tenso
     unlike = (shown @ shown.T < UNLIKE) & (photo != photo[:, None])
     alike = (own @ own.T > ALIKE) & unlike
     met = (alike & (of_all @ of_all.T > ALIKE)).unflatten(1, (photos, tokens)).any(2).sum(1)
-    fixed = met >= max(EVERY_PHOTO * (photos - 1), 3)
+    every = OF_SAMPLES + (OF_WHOLE_PHOTOS - OF_SAMPLES) * (tokens / patches) ** 2
+    fixed = met >= max(every * (photos - 1), 3)
     rare = alike.sum(1) < CHANCE * unlike.sum(1)
     return fixed.view(photos, tokens), (sampled.alone.flatten() & ~fixed & rare).view(photos, tokens)
 

@@ -79,7 +79,7 @@ def plant_token_content(
 
 @dataclass(frozen=True)
 class _Overwrites:
-    """The change itself. `mixes` (d, d) makes of a photo's mean patch its own direction (None: one for all)."""
+    """The change itself. `mixes` (d, d) gives a photo a direction by its mean patch (None: all the same)."""
 
     rate: float
     reads: Float[Tensor, " d"]
