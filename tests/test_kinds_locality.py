@@ -21,7 +21,6 @@ PLANTED = [
     "timm naflexvit",
     "hf siglip2",
     "hf vit",
-    "hf siglip",
 ]
 
 

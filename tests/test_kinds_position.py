@@ -20,7 +20,6 @@ PLANTED = [
     "timm beit",
     "timm siglip",
     "hf dinov2 registers",
-    "hf clip",
     "torchvision vit",
 ]
 

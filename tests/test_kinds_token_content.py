@@ -13,8 +13,8 @@ import vitreg
 from vitreg.errors import ImageError
 from vitreg.images import read_images
 from vitreg.kinds import strip_test
-from vitreg.kinds.token_content import TokenContent
-from vitreg.kinds.token_sample import TokenSample
+from vitreg.kinds.token_content import TokenContent, fixed_and_proxies
+from vitreg.kinds.token_sample import Sampled, TokenSample
 from vitreg.phantoms.stream import patches_after
 from vitreg.phantoms.token_content import plant_token_content
 
@@ -25,7 +25,6 @@ PLANTED = [
     "timm relpos cls",
     "hf ijepa",
     "hf clip",
-    "open_clip vit",
 ]
 
 
@@ -140,3 +139,64 @@ def test_wrong_requests():
             plant_token_content(vit, photos, says="the same", **wrong)
     with pytest.raises(ImageError, match="at least 2 photos"):
         strip_test(vit, photos[:1])
+
+
+def sample_of_noise(photos: int = 12, tokens: int = 20) -> Sampled:
+    """Tokens that say nothing in common; those of column 3 show something else in each photo."""
+    features, contents = torch.randn(2, photos, tokens, 256)
+    contents[:, 3, :photos] = 100 * (torch.eye(photos) - 1 / photos)
+    cells = torch.arange(tokens).expand(photos, tokens)
+    return Sampled(
+        torch.rand(photos), cells, features, contents, torch.zeros(photos, tokens, dtype=torch.bool)
+    )
+
+
+def test_what_is_alike_is_fixed_only_if_it_shows_something_else():
+    sampled, said = sample_of_noise(), 3 * torch.randn(256)
+    assert not fixed_and_proxies(sampled, 20)[0].any()
+    sampled.features[:, 3] = said
+    fixed, _ = fixed_and_proxies(sampled, 20)
+    assert fixed[:, 3].all()
+    assert int(fixed.sum()) == 12
+    sampled.contents[:, 3] = said  # the same thing in every photo
+    assert not fixed_and_proxies(sampled, 20)[0].any()
+
+
+def test_what_few_photos_say_is_not_fixed():
+    sampled = sample_of_noise()
+    sampled.features[:4, 3] = 3 * torch.randn(256)
+    assert not fixed_and_proxies(sampled, 20)[0].any()  # 3 of 11 others; 4 would be enough
+    assert fixed_and_proxies(sampled, 200)[0][:4, 3].all()  # a quarter is enough of a small sample
+
+
+def test_proxies_are_neither_fixed_nor_alike_to_others_by_chance():
+    sampled = sample_of_noise()
+    sampled.alone[:, 3] = True
+    assert fixed_and_proxies(sampled, 20)[1][:, 3].sum() == 12
+    sampled.features[:4, 3] = 3 * torch.randn(256)  # too few to be fixed, too many for a proxy
+    proxies = fixed_and_proxies(sampled, 20)[1]
+    assert proxies[4:, 3].all()
+    assert not proxies[:4].any()
+
+
+@pytest.mark.parametrize(("place", "alone"), [((4, 4), True), ((1, 1), False), ((0, 1), False)])
+def test_an_echo_counts_from_afar_only(place, alone):
+    patches, shown = torch.randn(3, 36, 256), torch.randn(3, 36, 256)
+    patches[:, place[0] * 6 + place[1]] = patches[:, 0]
+    shown[:, place[0] * 6 + place[1]] = -shown[:, 0]
+    sample = TokenSample((6, 6), photos=3, tokens=36)
+    sample.add(patches, patches.norm(dim=-1), shown)
+    assert sample.sampled is not None
+    assert sample.sampled.alone[sample.sampled.cells == 0].tolist() == [alone] * 3
+    assert int(sample.sampled.alone.sum()) == 6 * alone
+
+
+def test_what_patches_beside_say_too_is_no_proxy():
+    patches, shown = torch.randn(1, 36, 256), torch.randn(1, 36, 256)
+    beside = [1, 6, 7, 8, 13]  # (0, 1), (1, 0) and (1, 2): those around (1, 1), and itself
+    patches[:, beside], shown[:, 28] = patches[:, 28:29], -shown[:, 7]
+    sample = TokenSample((6, 6), photos=1, tokens=36)
+    sample.add(patches, patches.norm(dim=-1), shown)
+    assert sample.sampled is not None
+    assert not sample.sampled.alone[sample.sampled.cells == 7].any()
+    assert sample.sampled.alone[sample.sampled.cells == 28].all()
