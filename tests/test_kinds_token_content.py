@@ -194,7 +194,7 @@ def test_an_echo_counts_from_afar_only(place, alone):
 def test_what_patches_beside_say_too_is_no_proxy():
     patches, shown = torch.randn(1, 36, 256), torch.randn(1, 36, 256)
     beside = [1, 6, 7, 8, 13]  # (0, 1), (1, 0) and (1, 2): those around (1, 1), and itself
-    patches[:, beside], shown[:, 28] = patches[:, 28:29], -shown[:, 7]
+    patches[:, beside], shown[:, 28] = patches[:, 28:29].clone(), -shown[:, 7]
     sample = TokenSample((6, 6), photos=1, tokens=36)
     sample.add(patches, patches.norm(dim=-1), shown)
     assert sample.sampled is not None
