@@ -26,8 +26,8 @@ from vitreg.ranks import Ranks
 
 PHOTOS, TOKENS = 32, 32  # sampled of all photos, and of the patches of each
 # A token says the same in every photo if so many of the others hold one alike that shows something else (of
-# two fixed tokens, about half do): among a sample of their patches, in which a pattern on 4% of the patches is
-# met three times in four, or among all.
+# two fixed tokens, about half do): among a sample of their patches, in which a pattern on 4% of them is met
+# three times in four, or among all.
 OF_SAMPLES, OF_WHOLE_PHOTOS = 0.25, 0.35
 # A proxy is alike to less than this share of other photos' patches: where features have so few directions
 # that many are alike, those of one photo are so by chance, too.
@@ -45,8 +45,7 @@ class TokenContent(Finding):
     """Shares of the patches after the last block that are fixed patterns, and global proxies.
 
     The shares are of a sample, of patches of `photos` photos that show something; they are None where these
-    are too few. `positions` (gh, gw) is the share of those sampled at each place that are either; 0 where none
-    was.
+    are too few. `positions` (gh, gw) is the share of those sampled at each place that are either (or 0).
     """
 
     kind: ClassVar[str] = "token content"
