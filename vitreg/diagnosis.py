@@ -187,9 +187,11 @@ class Diagnosis:
 
     def _facts(self) -> list[str]:
         if not self.has_artifacts:
-            return []
+            seen = would_have_been_seen(self)
+            return [f"sureness: {self.sureness:.1%}", f"what would have been seen in so many images: {seen}"]
         similar = self.neighbour_similarity
         lines = [
+            f"sureness: {self.sureness:.1%}",
             f"strength: {self.strength} ({STRENGTHS[self.strength or 'mild']})",
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
             f"places: {describe_places(self.position_frequency)}",
@@ -506,6 +508,18 @@ def describe_places(frequency: list[list[float]], often: float = 0.5) -> str:
     share = float(sum(grid[r, c] for r, c in places) / grid.sum())
     named = ", ".join(f"({r}, {c})" for r, c in places[:8]) + (", ..." if len(places) > 8 else "")
     return f"{share:.0%} of them at fixed places (row, column): {named}"
+
+
+def would_have_been_seen(diagnosis: Diagnosis) -> str:
+    """Which artifacts would not have been missed, in words."""
+    seen = [
+        f"{float(share):.1%} of the patches at {ratio:.1f}x the median norm"
+        for share, ratio in diagnosis.detectable.items()
+        if ratio is not None
+    ]
+    if not seen:
+        return "too few patches: not even far outliers would have been"
+    return "from " + ", or ".join(seen) + " on"
 
 
 def versions() -> dict[str, str]:

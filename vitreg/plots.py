@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from vitreg.diagnosis import Diagnosis
+from vitreg.kinds import Finding
 from vitreg.plot_photos import draw_photo_rows, patch_maps, photo_grid, photo_rows_height, photo_strip
 from vitreg.style import (
     INK,
@@ -238,13 +239,26 @@ def position_map(report: Diagnosis) -> Figure:
     return figure
 
 
+@house_style
+def kind_map(report: Diagnosis, finding: Finding) -> Figure:
+    """For each place on the grid, the share of images that show an artifact of another kind there."""
+    rows, columns = report.grid
+    figure = Figure(figsize=(5.4, min(max(3.75 * rows / columns, 1.6), 7.0) + 0.9), layout="constrained")
+    _draw_frequency(figure.subplots(), np.array(finding.positions), report.images, finding.title)
+    mark_phantom(figure, report.model)
+    return figure
+
+
 def _draw_positions(ax: Axes, report: Diagnosis, title: str) -> None:
-    frequency = np.array(report.position_frequency)
+    _draw_frequency(ax, np.array(report.position_frequency), report.images, title)
+
+
+def _draw_frequency(ax: Axes, frequency: Float[np.ndarray, "gh gw"], images: int, title: str) -> None:
     most = float(frequency.max())
     top = most if 0 < most < 0.8 else 1.0
     image = ax.imshow(frequency, cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.045, 1)))
-    label_bar(bar, percent_ticks(0, top), f"share of the {report.images:,} images")
+    label_bar(bar, percent_ticks(0, top), f"share of the {images:,} images")
     if not frequency.any():
         ax.text(0.5, 0.5, "no outliers at any place", transform=ax.transAxes, ha="center", color="white")
     whole_ticks(ax.xaxis)

@@ -27,6 +27,7 @@ from vitreg.report_parts import (
     figures,
     key_facts,
     layer_table,
+    other_kinds,
     photos,
     photos_before_and_after,
     plain_number,
@@ -93,6 +94,7 @@ def write_verdict(verdict: Verdict, path: str | Path, *, choice: str = "") -> Pa
             section("Verdict", _verdict(verdict)),
             section("The model as it is: key facts", key_facts(before)),
             section("The model as it is: norms, layers, places", figures(before)),
+            *other_kinds(before),
             section("The model as it is: every layer", layer_table(before)),
             section("The model with the fix: every layer", layer_table(after)),
             *failed(before.failed_images),
@@ -121,6 +123,7 @@ def _of_one_model(report: Diagnosis) -> list[str]:
         section("Key facts", key_facts(report)),
         section("Photos", photos(report)),
         section("Norms, layers, places", figures(report)),
+        *other_kinds(report),
         section("Every layer", layer_table(report)),
         *failed(report.failed_images),
     ]

@@ -5,16 +5,23 @@ from dataclasses import replace
 from itertools import pairwise
 
 from vitreg import plots
-from vitreg.diagnosis import Diagnosis, LayerDiagnosis, describe_places
-from vitreg.page import facts, note, picture, table, text
+from vitreg.diagnosis import (
+    STRENGTHS,
+    Diagnosis,
+    LayerDiagnosis,
+    describe_places,
+    would_have_been_seen,
+)
+from vitreg.kinds import Finding
+from vitreg.page import facts, note, picture, section, table, text
 from vitreg.plot_versions import before_after
 from vitreg.report_view import view
 from vitreg.style import is_phantom, number, percent
 
 _HOW_NORMS = (
     "Every row is a layer, and the darker a cell, the more patch tokens have that norm. A model without "
-    "artifacts has one band. Artifacts are a second band far to the right, after an almost empty range; the "
-    "threshold is set in that gap. Below, the same for the layer where the two are furthest apart."
+    "artifacts has one band. Artifacts are a second band to the right, or a shoulder of the first; the "
+    "threshold is set where a patch is twice as likely an outlier as not. Below, the same for one layer."
 )
 _HOW_PLACES = (
     "The patch grid of an image. A few bright cells mean that outliers sit at fixed places whatever "
@@ -78,13 +85,19 @@ def _facts_of_threshold(report: Diagnosis) -> list[tuple[str, str]]:
     )
     if report.threshold is None:
         layer = ("Layer that came closest", str(report.detect_layer))
-        threshold = ("Threshold", "none: the norms are one population")
-        return [layer, threshold, ("The papers' mean + 3 sigma", sigma)]
+        threshold = ("Threshold", "none: no second population of norms is an artifact")
+        seen = ("What would have been seen", would_have_been_seen(report))
+        sure = ("Sureness", f"{report.sureness:.1%}")
+        return [sure, layer, threshold, seen, ("The papers' mean + 3 sigma", sigma)]
     marked = f"{number(report.threshold)}, marks {percent(report.outlier_fraction)} of patch tokens"
+    overlap = f"{percent(report.misjudged)} of patch tokens, which no threshold tells apart"
     return [
+        ("Strength", f"{report.strength}: {STRENGTHS[report.strength or 'mild']}"),
+        ("Sureness", f"{report.sureness:.1%}"),
         ("Onset layer", f"{report.onset_layer} (the first that shows them)"),
         ("Detect layer", f"{report.detect_layer} (where they stand out most)"),
         ("Threshold", f"{marked} after block {report.detect_layer}"),
+        ("Overlap of outliers and others", overlap),
         ("The papers' mean + 3 sigma", sigma),
     ]
 
@@ -123,6 +136,22 @@ def figures(report: Diagnosis) -> str:
         picture(plots.layer_curves(report), curves, _HOW_CURVES),
     ]
     return f'<div class="figures">{"".join(shown)}</div>'
+
+
+def other_kinds(report: Diagnosis) -> list[str]:
+    """The artifacts that are no high norms, where there are some: in words, and where they lie."""
+    present = [finding for finding in report.kinds if finding.present]
+    if not present:
+        return []
+    return [section("Other artifacts", "".join(_kind(report, finding) for finding in present))]
+
+
+def _kind(report: Diagnosis, finding: Finding) -> str:
+    words = f"<h3>{text(finding.title)}</h3>{note(str(finding))}"
+    if finding.positions is None:
+        return words
+    alt = f"{finding.title}: how often at each position"
+    return words + picture(plots.kind_map(report, finding), alt, _HOW_PLACES)
 
 
 def photos(report: Diagnosis) -> str:

@@ -56,7 +56,7 @@ def norms(explorer: Explorer, photo: Photo, view: View) -> Shown:
     }
     counted = f"**{mask.sum()} of {mask.size} patches ({percent(float(mask.mean()))})**"
     own = (
-        "In this layer the norms of all images are one population: the diagnosis sets no threshold."
+        "In this layer no second population of norms is an artifact: the diagnosis sets no threshold."
         if automatic is None
         else f"The diagnosis of {explorer.report.images} images puts it at {number(automatic)} here."
     )
@@ -191,6 +191,8 @@ def headline(explorer: Explorer) -> str:
     report = explorer.report
     reason = plain(report.reason[:1].upper() + report.reason[1:])
     found = f"**{plain(short_name(report.model))}: {report.verdict}.** {reason}"
+    others = [f"**{plain(x.title)}.** {plain(str(x))}" for x in report.kinds if x.present]
+    found = "\n\n".join([found, *others])
     if not is_phantom(report.model):
         return found
     return f"**A phantom: its artifacts were planted.** It is no evidence about a real model.\n\n{found}"
