@@ -11,8 +11,11 @@ artifacts begin, and of three random architectures; tails of every kind are forc
 
 import argparse
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,14 @@ import torch
 from power_trials import (
     BATCH,
     IMAGES,
+    RANDOM,
+    REAL,
     TAILS,
     Injection,
     Stream,
     best_f1,
     changed,
-    clean_streams,
+    clean_stream,
     f1,
     inject,
     statistics_of,
@@ -40,6 +45,7 @@ from vitreg.judging import Evidence, Judgement, judge
 from catalog import CATALOG  # isort: skip - power_trials knows where it lies
 
 SIZES, SPREADS, SHARES = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 12.0), (0.1, 0.3, 0.5), (0.002, 0.01, 0.02, 0.1)
+STREAMS = (*REAL, *RANDOM)
 # What the whole of the truncated models diagnoses: these sizes, at this share, with so many photos.
 FULLY, FULL_SHARE, FULL_PHOTOS = (3.0, 4.0, 6.0), 0.02, 96
 CONTROL_PHOTOS = (32, 96)
@@ -142,9 +148,9 @@ def whole_tail_trials(stream: Stream) -> Iterator[Trial]:
         yield _diagnosed("tails, whole model", f"{name}, {stream.name}", report)
 
 
-def random_trials(seeds: int, every: int) -> Iterator[Trial]:
-    """Random weights of all catalog architectures on images of every kind."""
-    for seed, (name, entry) in itertools.product(range(seeds), list(CATALOG.items())[::every]):
+def random_trials(seed: int, every: int) -> Iterator[Trial]:
+    """Random weights of the catalog's architectures on images of every kind."""
+    for name, entry in list(CATALOG.items())[::every]:
         vit = entry.backbone(seed)
         for kind, make in IMAGES.items():
             images = make(vit, CONTROL_PHOTOS[seed % 2], np.random.default_rng(seed))
@@ -173,22 +179,29 @@ def _diagnosed(group: str, what: str, report: Diagnosis) -> Trial:
     return Trial(group, what, report.images, report.has_artifacts, layer.margin, layer.ratio, layer.evidence)
 
 
+def trials_of(job: str, shared: Path, photos: Sequence[int], quick: bool) -> list[Trial]:
+    """Those of one stream, or of the random weights that a seed draws."""
+    torch.set_num_threads(1)
+    if job not in STREAMS:
+        return list(random_trials(int(job), 8 if quick else 1))
+    stream = clean_stream(shared, job, max(*photos, FULL_PHOTOS))
+    return [
+        *injected_trials(stream, photos, quick),
+        *whole_injected_trials(stream, quick),
+        *control_trials(stream, 2 if quick else 30),
+        *tail_trials(stream, 1 if quick else 14),
+        *([] if quick else whole_tail_trials(stream)),
+    ]
+
+
 def all_trials(args: argparse.Namespace, say: Say) -> list[Trial]:
-    quick: bool = args.quick
+    jobs = [*STREAMS, *map(str, range(1 if args.quick else 2))]
     trials: list[Trial] = []
-
-    def add(name: str, some: Iterable[Trial]) -> None:
-        before = len(trials)
-        trials.extend(some)
-        say(f"{name}: {len(trials) - before} trials, {sum(not x.right for x in trials[before:])} wrong")
-
-    for stream in clean_streams(args.shared, max(*args.photos, FULL_PHOTOS)):
-        add(f"{stream.name}, injected", injected_trials(stream, args.photos, quick))
-        add(f"{stream.name}, injected, whole model", whole_injected_trials(stream, quick))
-        add(f"{stream.name}, as it is", control_trials(stream, 2 if quick else 50))
-        add(f"{stream.name}, tails", tail_trials(stream, 1 if quick else 12))
-        add(f"{stream.name}, tails, whole model", [] if quick else whole_tail_trials(stream))
-    add("random weights", random_trials(1, 8) if quick else random_trials(2, 1))
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        run = partial(trials_of, shared=args.shared, photos=args.photos, quick=args.quick)
+        for job, found in zip(jobs, pool.map(run, jobs), strict=True):
+            say(f"{job}: {len(found)} trials, {sum(not x.right for x in found)} wrong")
+            trials += found
     return trials
 
 
@@ -274,8 +287,8 @@ def _calibration(trials: list[Trial]) -> str:
         rows.append(row)
     fitted = max(POWERS, key=lambda power: _log_likelihood(trials, power))
     return (
-        "## Calibration\n\nOf the cases with such a sureness, how many verdicts are right (injected, clean and"
-        f" with tails, as often as they were tried):\n\n{_table(headings, rows)}\n\n"
+        "## Calibration\n\nOf the cases with such a sureness, how many verdicts are right (injected, clean"
+        f" and with tails, as often as they were tried):\n\n{_table(headings, rows)}\n\n"
         f"The exponent that fits these verdicts best is {fitted:g}; it is set to {SURENESS_POWER:g}.\n"
     )
 
@@ -297,11 +310,8 @@ def _alarms(trials: list[Trial]) -> str:
     alarms = [t for t in clean if t.artifacts]
     rows.append(["all", f"{len(clean)}", f"{len(alarms)}"])
     listed = "\n".join(f"- {t}" for t in alarms) or "None."
-    tails = ", ".join(TAILS)
-    return (
-        f"## False alarms\n\nTails: {tails}.\n\n{_table(['tried', 'trials', 'said to be artifacts'], rows)}\n\n"
-        f"Each of them:\n\n{listed}\n"
-    )
+    table = _table(["tried", "trials", "said to be artifacts"], rows)
+    return f"## False alarms\n\nTails: {', '.join(TAILS)}.\n\n{table}\n\nEach of them:\n\n{listed}\n"
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -321,9 +331,9 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("--photos", type=int, nargs="+", default=[32, 96, 1000])
     parser.add_argument("--quick", action="store_true", help="a few cases of everything")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--markdown", type=Path, help="also write the page here")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     console = Console(stderr=True)
     text = page(all_trials(args, lambda line: console.print(line, highlight=False, markup=False)))
     print(text)

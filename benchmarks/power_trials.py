@@ -1,6 +1,6 @@
 """What the power study tries: clean streams of patches, populations put into them, tails forced on them.
 
-stream = clean_streams(shared, 96)[0]
+stream = clean_stream(shared, "DeiT-Ti", 96)
 inject(stream, Injection(size=3, spread=0.2, share=0.02), seed=0)       # (residuals, truth)
 TAILS["pareto 3"](stream, rng)                                          # (b, p) factors of the norms
 """
@@ -76,17 +76,21 @@ class Stream:
         return replace(self, photos=self.photos[chosen], residuals=self.residuals[chosen])
 
 
-def clean_streams(shared: Path, photos: int) -> Iterator[Stream]:
-    """Both real models before their artifacts and three random architectures, one at a time."""
-    for name, (folder, depth, layer) in REAL.items():
-        vit = vitreg.load(str(shared / "models" / folder))
-        source = str(shared / "data/imagenet-sample-1000")
-        images = vitreg.read_images(source, vit, limit=photos, workers=0)
-        pixels = torch.cat([batch.pixels for batch in images])
-        yield _stream(name, _cut(vit, depth), pixels, layer)
-    small = nn.functional.interpolate(pixels, size=(112, 112), mode="area")
-    for name, kind in RANDOM.items():
-        yield _stream(name, random_backbone(kind), small, 1)
+def clean_stream(shared: Path, name: str, photos: int) -> Stream:
+    """One of the real models, cut before its artifacts, or of the random architectures."""
+    if name in REAL:
+        folder, depth, layer = REAL[name]
+        vit = _cut(vitreg.load(str(shared / "models" / folder)), depth)
+    else:
+        vit, layer = random_backbone(RANDOM[name]), 1
+    images = vitreg.read_images(str(shared / "data/imagenet-sample-1000"), vit, limit=photos, workers=0)
+    pixels = torch.cat([batch.pixels for batch in images])
+    found = []
+    with evaluating(vit.model), trace(vit, norms=False, residuals=True, layers=[layer]) as t:
+        for batch in pixels.split(BATCH):
+            vit(batch)
+            found.append(t.residuals[0].clone())
+    return Stream(name, vit, pixels, layer, torch.cat(found))
 
 
 def random_backbone(kind: str, seed: int = 0) -> Backbone:
@@ -99,15 +103,6 @@ def _cut(vit: Backbone, depth: int) -> Backbone:
     """The model's first blocks only."""
     vit.model.blocks = cast(nn.Sequential, vit.model.blocks)[:depth]
     return vitreg.wrap(vit.model, vit.preprocess, name=f"{vit.name}, {depth} blocks")
-
-
-def _stream(name: str, vit: Backbone, pixels: Float[Tensor, "b 3 h w"], layer: int) -> Stream:
-    found = []
-    with evaluating(vit.model), trace(vit, norms=False, residuals=True, layers=[layer]) as t:
-        for batch in pixels.split(BATCH):
-            vit(batch)
-            found.append(t.residuals[0].clone())
-    return Stream(name, vit, pixels, layer, torch.cat(found))
 
 
 def statistics_of(stream: Stream, patches: Float[Tensor, "b p d"]) -> Statistics:
