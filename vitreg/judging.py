@@ -15,9 +15,9 @@ from vitreg.populations import Population, needed_gain, second_population
 from vitreg.statistics import EDGES, Statistics
 
 # Norms of this many times the others' median are far out (published: 3x to 50x). If they are also well apart
-# (at most this share of them misjudged), they need no other evidence: tails that are heavier than
-# log-concave ones reach as far, but without a valley (a third to a half misjudged; artifacts: to a tenth).
-FAR, APART = 3.0, 0.2
+# (at most this share of them misjudged), they need no other evidence: tails heavier than log-concave ones
+# reach as far, but without a valley (a sixth to a half misjudged; artifacts: to a twentieth).
+FAR, APART = 3.0, 0.1
 # Evidence that what stands out is one thing, made by the model. In real models without artifacts and under
 # tails of every kind, the largest norms share a direction to at most 0.5 (soft artifacts: 0.7 to 0.9), and
 # their three richest dimensions hold at most 0.3 of the excess (0.5 to 1). In small random models they may
