@@ -394,9 +394,9 @@ def _rule(layer: int, judgement: Judgement) -> OutlierRule:
     return OutlierRule(layer, judgement.threshold, curve)
 
 
-def sureness(judgement: Judgement) -> float:
+def sureness(judgement: Judgement, power: float = SURENESS_POWER) -> float:
     """The probability that the verdict on a layer is right: of artifacts if they stand, else of none."""
-    odds = max(judgement.margin, 1e-3) ** SURENESS_POWER
+    odds = max(judgement.margin, 1e-3) ** power
     artifacts = odds / (1 + odds)
     return max(artifacts, 0.5) if judgement.stands else max(1 - artifacts, 0.5)
 

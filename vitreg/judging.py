@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from vitreg.populations import Population, needed_gain, second_population
 from vitreg.statistics import EDGES, Statistics
 
-# Norms of this many times the others' median are far out: they need no other evidence (published: 3x to 50x).
-FAR = 3.0
+# Norms of this many times the others' median are far out (published: 3x to 50x). If they are also well apart
+# (at most this share of them misjudged), they need no other evidence: tails heavier than log-concave ones
+# reach as far, but without a valley (a sixth to a half misjudged; artifacts: to a twentieth).
+FAR, APART = 3.0, 0.1
 # Evidence that what stands out is one thing, made by the model. In real models without artifacts and under
 # tails of every kind, the largest norms share a direction to at most 0.5 (soft artifacts: 0.7 to 0.9), and
-# their three richest dimensions hold at most 0.3 of the excess (0.5 to 1).
+# their three richest dimensions hold at most 0.3 of the excess (0.5 to 1). In small random models they may
+# hold more by chance, but with either sign: no direction. (Planted artifacts of any kind: 0.4 and more.)
 SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
+ONE_SIDE = 0.25  # of the direction, before few dimensions count
 ONE_VECTOR = 0.8  # of both
 # Where outliers share a direction and few dimensions as clearly as this, less of a shape is needed.
 STRONG_DIRECTION, STRONG_DIMENSIONS, STRONG_NEEDS = 0.8, 0.6, 0.4
@@ -65,7 +69,7 @@ class Evidence:
         words = []
         if self.direction >= SHARED_DIRECTION:
             words.append(f"they share one direction ({self.direction:.2f} of 1)")
-        if self.few_dimensions >= FEW_DIMENSIONS:
+        if self.few_dimensions >= FEW_DIMENSIONS and self.direction >= ONE_SIDE:
             words.append(f"three residual dimensions carry {self.few_dimensions:.0%} of their excess")
         if self.attention is not None and self.attention >= DRAWN_ATTENTION:
             words.append(f"they draw {self.attention:.0f}x their share of attention in the next block")
@@ -123,7 +127,7 @@ def judge(s: Statistics, layer: int) -> Judgement:
 def _stands(margin: float, population: Population, evidence: Evidence) -> bool:
     if margin < 1 or population.misjudged > MAX_MISJUDGED * population.share:
         return False
-    if population.ratio >= FAR:
+    if population.ratio >= FAR and population.misjudged <= APART * population.share:
         return True
     return bool(evidence.named) and evidence.one_group <= ONE_GROUP
 

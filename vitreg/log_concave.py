@@ -24,6 +24,8 @@ TAIL = np.exp(-0.35)
 EM_STEPS, EM_GAIN, EM_SHARE = 60, 0.05, 2e-3
 # Knots that a step of EM may add to a component: the next steps go on from there.
 EM_ROUNDS = 4
+# Both components of a mixture, each times its share.
+Parts = tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]
 # Weights under this share of the largest are no observations.
 NEGLIGIBLE = 1e-9
 
@@ -78,11 +80,17 @@ def _feasible(
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Knots and heights to begin with, counted from `first`: those of `start`, or a flat line."""
     size = last - first
-    if start is None or len(start.knots) < 2 or start.knots[0] > first or start.knots[-1] < last:
+    inside = start is not None and (start.knots >= first) & (start.knots <= last)
+    if start is None or np.sum(inside) < 2:
         return np.array([0, size]), np.full(2, -np.log(size + 1))
     inner = (start.knots > first) & (start.knots < last)
     knots = np.concatenate([[first], start.knots[inner], [last]])
-    return knots - first, np.interp(knots, start.knots, start.heights)
+    heights = np.interp(knots, start.knots, start.heights)
+    # Observations beyond the ends of `start`: its first and last pieces go on.
+    slopes = np.diff(start.heights) / np.diff(start.knots)
+    heights[0] += slopes[0] * min(first - start.knots[0], 0)
+    heights[-1] += slopes[-1] * max(last - start.knots[-1], 0)
+    return knots - first, heights
 
 
 def _newton(
@@ -197,7 +205,7 @@ def mixture(
     total, second = counts.sum(), first_guess
     low: Density | None = None
     high: Density | None = None
-    before = -np.inf
+    best: tuple[float, float, Parts] | None = None  # the log-likelihood, the share and both parts
     for _ in range(EM_STEPS):
         above = counts * second
         share = above.sum() / total if fixed_share is None else fixed_share
@@ -207,12 +215,20 @@ def mixture(
         p, q = (1 - share) * _with_tails(low.probability), share * _with_tails(high.probability)
         second = q / np.maximum(p + q, 1e-300)
         value = log_likelihood(counts, p + q)
-        if value - before < max(EM_GAIN, EM_SHARE * (value - alone)):
+        gained = np.inf if best is None else value - best[0]
+        if gained > 0:
+            best = value, float(share), (p, q)
+        if gained < max(EM_GAIN, EM_SHARE * (value - alone)):
             break
-        before = value
-    above_mode = np.arange(len(counts)) > int(p.argmax())
+    return None if best is None else _mixture(*best, alone)
+
+
+def _mixture(value: float, share: float, parts: Parts, alone: float) -> Mixture:
+    p, q = parts
+    above_mode = np.arange(len(p)) > int(p.argmax())
+    second = q / np.maximum(p + q, 1e-300)
     posterior = np.maximum.accumulate(np.where(above_mode, second, 0.0))
-    return Mixture(float(share), value - alone, posterior, p, q)
+    return Mixture(share, value - alone, posterior, p, q)
 
 
 def _with_tails(probability: Float[np.ndarray, " bins"]) -> Float[np.ndarray, " bins"]:
