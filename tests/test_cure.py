@@ -8,6 +8,7 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
+from vitreg import choosing
 from vitreg import cure as curing
 from vitreg.cure import find_cure
 from vitreg.fixes import AttentionBias, ShiftAverage, TestTimeRegisters, TokenSplitting
@@ -52,7 +53,13 @@ def test_a_phantom_is_cured(name):
     assert cure.verdict.verdict == "helps"
     assert cure.verdict["outliers"].after.value < 0.05 * cure.verdict["outliers"].before.value
     assert cure.report.onset_layer == 1
-    assert stages[:3] == ["diagnosing the model as it is", "finding register neurons", "building the fix"]
+    assert stages[:4] == [
+        "diagnosing the model as it is",
+        "finding what makes the outliers",
+        "finding register neurons",
+        "building the fix",
+    ]
+    assert (cure.origin.kind, cure.origin.layers) == ("neurons", (1,))
     assert not vitreg.applied(phantom.vit.model)
     assert all(torch.equal(weights[key], value) for key, value in phantom.vit.model.state_dict().items())
 
@@ -100,7 +107,7 @@ def test_how_neurons_are_found_is_passed_on(planted):
     ],
 )
 def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, wanted, expected, says):
-    monkeypatch.setattr(curing, "UNCHANGED", dict.fromkeys(curing.UNCHANGED, wanted))
+    monkeypatch.setattr(choosing, "UNCHANGED", dict.fromkeys(choosing.UNCHANGED, wanted))
     cure = cure_of(planted)
     assert type(cure.fix) is expected
     assert cure.choice.startswith(says)
@@ -109,8 +116,8 @@ def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, want
 
 def test_what_is_said_of_predictions_is_what_a_plain_run_shows(planted, monkeypatch):
     phantom, photos, _ = planted
-    monkeypatch.setattr(curing, "CHOOSING_IMAGES", 40)
-    monkeypatch.setattr(curing, "UNCHANGED", {"agreement": 1.1})  # so that all is tried, and told
+    monkeypatch.setattr(choosing, "CHOOSING_IMAGES", 40)
+    monkeypatch.setattr(choosing, "UNCHANGED", {"agreement": 1.1})  # so that all is tried, and told
     cure = cure_of(planted)
     with torch.no_grad():
         before = phantom.vit(photos[:40]).argmax(1)
@@ -130,7 +137,7 @@ def test_auto_stays_with_registers_where_splitting_is_refused(planted, monkeypat
     def refuse(*args: object, **kwargs: object) -> None:
         raise vitreg.UnsupportedModelError("block 1 normalises what its MLP writes.")
 
-    monkeypatch.setattr(curing, "UNCHANGED", {"patches": 1.1})
+    monkeypatch.setattr(choosing, "UNCHANGED", {"patches": 1.1})
     monkeypatch.setattr(TokenSplitting, "edits", refuse)
     cure = cure_of(planted)
     assert type(cure.fix) is TestTimeRegisters

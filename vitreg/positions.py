@@ -53,7 +53,7 @@ def added_positions(vit: Backbone, layout: TokenLayout | None = None) -> AddedPo
     raise UnsupportedModelError(
         f"{type(vit.model).__name__} adds no table of positions to its patches: nothing that enters a module"
         " up to block 0 differs from an earlier output by the same for every image. Its positions are rotary"
-        " or relative, say, or mixed with the patches otherwise: it has no table whose rows could be outlying."
+        " or relative, say, or mixed with the patches otherwise: it has no table whose rows stand out."
     )
 
 
