@@ -202,8 +202,8 @@ def choose_without_neurons(
     if best is not None:
         return best.fix, f"{best.name}, for {cause} alone makes the outliers: {best.said}{others}"
     return None, (
-        f"no fix, for {cause} alone makes the outliers, and all that was tried leaves them or changes what the"
-        f" model says{others} To have one all the same, ask for it by its type (--type)."
+        f"no fix, for {cause} alone makes the outliers, and all that was tried leaves them or changes what"
+        f" the model says{others} To have one all the same, ask for it by its type (--type)."
     )
 
 

@@ -144,6 +144,8 @@ def find_cure(
         rounds = search() if kind in OF_NEURONS else []
         say("building the fix")
         fix, choice = build(vit, images, rounds, report, kind)
+    if kind == "auto" and origin is None:
+        choice += f" (What makes the outliers is not known: none of the first {SEARCHED} images has one.)"
     if fix is None:
         return _without_fix(vit, report, "no fix", choice, choice, origin)
     return Cure(fix, choice, verify(vit, fix, images, report=report, progress=say), origin)
