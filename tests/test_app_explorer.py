@@ -135,7 +135,7 @@ def test_a_model_without_artifacts_is_told_so(tmp_path: Path) -> None:
     assert "nothing to fix" in explorer.why_no_fix
     photo, view = explorer.gallery[0], View.first(explorer)
     assert "no outliers" in shown.attention(explorer, photo, view).text
-    assert "one population" in shown.norms(explorer, photo, view).text
+    assert "no second population" in shown.norms(explorer, photo, view).text
     assert "nothing to fix" in shown.comparison(explorer, None).text
     assert shown.neurons(explorer, photo, view).pictures["activation"] is None
 

@@ -141,7 +141,7 @@ def test_moving_the_threshold_changes_the_count(user: User, explorer: Explorer) 
 def test_a_layer_and_a_photo_can_be_chosen(user: User, explorer: Explorer) -> None:
     user.reads("#norms-text", "of 20 patches")
     user.page.locator("#layer input[type=number]").fill("0")
-    user.reads("#norms-text", "one population")
+    user.reads("#norms-text", "no second population")
     user.page.locator("#layer input[type=number]").fill(str(explorer.report.detect_layer))
     some = most_outliers(explorer)
     count = explorer.outliers(explorer.gallery[some]).sum()
@@ -253,7 +253,7 @@ def test_two_users_do_not_see_each_other(
     browser: Any, address: str, explorer: Explorer, tmp_path: Path
 ) -> None:
     one, two = User(browser, address, "?tab=norms&layer=0"), User(browser, address, "?tab=attention&photo=3")
-    one.reads("#norms-text", "one population")
+    one.reads("#norms-text", "no second population")
     two.reads("#attention-text", "in block 2")
     picture = two.picture("attention-photo")
     one.page.locator("#upload input[type=file]").set_input_files(demo_photos()[1])

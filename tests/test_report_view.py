@@ -140,7 +140,9 @@ def test_a_layer_of_one_population_has_no_threshold_of_its_own(opened):
     assert visit.text("#layer-value") == "0"
     assert counted(visit) == 0
     assert visit.text("#threshold-value") == "none"
-    assert "one population: the diagnosis sets no threshold" in visit.text("#automatic-note")
+    assert "no second population of norms is an artifact: the diagnosis sets no threshold" in visit.text(
+        "#automatic-note"
+    )
     visit.set("#threshold", math.log(np.median(report.examples[0].norms[0])))
     set_to = math.exp(visit.page.locator("#threshold").evaluate("input => input.valueAsNumber"))
     assert counted(visit) == over(report, set_to, layer=0).sum() > 0

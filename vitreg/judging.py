@@ -21,6 +21,8 @@ FAR = 3.0
 # their three richest dimensions hold at most 0.3 of the excess (0.5 to 1).
 SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
 ONE_VECTOR = 0.8  # of both
+# Where outliers share a direction and few dimensions as clearly as this, less of a shape is needed.
+STRONG_DIRECTION, STRONG_DIMENSIONS, STRONG_NEEDS = 0.8, 0.6, 0.4
 DRAWN_ATTENTION = 3.0  # times the even share, in the next block
 # At fixed positions one more photo shows nothing new: there, positions are counted and not patches.
 BOUND = 0.5
@@ -51,6 +53,11 @@ class Evidence:
     def one_vector(self) -> bool:
         """Whether outliers are hardly more than ordinary patches and one vector of a few dimensions."""
         return min(self.direction, self.few_dimensions) >= ONE_VECTOR
+
+    @property
+    def strong(self) -> bool:
+        """Whether direction and dimensions hardly leave another explanation."""
+        return self.direction >= STRONG_DIRECTION and self.few_dimensions >= STRONG_DIMENSIONS
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -90,21 +97,23 @@ def judge(s: Statistics, layer: int) -> Judgement:
     """Judge the norms after one block."""
     patches = float(s.counts[layer].sum())
     needed = needed_gain(patches)
+    least = STRONG_NEEDS * needed
     # Photos of different brightness blur the norms themselves, which only have to agree.
-    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4)
+    absolute = second_population(s.counts[layer], EDGES, needed=least / 4)
     if absolute is None:
         return NOTHING
     evidence = _evidence(s, layer, absolute)
     if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
         return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
-    relative = second_population(s.relative[layer], EDGES, needed=needed / 2)
+    relative = second_population(s.relative[layer], EDGES, needed=least)
     if relative is None:
         return NOTHING
-    absolute = second_population(s.counts[layer], EDGES, needed=needed / 4, about=relative.fraction)
-    if absolute is None:
+    agreeing = second_population(s.counts[layer], EDGES, needed=least / 4, about=relative.fraction)
+    if agreeing is not None:
+        absolute, evidence = agreeing, _evidence(s, layer, agreeing)
+    elif not evidence.strong:
         return NOTHING
-    evidence = _evidence(s, layer, absolute)
-    margin = min(relative.gain / needed, 4 * absolute.gain / needed)
+    margin = min(relative.gain, 4 * absolute.gain) / (least if evidence.strong else needed)
     if evidence.bound >= BOUND and absolute.ratio < FAR:
         positions = s.positions.shape[1]
         margin = min(margin, absolute.gain * positions / patches / needed_gain(positions))

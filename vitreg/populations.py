@@ -103,12 +103,12 @@ def _fewest(counts: Float[np.ndarray, " bins"], best: Mixture, alone: float) -> 
 
     Where populations overlap, the likelihood hardly minds how what lies between is shared out.
     """
-    fewest = best
+    fewest, most_gained = best, best.gain
     while True:
         fewer = mixture(counts, fewest.posterior, alone, SMALLER * fewest.share)
-        if fewer is None or fewer.gain < NEARLY * best.gain or fewer.posterior.max() < LIKELY:
+        if fewer is None or fewer.gain < NEARLY * most_gained or fewer.posterior.max() < LIKELY:
             return fewest
-        fewest = fewer
+        fewest, most_gained = fewer, max(most_gained, fewer.gain)
 
 
 def _starts(counts: Float[np.ndarray, " bins"], single: Density, about: float | None) -> list[int]:
@@ -119,10 +119,18 @@ def _starts(counts: Float[np.ndarray, " bins"], single: Density, about: float | 
     median = int(np.searchsorted(counts.cumsum(), total / 2))
     excess[: median + 2] = 0.0
     worst = int(excess.argmax())
-    starts = {worst, (worst + median) // 2 + 1}
+    starts = {worst, (worst + median) // 2 + 1, _behind_widest_gap(counts, median)}
     if about is not None:
         starts.add(int(np.argmax(beyond <= about)))
     return sorted(bin for bin in starts if beyond[bin] > 0 and beyond[bin] <= 1.5 * MAX_SHARE)
+
+
+def _behind_widest_gap(counts: Float[np.ndarray, " bins"], median: int) -> int:
+    """The first occupied bin behind the widest empty range above the median."""
+    occupied = np.flatnonzero(counts[median:]) + median
+    if len(occupied) < 2:
+        return median
+    return int(occupied[int(np.diff(occupied).argmax()) + 1])
 
 
 def _population(
@@ -135,7 +143,7 @@ def _population(
         threshold=float(edges[bin]),
         fraction=float(beyond.sum() / total),
         ratio=quantile(beyond, edges[bin:], 0.5) / quantile(below, edges, 0.5),
-        share=best.share,
+        share=float(counts @ best.posterior / total),
         misjudged=float(_misjudged(counts, best.posterior)[bin] / total),
         gain=2 * best.gain,
         needed=needed,

@@ -139,7 +139,7 @@ def figures(report: Diagnosis) -> str:
 
 
 def other_kinds(report: Diagnosis) -> list[str]:
-    """The artifacts that are no high norms, where there are some: in words, and where in the image they lie."""
+    """The artifacts that are no high norms, where there are some: in words, and where they lie."""
     present = [finding for finding in report.kinds if finding.present]
     if not present:
         return []

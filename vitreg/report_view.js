@@ -240,7 +240,7 @@
     write(byId("threshold-value"), words);
     byId("threshold").setAttribute("aria-valuetext", words);
     const own = automatic();
-    const none = "The norms of this layer are one population: the diagnosis sets no threshold here.";
+    const none = "In this layer no second population of norms is an artifact: the diagnosis sets no threshold here.";
     const some = `The diagnosis sets it to ${number(own ?? 0)}, in the gap between two populations.`;
     write(byId("automatic-note"), own === null ? none : some);
   }

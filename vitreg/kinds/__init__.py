@@ -1,11 +1,22 @@
 """Artifacts that are no high norms, each with its own measure: see base.py."""
 
 from vitreg.kinds.base import Context, Finding, Meter
+from vitreg.kinds.locality import LocalityMeter
 from vitreg.kinds.low_norm import LowNorm
 from vitreg.kinds.massive_dimensions import MassiveDimensions
+from vitreg.kinds.position_pattern import PositionPatterns
 from vitreg.kinds.sinks import Sinks
+from vitreg.kinds.strip_test import StripTest, strip_test
+from vitreg.kinds.token_content import TokenContentMeter
 
 # What a diagnosis measures beside norms, in the order in which it reports them.
-METERS: tuple[type[Meter], ...] = (Sinks, LowNorm, MassiveDimensions)
+METERS: tuple[type[Meter], ...] = (
+    Sinks,
+    LowNorm,
+    MassiveDimensions,
+    PositionPatterns,
+    TokenContentMeter,
+    LocalityMeter,
+)
 
-__all__ = ["METERS", "Context", "Finding", "Meter"]
+__all__ = ["METERS", "Context", "Finding", "Meter", "StripTest", "strip_test"]

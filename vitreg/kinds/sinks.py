@@ -124,7 +124,8 @@ class Sinks(Meter):
         special = [rows[..., :prefix], rows[..., prefix:first]]
         self.special[layer] += torch.stack([part.sum(-1).mean(1).sum() for part in special])
         if self._entering:  # in block 0 no block has written yet, so no norm says who is an outlier
-            typical = _shares_of_patches(rows[..., first:]).median(1).values
+            patches = slice(first, first + self.layout.patches)  # behind them a fix may have keys of no token
+            typical = _shares_of_patches(rows[..., patches]).median(1).values
             self._add_sinks(layer, shares.mean(1), typical)
 
     def _add_sinks(self, layer: int, asked: Float[Tensor, "b p"], typical: Float[Tensor, "b p"]) -> None:

@@ -1,0 +1,48 @@
+"""A copy of a model whose patches are changed after one block, as the phantoms of several kinds need it.
+
+planted = with_changed_patches(vit, layer=5, change=lambda patches: 2 * patches, kind="doubled")
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.models import Backbone
+from vitreg.probe import evaluating, first_tensor
+from vitreg.trace import trace
+
+Change = Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b p d"]]
+
+
+def with_changed_patches(vit: Backbone, layer: int, change: Change, kind: str) -> Backbone:
+    """A copy of `vit` in which `change` is made to the patches (b, p, d) after block `layer` (0-based).
+
+    The weights stay; a hook on the block makes the change, so that it works on every architecture. Raises
+    ValueError for a layer that the model does not have.
+    """
+    if not 0 <= layer < vit.anatomy.depth:
+        raise ValueError(f"layer {layer}: expected 0 to {vit.anatomy.depth - 1}.")
+    planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom ({kind}) of {vit.name}")
+    block = vit.anatomy.block_modules(planted.model)[layer]
+    block.register_forward_hook(partial(_changed, change, vit.layout.patch_slice.start))
+    return planted
+
+
+def _changed(change: Change, start: int, block: nn.Module, args: Any, output: Any) -> Any:
+    residual = first_tensor(output)
+    assert residual is not None  # the anatomy was found by it
+    with torch.no_grad():
+        new = torch.cat([residual[:, :start], change(residual[:, start:])], 1)
+    return new if isinstance(output, Tensor) else (new, *output[1:])
+
+
+def patches_after(vit: Backbone, images: Float[Tensor, "b 3 h w"], layer: int) -> Float[Tensor, "b p d"]:
+    """The patches of the residual stream after one block, in float32."""
+    with evaluating(vit.model), trace(vit, norms=False, residuals=True, layers=[layer]) as t:
+        vit(images)
+    return t.residuals[0][:, t.layout.patch_slice].float()
