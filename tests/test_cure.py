@@ -215,11 +215,11 @@ def twice() -> tuple[Planted, vitreg.Phantom, vitreg.Phantom]:
 def early(twice) -> Planted:
     """The same, with a diagnosis that looks where there are only the first."""
     phantom, photos, report = twice[0]
-    threshold = report.layers[0].threshold
+    rule = OutlierRule(0, report.layers[0].threshold)
     return (
         phantom,
         photos,
-        replace(report, detect_layer=0, threshold=threshold, rule=OutlierRule(0, threshold)),
+        replace(report, detect_layer=0, threshold=rule.threshold, rule=rule),
     )
 
 
