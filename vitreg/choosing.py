@@ -26,7 +26,7 @@ from vitreg.verify import GONE, verify
 # and of normal patches before and after; and, where there is a head, its word: the loss of top-1 that the
 # unfixed model expects of the changed predictions may be half a point.
 CHOOSING_IMAGES = 128
-UNCHANGED = {"cls": 0.98, "patches": 0.98}
+UNCHANGED = {"cls": 0.98, "patches": 0.97}
 EXPECTED_LOSS = 0.005
 # Numbers of common directions to in-paint, tried in this order (0: the whole patch), until the outliers are
 # gone: what a patch holds along other directions is its own, and stays.
@@ -67,7 +67,7 @@ class Trial:
         unchanged = all(after[name] >= least for name, least in UNCHANGED.items() if name in after)
         if "expected_loss" in after:
             said.append(f"expected loss of top-1 {after['expected_loss']:.2%}")
-            unchanged = unchanged and after["expected_loss"] <= EXPECTED_LOSS
+            unchanged = unchanged and after["expected_loss"] <= EXPECTED_LOSS and tried.verdict != "harms"
         removes = after["outliers"] <= GONE * before.value
         figures = f"{', '.join(said)}, on {tried.images} images"
         return cls(name, fix, removes, unchanged, tried.verdict == "helps", after["patches"], figures)
