@@ -9,7 +9,7 @@ outliers are not far out, the shape alone does not tell artifacts from content: 
 them, too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,9 +107,12 @@ NOTHING = Judgement(None, None, 0.0, False)
 
 
 def judge_layers(s: Statistics) -> list[Judgement]:
-    """Judge the norms after each block."""
+    """Judge the norms after each block. Block 0 has artifacts of its own only if they are far out."""
     first = judge(s, 0)
-    return [first, *(judge(s, layer, first.population) for layer in range(1, len(s.counts)))]
+    later = [judge(s, layer, first.population) for layer in range(1, len(s.counts))]
+    if first.population is not None and first.evidence is not None and first.population.ratio < FAR:
+        first = replace(first, evidence=replace(first.evidence, inherited=1.0), stands=False)
+    return [first, *later]
 
 
 def judge(s: Statistics, layer: int, first: Population | None = None) -> Judgement:
@@ -165,8 +168,6 @@ def _evidence(s: Statistics, layer: int, population: Population, first: Populati
 
 
 def _inherited(s: Statistics, rule: OutlierRule, first: Population | None) -> float:
-    if rule.layer == 0:
-        return 1.0
     if first is None:
         return 0.0
     excess = s.excess(rule), s.excess(OutlierRule(0, first.threshold))
