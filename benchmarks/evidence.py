@@ -1,9 +1,9 @@
-"""All evaluations that the shared data allow, on the two real models and with both fixes: one table.
+"""All evaluations that the shared data allow, on the two real models, as they are and fixed: one table.
 
     python benchmarks/evidence.py ../shared --markdown docs/evidence.md
     python benchmarks/evidence.py ../shared --only depth tokens        # some tasks, to the terminal
 
-Fixes are calibrated on 64 of the 1000 photos, without labels. A difference to the unfixed model is given
+Fixes are calibrated on 64 of the 1000 photos, without labels. A difference to the same model unfixed is given
 where its 95% interval (paired, over images) does not hold zero. Features are cached: a run goes on where
 it was stopped.
 """
@@ -25,7 +25,7 @@ from vitreg.fixes import Fix
 from vitreg.output import write_atomically
 from vitreg.settings import with_settings
 
-ARTIFACTS, CLEAN = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_patch16_224"
+MODELS = {"ViT-Ti": "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "DeiT-Ti": "deit_tiny_patch16_224"}
 PHOTOS = "data/imagenet-sample-1000"
 
 
@@ -69,11 +69,12 @@ RUNS = (
 
 
 def fixes(vit: vitreg.Backbone, photos: vitreg.Images) -> dict[str, Fix]:
-    """The paper's register, and token splitting."""
+    """The paper's register, registers that are calibrated to resemble outliers, and token splitting."""
     neurons = vitreg.find_register_neurons(vit, photos, vitreg.diagnose(vit, photos))
     return {
-        "ViT-Ti, one register": vitreg.TestTimeRegisters(neurons),
-        "ViT-Ti, splitting": vitreg.TokenSplitting.calibrate(vit, photos, neurons),
+        "one register": vitreg.TestTimeRegisters(neurons),
+        "calibrated registers": vitreg.TestTimeRegisters.calibrate(vit, photos, neurons),
+        "splitting": vitreg.TokenSplitting.calibrate(vit, photos, neurons),
     }
 
 
@@ -90,15 +91,14 @@ def evaluated(run: Run, vit: vitreg.Backbone, shared: Path, cache: Path) -> Resu
 
 
 def columns(
-    run: Run, models: dict[str, vitreg.Backbone], found: dict[str, Fix], shared: Path, cache: Path
+    run: Run, models: dict[str, vitreg.Backbone], found: dict[str, dict[str, Fix]], shared: Path, cache: Path
 ) -> Iterator[tuple[str, Result]]:
-    """(column, result) of a task: the model with artifacts, each fix on it, and the one without artifacts."""
-    vit = models[ARTIFACTS]
-    yield "ViT-Ti", evaluated(run, vit, shared, cache)
-    for name, fix in found.items():
-        with fix.applied_to(vit):
-            yield name, evaluated(run, vit, shared, cache)
-    yield "DeiT-Ti", evaluated(run, models[CLEAN], shared, cache)
+    """(column, result) of a task: each model as it is, and with each of its fixes."""
+    for model, vit in models.items():
+        yield model, evaluated(run, vit, shared, cache)
+        for name, fix in found[model].items():
+            with fix.applied_to(vit):
+                yield f"{model}, {name}", evaluated(run, vit, shared, cache)
 
 
 # -- tables ------------------------------------------------------------------------------------------
@@ -112,17 +112,17 @@ def short(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
         found = results[run.title]
         metrics = dict.fromkeys(m for result in found.values() for m in result.metrics)
         for metric in run.shown or metrics:
-            cells = [_cell(found["ViT-Ti"], result, metric, name) for name, result in found.items()]
+            cells = [_cell(found[name.split(",")[0]], result, metric) for name, result in found.items()]
             lines.append(f"| {run.title}: {metric} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(plain: Result, result: Result, metric: str, column: str) -> str:
+def _cell(plain: Result, result: Result, metric: str) -> str:
     if metric not in result.metrics:
         return ""
     form = result.metrics[metric].format
     value = f"{result.metrics[metric].value:{form}}"
-    change = None if column in ("ViT-Ti", "DeiT-Ti") else differences(plain, result).get(metric)
+    change = None if result is plain else differences(plain, result).get(metric)
     if change is None or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return value
     return f"{value} ({change.value:+{form}})"
@@ -163,8 +163,8 @@ def page(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
             "# The evidence",
             "",
             "Made by `python benchmarks/evidence.py ../shared --markdown docs/evidence.md` (" + used + ").",
-            "In brackets: differences to the unfixed ViT-Ti whose 95% interval, paired over images, does not"
-            " hold zero.",
+            "In brackets: differences to the same model without a fix whose 95% interval, paired over images,"
+            " does not hold zero.",
             "",
             short(results, runs),
             "",
@@ -183,10 +183,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache())
     args = parser.parse_args()
     runs = tuple(run for run in RUNS if not args.only or run.task in args.only)
-    models = {name: vitreg.load(str(args.shared / "models" / name)) for name in (ARTIFACTS, CLEAN)}
+    models = {name: vitreg.load(str(args.shared / "models" / folder)) for name, folder in MODELS.items()}
     photos = sorted((args.shared / PHOTOS).iterdir())
-    some = vitreg.read_images(photos[:: len(photos) // 64][:64], models[ARTIFACTS])
-    found = fixes(models[ARTIFACTS], some)
+    some = photos[:: len(photos) // 64][:64]
+    found = {name: fixes(vit, vitreg.read_images(some, vit)) for name, vit in models.items()}
     results = {run.title: dict(columns(run, models, found, args.shared, args.cache)) for run in runs}
     print(short(results, runs))
     if args.markdown:

@@ -1,6 +1,7 @@
 """The whole cure on phantoms: which neurons, which fix and why, and what is said and saved about it."""
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,10 +9,31 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
+from vitreg import choosing
 from vitreg import cure as curing
+from vitreg.choosing import Trial
 from vitreg.cure import find_cure
-from vitreg.fixes import AttentionBias, ShiftAverage, TestTimeRegisters, TokenSplitting
+from vitreg.fixes import (
+    AttentionBias,
+    Fix,
+    Inpainting,
+    PositionRepair,
+    Projection,
+    ShiftAverage,
+    TestTimeRegisters,
+    TokenSplitting,
+    projection,
+)
+from vitreg.kinds import Finding
 from vitreg.neurons import find_register_neurons
+from vitreg.outliers import OutlierRule
+from vitreg.phantoms import (
+    OriginPhantom,
+    plant_attention_outliers,
+    plant_patch_outliers,
+    plant_position_outliers,
+)
+from vitreg.report import write
 
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]
 
@@ -52,7 +74,13 @@ def test_a_phantom_is_cured(name):
     assert cure.verdict.verdict == "helps"
     assert cure.verdict["outliers"].after.value < 0.05 * cure.verdict["outliers"].before.value
     assert cure.report.onset_layer == 1
-    assert stages[:3] == ["diagnosing the model as it is", "finding register neurons", "building the fix"]
+    assert stages[:4] == [
+        "diagnosing the model as it is",
+        "finding what makes the outliers",
+        "finding register neurons",
+        "building the fix",
+    ]
+    assert (cure.origin.kind, cure.origin.layers) == ("neurons", (1,))
     assert not vitreg.applied(phantom.vit.model)
     assert all(torch.equal(weights[key], value) for key, value in phantom.vit.model.state_dict().items())
 
@@ -100,7 +128,7 @@ def test_how_neurons_are_found_is_passed_on(planted):
     ],
 )
 def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, wanted, expected, says):
-    monkeypatch.setattr(curing, "UNCHANGED", dict.fromkeys(curing.UNCHANGED, wanted))
+    monkeypatch.setattr(choosing, "UNCHANGED", dict.fromkeys(choosing.UNCHANGED, wanted))
     cure = cure_of(planted)
     assert type(cure.fix) is expected
     assert cure.choice.startswith(says)
@@ -109,14 +137,22 @@ def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, want
 
 def test_what_is_said_of_predictions_is_what_a_plain_run_shows(planted, monkeypatch):
     phantom, photos, _ = planted
-    monkeypatch.setattr(curing, "CHOOSING_IMAGES", 40)
-    monkeypatch.setattr(curing, "UNCHANGED", {"agreement": 1.1})  # so that all is tried, and told
+    monkeypatch.setattr(choosing, "CHOOSING_IMAGES", 40)
+    monkeypatch.setattr(choosing, "UNCHANGED", {"cls": 1.1})  # so that all is tried, and told
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return phantom.vit.model.forward_features(photos[:40])[:, 0], phantom.vit(photos[:40])
+
     cure = cure_of(planted)
-    with torch.no_grad():
-        before = phantom.vit(photos[:40]).argmax(1)
-        with TestTimeRegisters(cure.fix.neurons.best(4)).applied_to(phantom.vit):
-            kept = float((phantom.vit(photos[:40]).argmax(1) == before).float().mean())
-    assert f"the paper's test-time register: equal predictions {kept:.4f}, on 40 images" in cure.choice
+    cls, logits = run()
+    with TestTimeRegisters(cure.fix.neurons.best(4)).applied_to(phantom.vit):
+        fixed_cls, fixed = run()
+    likeness = float(torch.cosine_similarity(cls, fixed_cls, dim=-1).mean())
+    sure = logits.softmax(1)
+    lost = float((sure.amax(1) - sure.gather(1, fixed.argmax(1)[:, None])[:, 0]).mean())
+    assert f"the paper's test-time register: cosine of CLS {likeness:.4f}, cosine of normal" in cure.choice
+    assert f"expected loss of top-1 {lost:.2%}, on 40 images; calibrated test-time registers" in cure.choice
 
 
 def test_auto_without_a_head_goes_by_features():
@@ -130,7 +166,7 @@ def test_auto_stays_with_registers_where_splitting_is_refused(planted, monkeypat
     def refuse(*args: object, **kwargs: object) -> None:
         raise vitreg.UnsupportedModelError("block 1 normalises what its MLP writes.")
 
-    monkeypatch.setattr(curing, "UNCHANGED", {"patches": 1.1})
+    monkeypatch.setattr(choosing, "UNCHANGED", {"patches": 1.1})
     monkeypatch.setattr(TokenSplitting, "edits", refuse)
     cure = cure_of(planted)
     assert type(cure.fix) is TestTimeRegisters
@@ -175,30 +211,50 @@ def twice() -> tuple[Planted, vitreg.Phantom, vitreg.Phantom]:
     return (second, photos, vitreg.diagnose(second.vit, [photos])), first, second
 
 
-def test_one_round_leaves_the_second_population(twice):
-    planted, first, _ = twice
-    cure = cure_of(planted, kind="registers")
+@pytest.fixture(scope="module")
+def early(twice) -> Planted:
+    """The same, with a diagnosis that looks where there are only the first."""
+    phantom, photos, report = twice[0]
+    rule = OutlierRule(0, report.layers[0].threshold)
+    return (
+        phantom,
+        photos,
+        replace(report, detect_layer=0, threshold=rule.threshold, rule=rule),
+    )
+
+
+def test_one_round_leaves_the_second_population(twice, early):
+    _, first, _ = twice
+    cure = cure_of(early, kind="registers")
     assert neurons_of(cure) == truth(first)
     assert cure.verdict.after.has_artifacts
     assert cure.verdict.after.onset_layer == 2
 
 
-@pytest.mark.parametrize("kind", ["registers", "splitting", "bias"])
-def test_recursive_finds_both_populations(twice, kind):
+def test_one_round_finds_both_where_the_diagnosis_looks_behind_them(twice):
     planted, first, second = twice
+    cure = cure_of(planted)
+    assert neurons_of(cure) == truth(first, second)
+    assert (cure.origin.kind, cure.origin.layers) == ("neurons", (0, 2))
+    assert not cure.verdict.after.has_artifacts
+
+
+@pytest.mark.parametrize("kind", ["registers", "splitting", "bias"])
+def test_recursive_finds_both_populations(twice, early, kind):
+    _, first, second = twice
     stages: list[str] = []
-    cure = cure_of(planted, kind=kind, recursive=True, progress=stages.append)
+    cure = cure_of(early, kind=kind, recursive=True, progress=stages.append)
     assert neurons_of(cure) == truth(first, second)
     assert not cure.verdict.after.has_artifacts
     assert cure.verdict["outliers_worst_layer"].after.value < 0.001
     assert [stage for stage in stages if "again" in stage] == [f"looking again, round {i}" for i in (2, 3)]
 
 
-def test_splitting_marks_the_second_population_alone(twice):
+def test_splitting_marks_the_second_population_alone(twice, early):
     """Its neurons lie behind the layer where the first was told apart; their thresholds are measured too."""
     planted, first, second = twice
     _, photos, _ = planted
-    fix = cure_of(planted, kind="splitting", recursive=True).fix
+    fix = cure_of(early, kind="splitting", recursive=True).fix
     with torch.no_grad(), vitreg.trace(second.vit, neurons=True) as t:
         second.vit(photos)
     for phantom in (first, second):
@@ -229,6 +285,202 @@ def test_the_search_ends_where_it_finds_nothing_new(planted, monkeypatch):
     assert not vitreg.applied(phantom.vit.model)
 
 
+# -- outliers that no neurons make -----------------------------------------------------------------
+
+POSITION = (2, 3)
+
+
+def planted_by(kind: str, name: str, seed: int) -> tuple[OriginPhantom, torch.Tensor]:
+    vit = CATALOG[name].backbone(seed)
+    photos = crops(vit, 96, seed)
+    if kind == "attention output":
+        return plant_attention_outliers(vit, photos, 1, seed=seed), photos
+    if kind == "patch embedding":
+        return plant_patch_outliers(vit, photos, seed=seed), photos
+    return plant_position_outliers(vit, [POSITION], seed=seed), photos
+
+
+def is_repaired_or_refused(cure: vitreg.Cure, kind: str, fix: type[Fix]) -> bool:
+    """Whether a cure is of the type that fits the origin, and helps; else it must say what it tried."""
+    assert cure.origin.kind == kind
+    if cure.fix is None:
+        assert cure.verdict.verdict == "no fix"
+        assert cure.choice.startswith(f"no fix, for the {kind}")
+        assert "cosine of normal patches" in cure.choice
+        assert "in-painting of whole patches: " in cure.choice
+        return False
+    assert type(cure.fix) is fix
+    assert cure.verdict.verdict == "helps", cure.verdict.reason
+    assert not cure.verdict.after.has_artifacts
+    assert f"for the {kind}" in cure.choice
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("attention output", name) for name in ("timm deit3", "hf clip", "torchvision vit")),
+        *(("patch embedding", name) for name in ("timm siglip", "hf siglip2", "torchvision vit")),
+    ],
+)
+def test_outliers_from_attention_or_the_patch_embedding_are_in_painted(kind, name):
+    phantom, photos = planted_by(kind, name, 0)
+    assert is_repaired_or_refused(find_cure(phantom.vit, [photos]), kind, Inpainting)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "helps"),
+    [
+        ("timm naflexvit", 0, True),
+        ("timm dinov2 registers", 1, True),
+        ("torchvision vit", 0, True),
+        ("timm siglip", 0, False),
+    ],
+)
+def test_outlying_positions_are_repaired_where_the_model_says_the_same_without_them(name, seed, helps):
+    phantom, photos = planted_by("position embedding", name, seed)
+    cure = find_cure(phantom.vit, [photos])
+    assert is_repaired_or_refused(cure, "position embedding", PositionRepair) == helps
+    assert helps or "position repair: cosine of" in cure.choice
+
+
+@pytest.mark.parametrize(
+    "name", ["timm naflexvit", "timm dinov2 registers", "torchvision vit", "timm siglip"]
+)
+def test_repaired_positions_bring_the_unplanted_features_back(name):
+    phantom, photos = planted_by("position embedding", name, 0)
+    cure = find_cure(phantom.vit, [photos], kind="positions")
+    assert cure.origin is None
+    vit = CATALOG[name].backbone(0)
+    clean, broken = last_patches(vit, photos), last_patches(phantom.vit, photos)
+    with cure.fix.applied_to(phantom.vit):
+        repaired = last_patches(phantom.vit, photos)
+    marked = phantom.marked(photos).flatten(1)
+    assert torch.cosine_similarity(repaired, clean, dim=-1)[marked].mean() >= 0.95
+    assert torch.cosine_similarity(broken, clean, dim=-1)[marked].mean() < 0.5
+    assert torch.cosine_similarity(repaired, clean, dim=-1)[~marked].mean() >= 0.99
+
+
+@torch.no_grad()
+def last_patches(vit: vitreg.Backbone, photos: torch.Tensor) -> torch.Tensor:
+    with vitreg.trace(vit, norms=False, residuals=True, layers=[vit.anatomy.depth - 1]) as t:
+        vit(photos)
+    return t.residuals[0][:, t.layout.patch_slice]
+
+
+@pytest.fixture(scope="module")
+def by_attention() -> tuple[vitreg.Backbone, torch.Tensor, vitreg.Diagnosis]:
+    phantom, photos = planted_by("attention output", "torchvision vit", 0)
+    return phantom.vit, photos, vitreg.diagnose(phantom.vit, [photos])
+
+
+def test_as_few_directions_as_suffice_are_in_painted(by_attention, monkeypatch):
+    vit, photos, report = by_attention
+    assert len(find_cure(vit, [photos], report=report).fix.directions) == 1
+    plain = Trial.of
+    short = lambda name, *rest: replace(plain(name, *rest), removes="1 direction" not in name)  # noqa: E731
+    monkeypatch.setattr(Trial, "of", short)
+    cure = find_cure(vit, [photos], report=report)
+    assert len(cure.fix.directions) == 4
+    assert "in-painting of patches along 1 direction: outliers stay, cosine" in cure.choice
+
+
+def test_where_nothing_leaves_the_rest_no_fix_is_offered(by_attention, monkeypatch, tmp_path):
+    vit, photos, report = by_attention
+    monkeypatch.setattr(choosing, "UNCHANGED", {"patches": 1.1})
+    cure = find_cure(vit, [photos], report=report)
+    assert not is_repaired_or_refused(cure, "attention output", Inpainting)
+    assert str(cure).endswith(f"\norigin: {cure.origin}\n{cure.choice}")
+    with pytest.raises(vitreg.FixError, match=r"no fix to save \(no fix\): no fix, for the attention output"):
+        cure.save(tmp_path / "fix")
+    found = json.loads(json.dumps(cure.to_json()))
+    assert (found["verdict"], found["fix"], found["origin"]["kind"]) == ("no fix", None, "attention output")
+    assert "Artifacts, and no fix for them" in write(cure, tmp_path / "r.html").read_text()
+
+
+def test_neurons_compete_if_the_outliers_vanish_with_them(by_attention, planted, monkeypatch):
+    """Those of another model stand for them: what the trial says of the two decides."""
+    vit, photos, report = by_attention
+    plain = Trial.of
+
+    def rated(name, fix, *rest):
+        trial = plain(name, fix, *rest)
+        return replace(trial, removes=True, unchanged=True, helps=True, likeness=float("neurons" in name))
+
+    monkeypatch.setattr(Trial, "of", rated)
+    found = find_register_neurons(vit, [photos], report, top_k=2)
+    for reached, expected in ((True, TestTimeRegisters), (False, Inpainting)):
+        searched = replace(found, reached=reached)
+        monkeypatch.setattr(curing, "find_register_neurons", lambda *a, found=searched, **k: found)
+        assert type(find_cure(vit, [photos], report=report).fix) is expected
+
+
+def test_images_that_show_no_outlier_first_leave_the_choice_to_the_neurons(planted, monkeypatch):
+    monkeypatch.setattr(choosing, "UNCHANGED", {})  # so that the first is taken: others need outliers there
+    monkeypatch.setattr(choosing, "EXPECTED_LOSS", 1.0)
+    phantom, photos, report = planted
+    clean = ~phantom.marked(photos).flatten(1).any(1)
+    sorted_photos = torch.cat([photos[clean].repeat(2, 1, 1, 1)[:64], photos])
+    assert not phantom.marked(sorted_photos[:64]).any()
+    cure = find_cure(phantom.vit, [sorted_photos], report=report)
+    assert cure.origin is None
+    assert "What makes the outliers is not known: none of the first 64 images has one" in cure.choice
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("inpainting", Inpainting), ("projection", Projection)])
+def test_kinds_without_neurons_as_asked_for(planted, kind, expected, monkeypatch):
+    monkeypatch.setattr(curing, "find_origin", None)  # nor are they looked for
+    monkeypatch.setattr(curing, "find_register_neurons", None)
+    monkeypatch.setattr(projection, "FACTOR", 1.0)
+    monkeypatch.setattr(projection, "SHARE", 0.0)
+    cure = cure_of(planted, kind=kind)
+    assert type(cure.fix) is expected
+    assert cure.origin is None
+    assert cure.choice.startswith(f"type {kind!r}, as asked for")
+    assert (cure.verdict.verdict == "helps") == (kind == "inpainting")
+    assert str(cure).endswith(f"What it does not cure: {expected.does_not_cure}")
+
+
+# -- findings that are no norms ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Massive(Finding):
+    kind = "massive dimensions"
+    title = "Massive dimensions"
+
+    def __str__(self) -> str:
+        return "found."
+
+
+class Pattern(Massive):
+    kind, title = "position pattern", "Position-bound pattern"
+
+
+class Sinks(Massive):
+    kind, title = "attention sinks", "Attention sinks"
+
+
+def test_findings_without_outliers_are_named_with_the_fix_for_dense_reading():
+    vit = CATALOG["timm vit"].backbone()
+    photos = images(vit, 8)
+    clean = vitreg.diagnose(vit, [photos])
+    pattern, sinks, absent = Pattern(True, 2, None), Sinks(True, 2, None), Massive(False, 2, None)
+    cure = find_cure(vit, [photos], report=replace(clean, kinds=(absent, pattern, sinks)))
+    assert (cure.fix, cure.verdict.verdict) == (None, "no artifacts")
+    assert cure.choice == (
+        "no patch's norm is to be fixed, but there is more: Position-bound pattern; Attention sinks. For"
+        " dense reading, --type projection takes out: position pattern."
+    )
+    assert str(cure).endswith(cure.choice)
+    other = find_cure(vit, [photos], report=replace(clean, kinds=(sinks,)))
+    assert "projection" not in other.choice
+    nothing = find_cure(vit, [photos], report=replace(clean, kinds=(absent,)))
+    assert nothing.choice == "there is nothing to fix."
+    made = find_cure(vit, [photos], report=replace(clean, kinds=(pattern,)), kind="projection")
+    assert (type(made.fix), len(made.fix.basis)) == (Projection, 8)
+
+
 # -- no artifacts, saving, JSON ----------------------------------------------------------------------
 
 
@@ -253,7 +505,7 @@ def refuse_constant(name: str) -> None:
 
 KEYS = {
     "neurons", "scores", "method", "top_k", "onset_layer", "before", "after", "controls", "verdict", "reason",
-    "choice", "fix",
+    "choice", "fix", "origin",
 }  # fmt: skip
 
 
@@ -278,7 +530,7 @@ def test_the_result_without_artifacts_is_json(nothing):
     found = json.loads(json.dumps(nothing.to_json()), parse_constant=refuse_constant)
     assert found.keys() >= KEYS
     assert found["before"]["verdict"] == found["verdict"] == "no artifacts"
-    assert all(found[key] is None for key in ("fix", "after", "onset_layer"))
+    assert all(found[key] is None for key in ("fix", "after", "onset_layer", "origin"))
     assert (found["neurons"], found["controls"]) == ({}, [])
 
 
@@ -297,3 +549,13 @@ def test_the_saved_fix_is_the_fix_with_its_evidence(planted, tmp_path):
     assert evidence["outlier_fraction_before"] == report.outlier_fraction
     assert evidence["outlier_fraction_after"] == cure.verdict["outliers"].after.value
     assert (evidence["verdict"], evidence["choice"]) == ("helps", cure.choice)
+    assert evidence["origin"] is None
+
+
+def test_the_origin_is_told_and_saved(planted, tmp_path):
+    cure = cure_of(planted)
+    assert f"\norigin: {cure.origin}\n{cure.choice}\n" in str(cure)
+    assert "the MLP of block 1 makes them" in str(cure.origin)
+    assert cure.to_json()["origin"] == cure.origin.to_json()
+    evidence = json.loads((cure.save(tmp_path / "fix") / "fix.json").read_text())["evidence"]
+    assert evidence["origin"] == str(cure.origin)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import vitreg
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes import PositionRepair
-from vitreg.fixes.position_repair import added_positions, outlying_rows, repaired_rows
+from vitreg.fixes.position_repair import outlying_rows, repaired_rows
+from vitreg.positions import added_positions, position_parameter
 
 # Where each keeps its table, and how many of its rows are those of a prefix. A norm follows CLIP's and PE's,
 # and one comes before AIMv2's.
@@ -82,6 +83,30 @@ def test_the_table_is_found_by_what_it_does(name):
 def test_a_table_that_is_added_in_place_is_found_too():
     vit = CATALOG["timm naflexvit"].backbone()
     assert added_positions(vit).table.shape == (20, 32)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_weights_that_hold_it_are_found_and_which_rows_are_read(name):
+    vit = CATALOG[name].backbone()
+    path, prefix = TABLES[name]
+    weights = vit.model.get_parameter(path)
+    weights.requires_grad_(False)
+    table, reads = position_parameter(vit, [0, 7])
+    assert table is weights
+    assert not weights.requires_grad
+    expected = torch.zeros(2, weights.numel() // weights.shape[-1])
+    expected[[0, 1], [prefix, prefix + 7]] = 1
+    torch.testing.assert_close(reads, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_that_are_computed_are_held_by_no_weights():
+    vit = CATALOG["timm siglip"].backbone()
+    table = vit.model.pos_embed.detach()
+    del vit.model.pos_embed
+    vit.model.pos_embed = table
+    assert added_positions(vit).table.shape == (20, 32)
+    with pytest.raises(UnsupportedModelError, match="computes the positions"):
+        position_parameter(vit, [0])
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -128,7 +128,7 @@ def test_set_automatically(opened):
     assert counted(visit) == 16
     visit.page.get_by_role("button", name="Set automatically").press("Enter")
     assert counted(visit) == over(report, report.threshold).sum()
-    assert "in the gap between two populations" in visit.text("#automatic-note")
+    assert "where two populations part" in visit.text("#automatic-note")
 
 
 def test_a_layer_of_one_population_has_no_threshold_of_its_own(opened):

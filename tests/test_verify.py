@@ -106,7 +106,9 @@ def test_other_neurons_have_no_effect(phantom, photos):
     others = [i for i in range(128) if i not in phantom.neurons][:4]
     found = verify(phantom.vit, TestTimeRegisters({LAYER: others}), [photos])
     assert found.verdict == "no effect", found.reason
-    assert found["outliers"].after.value > 0.9 * found["outliers"].before.value > 0
+    inert = {control.name: control.measures for control in found.controls}["inert token"]
+    assert found["outliers"].after.value == inert["outliers"].value  # another token draws attention, too
+    assert found["outliers"].after.value > 0.8 * found["outliers"].before.value > 0
     assert found.after.has_artifacts
     assert "still finds artifacts" in found.reason
 

@@ -41,6 +41,8 @@ from vitreg.images import Batch, Images, read_images
 from vitreg.models import Backbone, load, wrap
 from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
 from vitreg.noop import NoopTest, noop_test
+from vitreg.origin import Origin, find_origin
+from vitreg.outliers import OutlierRule
 from vitreg.phantom import Phantom, plant
 from vitreg.register_maps import RegisterStudy, what_registers_learn
 from vitreg.trace import trace, watch
@@ -74,6 +76,8 @@ __all__ = [
     "ModelLoadError",
     "NonFiniteError",
     "NoopTest",
+    "Origin",
+    "OutlierRule",
     "OutputError",
     "Phantom",
     "PositionRepair",
@@ -98,6 +102,7 @@ __all__ = [
     "export",
     "extract_archive",
     "find_cure",
+    "find_origin",
     "find_register_neurons",
     "load",
     "load_fix",

@@ -128,7 +128,7 @@ def fix(
         Path, typer.Option("-o", "--out", metavar="DIR", help="The folder that the fix is saved in.")
     ],
     kind: Annotated[
-        Kind, typer.Option("--type", help="Which fix; auto: the one that suits the model.")
+        Kind, typer.Option("--type", help="Which fix; auto: the one that suits what makes the artifacts.")
     ] = "auto",
     method: Annotated[Method, typer.Option(help="How neurons are scored.")] = "contrast",
     top_k: Annotated[
@@ -146,7 +146,7 @@ def fix(
     random_weights: RandomWeights = False,
     strict: Strict = False,
 ) -> None:
-    """Find the neurons that make the artifacts, build the fix that suits the model, verify and save it."""
+    """Find what makes the artifacts, build the fix that suits the model, verify and save it."""
     import vitreg
     from vitreg.fixes.artifact import check_target
 
@@ -172,7 +172,7 @@ def fix(
         typer.echo(str(cure))
         _write(cure, json_path, report)
         if cure.fix is None:
-            typer.echo("no fix was written: there is nothing to fix.")
+            typer.echo("no fix was written.")
         else:
             typer.echo(f"fix: {cure.save(out, vit=vit)}")
 

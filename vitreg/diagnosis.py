@@ -28,7 +28,7 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.errors import ImageError
 from vitreg.images import Batch, Images, pixels_of, places_of, ranks_of
-from vitreg.judging import ONE_GROUP, Evidence, Judgement, judge
+from vitreg.judging import INHERITED, ONE_GROUP, Evidence, Judgement, judge_layers
 from vitreg.kinds import METERS, Context, Finding, Meter
 from vitreg.models import Backbone
 from vitreg.outliers import OutlierRule
@@ -324,7 +324,7 @@ def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndar
 
 def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> Diagnosis:
     layout, s = seen.layout, seen.statistics
-    judged = [judge(s, layer) for layer in range(len(s.counts))]
+    judged = judge_layers(s)
     layers = [_layer(layer, s, judged, layout) for layer in range(len(judged))]
     detect, present = _detect(judged)
     best, thresholds = judged[detect], tuple(x.threshold for x in judged)
@@ -495,6 +495,8 @@ def _against(layer: LayerDiagnosis) -> str:
     """Why what stands out is not called an artifact."""
     if layer.evidence is not None and layer.evidence.one_group > ONE_GROUP:
         return "nearly all of the larger ones lie in a few photos"
+    if layer.evidence is not None and layer.evidence.inherited >= INHERITED:
+        return "the larger ones differ from block 0 on: by what the photo shows there"
     return "the larger ones have no direction, dimension or attention in common"
 
 

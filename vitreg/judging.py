@@ -9,8 +9,11 @@ outliers are not far out, the shape alone does not tell artifacts from content: 
 them, too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from vitreg.outliers import OutlierRule
 from vitreg.populations import Population, needed_gain, second_population
 from vitreg.statistics import EDGES, Statistics
 
@@ -32,6 +35,9 @@ DRAWN_ATTENTION = 3.0  # times the even share, in the next block
 BOUND = 0.5
 # If this share of them lies in one sixteenth of the photos, it is these photos' own matter, unless far out.
 ONE_GROUP = 0.6
+# What was there after block 0 is what the photo shows (white and flat areas have norms of their own), and not
+# made by the model, if so much of it is left, unless far out.
+INHERITED = 0.5
 # The misjudged share of outliers beyond which populations are no two.
 MAX_MISJUDGED = 0.75
 
@@ -45,6 +51,8 @@ class Evidence:
     attention       attention that they draw in the next block, in even shares (None: no next block)
     bound           share of them at fixed positions
     one_group       share of them in one sixteenth of the photos
+    inherited       cosine of what sets them apart to what sets apart the largest norms after block 0 (1 in
+                    block 0 itself, 0 where its norms are one population)
     """
 
     direction: float
@@ -52,6 +60,7 @@ class Evidence:
     attention: float | None
     bound: float
     one_group: float
+    inherited: float = 0.0
 
     @property
     def one_vector(self) -> bool:
@@ -97,8 +106,17 @@ class Judgement:
 NOTHING = Judgement(None, None, 0.0, False)
 
 
-def judge(s: Statistics, layer: int) -> Judgement:
-    """Judge the norms after one block."""
+def judge_layers(s: Statistics) -> list[Judgement]:
+    """Judge the norms after each block. Block 0 has artifacts of its own only if they are far out."""
+    first = judge(s, 0)
+    later = [judge(s, layer, first.population) for layer in range(1, len(s.counts))]
+    if first.population is not None and first.evidence is not None and first.population.ratio < FAR:
+        first = replace(first, evidence=replace(first.evidence, inherited=1.0), stands=False)
+    return [first, *later]
+
+
+def judge(s: Statistics, layer: int, first: Population | None = None) -> Judgement:
+    """Judge the norms after one block; `first` is the second population after block 0, if there is one."""
     patches = float(s.counts[layer].sum())
     needed = needed_gain(patches)
     least = STRONG_NEEDS * needed
@@ -106,7 +124,7 @@ def judge(s: Statistics, layer: int) -> Judgement:
     absolute = second_population(s.counts[layer], EDGES, needed=least / 4)
     if absolute is None:
         return NOTHING
-    evidence = _evidence(s, layer, absolute)
+    evidence = _evidence(s, layer, absolute, first)
     if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
         return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
     relative = second_population(s.relative[layer], EDGES, needed=least)
@@ -114,7 +132,7 @@ def judge(s: Statistics, layer: int) -> Judgement:
         return NOTHING
     agreeing = second_population(s.counts[layer], EDGES, needed=least / 4, about=relative.fraction)
     if agreeing is not None:
-        absolute, evidence = agreeing, _evidence(s, layer, agreeing)
+        absolute, evidence = agreeing, _evidence(s, layer, agreeing, first)
     elif not evidence.strong:
         return NOTHING
     margin = min(relative.gain, 4 * absolute.gain) / (least if evidence.strong else needed)
@@ -129,10 +147,11 @@ def _stands(margin: float, population: Population, evidence: Evidence) -> bool:
         return False
     if population.ratio >= FAR and population.misjudged <= APART * population.share:
         return True
-    return bool(evidence.named) and evidence.one_group <= ONE_GROUP
+    made = evidence.inherited < INHERITED
+    return bool(evidence.named) and evidence.one_group <= ONE_GROUP and made
 
 
-def _evidence(s: Statistics, layer: int, population: Population) -> Evidence:
+def _evidence(s: Statistics, layer: int, population: Population, first: Population | None) -> Evidence:
     threshold = population.threshold
     attention = None
     if layer + 1 < len(s.counts):
@@ -144,4 +163,12 @@ def _evidence(s: Statistics, layer: int, population: Population) -> Evidence:
         attention=attention,
         bound=s.bound(layer, threshold),
         one_group=s.largest_group(layer, threshold),
+        inherited=_inherited(s, OutlierRule(layer, threshold), first),
     )
+
+
+def _inherited(s: Statistics, rule: OutlierRule, first: Population | None) -> float:
+    if first is None:
+        return 0.0
+    excess = s.excess(rule), s.excess(OutlierRule(0, first.threshold))
+    return float(torch.cosine_similarity(*excess, dim=0))

@@ -96,6 +96,11 @@ class Origin:
     images: int
     outliers: int
 
+    @property
+    def name(self) -> str:
+        """The cause in words, "the MLP of block 7"."""
+        return Candidate(self.kind, self.layers, self.adds, 0.0, 0.0).name
+
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
         tried = [c._asdict() | {"name": c.name, "layers": list(c.layers)} for c in self.candidates]
@@ -105,7 +110,6 @@ class Origin:
     def __str__(self) -> str:
         if self.kind == "unknown":
             return self._nothing()
-        name = Candidate(self.kind, self.layers, self.adds, 0.0, 0.0).name
         several = len(self.layers) > 1
         without = {
             "neurons": f"without what {'they write' if several else 'it writes'} at these patches",
@@ -116,7 +120,7 @@ class Origin:
         cells = f" at (row, column) {', '.join(map(str, self.positions))}" if self.positions else ""
         verb = "make" if several else "makes"
         return (
-            f"{name} {verb} them{cells}: {without} {self.removed:.0%} of the outliers are gone"
+            f"{self.name} {verb} them{cells}: {without} {self.removed:.0%} of the outliers are gone"
             f" ({self.control:.0%} with the same change at as many ordinary patches)."
         )
 

@@ -51,6 +51,7 @@ _TITLES = {
     "no effect": ("", "The fix has no effect"),
     "harms": ("found", "The fix harms"),
     "no artifacts": ("none", "No artifacts: nothing to fix"),
+    "no fix": ("found", "Artifacts, and no fix for them"),
 }
 
 

@@ -241,7 +241,7 @@
     byId("threshold").setAttribute("aria-valuetext", words);
     const own = automatic();
     const none = "In this layer no second population of norms is an artifact: the diagnosis sets no threshold here.";
-    const some = `The diagnosis sets it to ${number(own ?? 0)}, in the gap between two populations.`;
+    const some = `The diagnosis sets it to ${number(own ?? 0)}, where two populations part.`;
     write(byId("automatic-note"), own === null ? none : some);
   }
 

@@ -42,8 +42,9 @@ class Control:
 class Verdict:
     """What `verify` found. Print it, `.to_json()` it, draw it with `.figure()`.
 
-    `verdict` is "helps", "no effect", "harms" or "no artifacts", `reason` says why. Without artifacts
-    nothing is measured and `after` is None. `labelled` counts the images whose class is known.
+    `verdict` is "helps", "no effect", "harms" or "no artifacts" ("no fix" where `find_cure` finds none),
+    `reason` says why. Without artifacts or fix nothing is measured and `after` is None. `labelled` counts the
+    images whose class is known.
     """
 
     verdict: str
@@ -100,7 +101,8 @@ class Verdict:
         seen += "; in brackets, 95% bootstrap intervals over images, paired."
         if self.controls:
             seen += f" Controls: {self.control_images} of them."
-        return [seen, *self.notes]
+        left = self.fix.does_not_cure
+        return [seen, *self.notes, *([f"What it does not cure: {left}"] if left else [])]
 
 
 def _plain(value: Any) -> Any:

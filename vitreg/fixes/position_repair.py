@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vitreg.anatomy import TokenLayout
 from vitreg.carry import BlockEdit, Inner, install, refuse_own_forward, uninstall
-from vitreg.errors import FixError, UnsupportedModelError
+from vitreg.errors import FixError
 from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
 from vitreg.images import Batch, first_images
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
-from vitreg.probe import evaluating, first_tensor
+from vitreg.positions import added_positions, form_of_patches
 
 # A row stands out if it is twice as long as the median row, and eight robust standard deviations of the
 # logarithms of the lengths beyond it.
@@ -174,7 +174,7 @@ class _Add(BlockEdit):
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         y = inner(x, args, kwargs)
-        form = _form(y, self.layout, self.correction.shape[1])
+        form = form_of_patches(y, self.layout, self.correction.shape[1])
         if form is None:
             _refuse_grid(self.layout.grid, f"patch embeddings of shape {tuple(y.shape)}")
         correction = self.correction.to(y)
@@ -203,115 +203,6 @@ def _named(patches: Iterable[int], layout: TokenLayout) -> Bool[Tensor, " p"]:
     mask = torch.zeros(layout.patches, dtype=torch.bool)
     mask[numbers] = True
     return mask
-
-
-# -- the table, found by what it does --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AddedPositions:
-    """The position embeddings (p, d) that a model adds to its patches, and after which module (its path)."""
-
-    module: str
-    table: Float[Tensor, "p d"]
-
-
-def added_positions(vit: Backbone, layout: TokenLayout | None = None) -> AddedPositions:
-    """What is added to the patches of every image alike, in float32, wherever the model keeps it.
-
-    Of all modules that run before block 0, the first whose output differs from what a later one (or block 0)
-    is given by the same for every image. So a norm may come before it or after it. `layout` is that of the
-    images' size (default: the model's own). Raises UnsupportedModelError for a model without such a table.
-    """
-    layout = layout or vit.layout
-    outputs, inputs = _before_blocks(vit, layout)
-    for order, module, output in outputs:
-        for later, given in inputs:
-            if later > order and (table := _constant_difference(output, given)) is not None:
-                return AddedPositions(module, table)
-    raise UnsupportedModelError(
-        f"{type(vit.model).__name__} adds no table of positions to its patches: nothing that enters a module"
-        " up to block 0 differs from an earlier output by the same for every image. Its positions are rotary"
-        " or relative, say, or mixed with the patches otherwise, and there is no row to repair."
-    )
-
-
-Seen = tuple[int, str, Float[Tensor, "b p d"]]
-
-
-@torch.no_grad()
-def _before_blocks(
-    vit: Backbone, layout: TokenLayout
-) -> tuple[list[Seen], list[tuple[int, Float[Tensor, "b p d"]]]]:
-    """The patches in what modules give and are given up to block 0, in order, for noise and a blank image."""
-    outputs: list[Seen] = []
-    inputs: list[tuple[int, Tensor]] = []
-    first, width = vit.anatomy.block_modules(vit.model)[0], vit.anatomy.width
-    entered: list[nn.Module] = []
-
-    def patches(value: Any) -> Tensor | None:
-        tensor = None if first in entered else first_tensor(value)
-        return None if tensor is None else _patches(tensor, layout, width)
-
-    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if (given := patches((args, kwargs))) is not None:
-            inputs.append((len(outputs), given))
-        entered.append(module)
-
-    def leaves(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if (left := patches(output)) is not None:
-                outputs.append((len(outputs), name, left))
-
-        return hook
-
-    hooks: list[Any] = []
-    with evaluating(vit.model):
-        for name, module in vit.model.named_modules():
-            hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
-            hooks.append(module.register_forward_hook(leaves(name)))
-        try:
-            vit(_probes(vit, layout))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return outputs, inputs
-
-
-def _probes(vit: Backbone, layout: TokenLayout) -> Float[Tensor, "b 3 h w"]:
-    """Two noise images and a blank one."""
-    size = vit.anatomy.pixels(layout.grid)
-    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return torch.cat([noise, torch.zeros(1, 3, *size)]).to(vit.device, vit.dtype)
-
-
-def _form(x: Tensor, layout: TokenLayout, width: int) -> str | None:
-    """How a tensor holds all patches: "map" (b, d, gh, gw), "cells" (b, gh, gw, d), "tokens" (b, n, d)."""
-    shape = tuple(x.shape[1:])
-    if shape in ((layout.patches, width), (layout.tokens, width)):
-        return "tokens"
-    return "map" if shape == (width, *layout.grid) else "cells" if shape == (*layout.grid, width) else None
-
-
-def _patches(x: Tensor, layout: TokenLayout, width: int) -> Float[Tensor, "b p d"] | None:
-    """The patches in a tensor of any of these forms, which come last among tokens."""
-    form = _form(x, layout, width)
-    if form is None:
-        return None
-    tokens = x.flatten(2).mT if form == "map" else x.flatten(1, -2)
-    return tokens[:, -layout.patches :].clone()  # for some models add positions in place
-
-
-def _constant_difference(
-    before: Float[Tensor, "b p d"], after: Float[Tensor, "b p d"]
-) -> Float[Tensor, "p d"] | None:
-    """after - before, if it is the same for each image up to rounding, and not nothing."""
-    rounding = 4 * torch.finfo(before.dtype).eps * (before.abs() + after.abs()).amax(0).float()
-    difference = after.float() - before.float()
-    mean = difference.mean(0)
-    if ((difference - mean).abs() > rounding).any() or not (mean.abs() > rounding).any():
-        return None
-    return mean.cpu()
 
 
 # -- what is outlying, and what it should be -------------------------------------------------------

@@ -28,7 +28,7 @@ from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.neurons import Enough, run_until
-from vitreg.positions import position_table
+from vitreg.positions import position_parameter
 from vitreg.probe import evaluating, first_tensor
 from vitreg.removal import entering
 from vitreg.trace import token_norms, watch
@@ -91,7 +91,7 @@ def plant_position_outliers(
     planted, generator = _copy(vit), torch.Generator().manual_seed(seed)
     noise = torch.rand(4, 3, *vit.image_size, generator=generator) * 2 - 1
     cells = torch.tensor([row * columns + column for row, column in positions], device=vit.device)
-    table, responses = position_table(planted, noise, cells.tolist())
+    table, responses = position_parameter(planted, cells.tolist())
     write = _direction(vit.anatomy.width, generator).to(vit.device)
     marked = torch.zeros(len(noise), rows * columns, dtype=torch.bool, device=vit.device)
     marked[:, cells] = True
