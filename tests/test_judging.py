@@ -139,6 +139,17 @@ def test_what_one_photo_holds_is_no_artifact_unless_it_is_far_out(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_photo_of_its_own_kind_is_none_however_far_out(seed):
+    """Its large patches have nothing in common."""
+    chosen = torch.zeros(PHOTOS, PATCHES, dtype=torch.bool)
+    chosen[seed, :10] = True
+    report = diagnosed(ordinary(seed) * torch.where(chosen, 8.0, 1.0)[..., None])
+    assert last(report).ratio > 5
+    assert last(report).margin > 1
+    assert report.verdict == "no artifacts"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_at_fixed_positions_photos_do_not_add_up(seed):
     chosen = torch.zeros(PHOTOS, PATCHES, dtype=torch.bool)
     chosen[:, 7] = True
@@ -163,7 +174,8 @@ EVIDENCE = {"direction": 0.0, "few_dimensions": 0.0, "attention": None, "bound":
 NAMED = [
     ({}, 0),
     ({"direction": 0.59}, 0),
-    ({"direction": 0.6}, 1),
+    ({"direction": 0.9}, 0),
+    ({"direction": 0.6, "few_dimensions": 0.3}, 1),
     ({"few_dimensions": 0.9}, 0),
     ({"few_dimensions": 0.9, "direction": 0.3}, 1),
     ({"few_dimensions": 0.49, "direction": 0.3}, 0),

@@ -27,13 +27,16 @@ FAR, APART = 3.0, 0.1
 # hold more by chance, but with either sign: no direction. (Planted artifacts of any kind: 0.4 and more.)
 SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
 ONE_SIDE = 0.25  # of the direction, before few dimensions count
+# Bright patches of random models share a direction, too: that of their content, in many dimensions (to 0.26).
+NOT_MANY = 0.3  # of the excess in three dimensions, before a direction counts
 ONE_VECTOR = 0.8  # of both
 # Where outliers share a direction and few dimensions as clearly as this, less of a shape is needed.
 STRONG_DIRECTION, STRONG_DIMENSIONS, STRONG_NEEDS = 0.8, 0.6, 0.4
 DRAWN_ATTENTION = 3.0  # times the even share, in the next block
 # At fixed positions one more photo shows nothing new: there, positions are counted and not patches.
 BOUND = 0.5
-# If this share of them lies in one sixteenth of the photos, it is these photos' own matter, unless far out.
+# If this share of them lies in one sixteenth of the photos, it is these photos' own matter, unless they are
+# far out in few dimensions.
 ONE_GROUP = 0.6
 # What was there after block 0 is what the photo shows (white and flat areas have norms of their own), and not
 # made by the model, if so much of it is left, unless far out.
@@ -76,7 +79,7 @@ class Evidence:
     def named(self) -> tuple[str, ...]:
         """What speaks for artifacts, in words."""
         words = []
-        if self.direction >= SHARED_DIRECTION:
+        if self.direction >= SHARED_DIRECTION and self.few_dimensions >= NOT_MANY:
             words.append(f"they share one direction ({self.direction:.2f} of 1)")
         if self.few_dimensions >= FEW_DIMENSIONS and self.direction >= ONE_SIDE:
             words.append(f"three residual dimensions carry {self.few_dimensions:.0%} of their excess")
@@ -146,7 +149,7 @@ def _stands(margin: float, population: Population, evidence: Evidence) -> bool:
     if margin < 1 or population.misjudged > MAX_MISJUDGED * population.share:
         return False
     if population.ratio >= FAR and population.misjudged <= APART * population.share:
-        return True
+        return evidence.one_group <= ONE_GROUP or evidence.few_dimensions >= ONE_VECTOR
     made = evidence.inherited < INHERITED
     return bool(evidence.named) and evidence.one_group <= ONE_GROUP and made
 
