@@ -103,7 +103,7 @@ class Diagnosis:
     """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
 
     `verdict` is "artifacts" or "no artifacts", `sureness` the probability that it is right (calibrated on
-    planted and clean norms: docs/power.md). Without artifacts the threshold and onset are None, fractions are
+    planted and clean norms: benchmarks/power.py). Without artifacts the threshold and onset are None, fractions are
     0, `detect_layer` is the layer that came closest, and `detectable` says what would have been seen:
     {share of patches: multiple of the median norm}, None for what would not.
 
