@@ -102,9 +102,9 @@ class Example:
 class Diagnosis:
     """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
 
-    `verdict` is "artifacts" or "no artifacts", `sureness` the probability that it is right (calibrated on
-    planted and clean norms: benchmarks/power.py). Without artifacts the threshold and onset are None, fractions are
-    0, `detect_layer` is the layer that came closest, and `detectable` says what would have been seen:
+    `verdict` is "artifacts" or "no artifacts", `sureness` (0.5 to 1) rises with the margin of its
+    evidence (`benchmarks/power.py` compares it with how often it is right). Without artifacts the threshold
+    and onset are None, fractions are 0, `detect_layer` is the layer that came closest, and `detectable` says what would have been seen:
     {share of patches: multiple of the median norm}, None for what would not.
 
     With artifacts `rule` tells outliers from others at `detect_layer`, where they stand out most; `strength`
