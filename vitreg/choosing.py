@@ -146,15 +146,19 @@ def choose(
         ("calibrated test-time registers", lambda: calibrated_registers_for(vit, few, neurons)),
     )
     for name, build_it in candidates:
-        trial = Trial.of(name, build_it(), vit, few, report)
+        try:
+            trial = Trial.of(name, build_it(), vit, few, report)
+        except FixError as error:  # the first of these images show no outlier to calibrate on
+            tried.append(f"{name}: {error}")
+            continue
         if trial.unchanged:
             return trial.fix, f"{name}, for the model hardly notices: {trial.said}{_besides(tried)}"
         tried.append(f"{name}: {trial.said}")
     try:
         splitting = splitting_for(vit, few, rounds)
         splitting.edits(vit)
-    except UnsupportedModelError as error:
-        return trial.fix, f"{name}, though the model notices ({'; '.join(tried)}), for: {error}"
+    except (FixError, UnsupportedModelError) as error:
+        return trial.fix, f"{trial.name}, though the model notices ({'; '.join(tried)}), for: {error}"
     return (
         splitting,
         f"token splitting, for test-time registers change what the model says ({'; '.join(tried)}).",

@@ -51,7 +51,7 @@ STRENGTHS = {
     "moderate": f"in some block they draw {MODERATE:.0%} to {SEVERE:.0%} of the attention beyond their share",
     "mild": f"they draw less than {MODERATE:.0%} of the attention beyond their share",
 }
-# How fast the sureness of a verdict rises with the margin of its evidence (fitted: benchmarks/power.py).
+# How fast the sureness of a verdict rises with the margin of its evidence (compare: benchmarks/power.py).
 SURENESS_POWER = 3.0
 # Without any sign of them there are artifacts all the same, too few or too faint, in one case of a hundred
 # (as tried there): smaller margins than this say no more.
@@ -105,10 +105,10 @@ class Example:
 class Diagnosis:
     """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
 
-    `verdict` is "artifacts" or "no artifacts", `sureness` the probability that it is right (calibrated on
-    planted and clean norms: docs/power.md). Without artifacts the threshold and onset are None, fractions are
-    0, `detect_layer` is the layer that came closest, and `detectable` says what would have been seen:
-    {share of patches: multiple of the median norm}, None for what would not.
+    `verdict` is "artifacts" or "no artifacts", `sureness` (0.5 to 1) rises with the margin of its evidence
+    (`benchmarks/power.py` compares it with how often it is right). Without artifacts the threshold and onset
+    are None, fractions are 0, `detect_layer` is the layer that came closest, and `detectable` says what would
+    have been seen: {share of patches: multiple of the median norm}, None for what would not.
 
     With artifacts `rule` tells outliers from others at `detect_layer`, where they stand out most; `strength`
     is "mild", "moderate" or "severe" (see `strength_of`), and `misjudged` the share of patches that no

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vitreg.outliers import OutlierRule
-from vitreg.populations import Population, needed_gain, second_population
+from vitreg.populations import CHANCE_GAIN, Population, needed_gain, second_population
 from vitreg.statistics import EDGES, Statistics
 
 # Norms of this many times the others' median are far out (published: 3x to 50x). If they are also well apart
@@ -122,7 +122,7 @@ def judge(s: Statistics, layer: int, first: Population | None = None) -> Judgeme
     """Judge the norms after one block; `first` is the second population after block 0, if there is one."""
     patches = float(s.counts[layer].sum())
     needed = needed_gain(patches)
-    least = STRONG_NEEDS * needed
+    least = CHANCE_GAIN + STRONG_NEEDS * (needed - CHANCE_GAIN)  # chance stays what it is
     # Photos of different brightness blur the norms themselves, which only have to agree.
     absolute = second_population(s.counts[layer], EDGES, needed=least / 4)
     if absolute is None:

@@ -80,7 +80,7 @@ class PositionRepair(Fix):
             raise FixError("positions of this model are repaired already. Undo that fix first.")
         size = vit.image_size if images is None else tuple(first_images(images, 1).shape[-2:])
         layout = vit.anatomy.layout((size[0], size[1]))
-        table = added_positions(vit, layout).table
+        table = added_positions(vit, layout).table.detach()
         outlying = outlying_rows(table) if patches is None else _named(patches, layout)
         if not outlying.any():
             norms = table.norm(dim=1)
@@ -126,7 +126,10 @@ class PositionRepair(Fix):
         others = [patch for patch in range(vit.layout.patches) if patch not in self.patches]
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
         drawn = torch.tensor([others[i] for i in order[: len(self.patches)]]).sort().values
-        table, repaired = added_positions(vit).table, _named([*self.patches, *drawn.tolist()], vit.layout)
+        table, repaired = (
+            added_positions(vit).table.detach(),
+            _named([*self.patches, *drawn.tolist()], vit.layout),
+        )
         after = table.clone()
         after[repaired] = repaired_rows(table, repaired, self.grid)
         return PositionRepair(self.neurons, self.grid, tuple(drawn.tolist()), table[drawn], after[drawn])
