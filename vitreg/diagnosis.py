@@ -53,6 +53,9 @@ STRENGTHS = {
 }
 # How fast the sureness of a verdict rises with the margin of its evidence (compare: benchmarks/power.py).
 SURENESS_POWER = 3.0
+# Without any sign of them there are artifacts all the same, too few or too faint, in one case of a hundred
+# (as tried there): smaller margins than this say no more.
+LEAST_MARGIN = 0.2
 # Shares of the patches for which it is said what would have been seen.
 SHARES = (0.02, 0.005)
 
@@ -396,7 +399,7 @@ def _rule(layer: int, judgement: Judgement) -> OutlierRule:
 
 def sureness(judgement: Judgement, power: float = SURENESS_POWER) -> float:
     """The probability that the verdict on a layer is right: of artifacts if they stand, else of none."""
-    odds = max(judgement.margin, 1e-3) ** power
+    odds = max(judgement.margin, LEAST_MARGIN) ** power
     artifacts = odds / (1 + odds)
     return max(artifacts, 0.5) if judgement.stands else max(1 - artifacts, 0.5)
 
