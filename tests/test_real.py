@@ -84,9 +84,9 @@ def test_deit_ti_has_them_on_flat_patches_at_no_fixed_position(soft):
 
 
 def test_deit_ti_at_448_pixels(shared):
-    """Fewer, and later."""
+    """Fewer, later, and so soft that fewer photos (50) do not show them."""
     deit = vitreg.load(str(shared / "models/deit_tiny_patch16_224"), size=448)
-    paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::20]
+    paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::10]
     found = vitreg.diagnose(deit, vitreg.read_images(paths, deit))
     assert (found.verdict, found.strength) == ("artifacts", "severe")
     assert found.onset_layer in (10, 11)
