@@ -123,7 +123,9 @@ def test_lists_every_failed_image(written):
 def test_every_picture_has_a_description_and_words(written):
     report, path, page = written
     images = page.named("img")
-    assert len(images) == 3 + 2 * len(report.examples)  # figures; still pictures, and photos to choose from
+    maps = sum(finding.present and finding.positions is not None for finding in report.kinds)
+    # figures; still pictures, and photos to choose from
+    assert len(images) == 3 + maps + 2 * len(report.examples)
     assert all(image["alt"] for image in images)
     assert len(page.named("figcaption")) == len(page.named("figure"))
     assert path.stat().st_size < 2e6
