@@ -33,6 +33,7 @@ from power_trials import (
     clean_stream,
     f1,
     inject,
+    small_backbone,
     statistics_of,
 )
 from rich.console import Console
@@ -51,6 +52,7 @@ FULLY, FULL_SHARE, FULL_PHOTOS = (3.0, 4.0, 6.0), 0.02, 96
 CONTROL_PHOTOS = (32, 96)
 # With more photos than this, one spread only.
 MANY, ONE_SPREAD = 200, (0.3,)
+SMALL = 100  # small random models per seed
 BINS = (0.5, 0.7, 0.9, 0.99, 1.0)
 POWERS = np.arange(0.5, 8.1, 0.5)
 Say = Callable[[str], None]
@@ -89,15 +91,24 @@ def injected_trials(stream: Stream, photos: Sequence[int], quick: bool) -> Itera
     """Populations in one block, which alone is judged."""
     for count in photos:
         spreads = ONE_SPREAD if quick or count > MANY else SPREADS
-        for seed, (size, spread, share) in enumerate(itertools.product(SIZES, spreads, SHARES)):
-            injection = Injection(size, spread, share)
-            some = _some(stream, count, seed)
-            added, truth = inject(some, injection, seed)
-            judgement = judge(statistics_of(some, some.patches + added), 0)
-            norms = torch.linalg.vector_norm(some.patches + added, dim=-1)
-            mask = norms >= (judgement.threshold or torch.inf)
-            loss = best_f1(norms, truth) - f1(mask, truth)
-            yield replace(_judged("injected", stream.name, count, judgement), injection=injection, loss=loss)
+        for seed, case in enumerate(itertools.product(SIZES, spreads, SHARES)):
+            yield _injected("injected", stream, count, Injection(*case), seed)
+
+
+def dense_trials(stream: Stream, quick: bool) -> Iterator[Trial]:
+    """Populations along a vector in all residual dimensions, in one block."""
+    for seed, (size, spread) in enumerate(itertools.product(SIZES, ONE_SPREAD if quick else SPREADS)):
+        injection = Injection(size, spread, FULL_SHARE, dimensions=None)
+        yield _injected("injected in all dimensions", stream, FULL_PHOTOS, injection, seed)
+
+
+def _injected(group: str, stream: Stream, count: int, injection: Injection, seed: int) -> Trial:
+    some = _some(stream, count, seed)
+    added, truth = inject(some, injection, seed)
+    judgement = judge(statistics_of(some, some.patches + added), 0)
+    norms = torch.linalg.vector_norm(some.patches + added, dim=-1)
+    loss = best_f1(norms, truth) - f1(norms >= (judgement.threshold or torch.inf), truth)
+    return replace(_judged(group, stream.name, count, judgement), injection=injection, loss=loss)
 
 
 def whole_injected_trials(stream: Stream, quick: bool) -> Iterator[Trial]:
@@ -158,6 +169,15 @@ def random_trials(seed: int, every: int) -> Iterator[Trial]:
             yield _diagnosed(f"random weights, {kind}", f"{name}, seed {seed}, {kind}", report)
 
 
+def small_trials(seeds: Iterable[int]) -> Iterator[Trial]:
+    """Small random models on photos."""
+    for seed in seeds:
+        vit = small_backbone(seed)
+        images = IMAGES["photos"](vit, CONTROL_PHOTOS[seed % 2], np.random.default_rng(seed))
+        report = vitreg.diagnose(vit, images.split(BATCH), examples=0)
+        yield _diagnosed("small random models, photos", f"seed {seed}, width {vit.anatomy.width}", report)
+
+
 def _some(stream: Stream, count: int, seed: int) -> Stream:
     chosen = torch.randperm(len(stream.photos), generator=torch.Generator().manual_seed(seed))[:count]
     return stream.some(chosen)
@@ -183,10 +203,12 @@ def trials_of(job: str, shared: Path, photos: Sequence[int], quick: bool) -> lis
     """Those of one stream, or of the random weights that a seed draws."""
     torch.set_num_threads(1)
     if job not in STREAMS:
-        return list(random_trials(int(job), 8 if quick else 1))
+        small = range(SMALL * int(job), SMALL * (int(job) + 1))
+        return [*random_trials(int(job), 8 if quick else 1), *small_trials(small[: 5 if quick else SMALL])]
     stream = clean_stream(shared, job, max(*photos, FULL_PHOTOS))
     return [
         *injected_trials(stream, photos, quick),
+        *dense_trials(stream, quick),
         *whole_injected_trials(stream, quick),
         *control_trials(stream, 2 if quick else 30),
         *tail_trials(stream, 1 if quick else 14),
@@ -214,7 +236,9 @@ HEADER = """# What the diagnosis sees, how sure it is, and what it does not take
 Populations of known patches are injected into clean blocks: a DeiT-Ti's first six blocks (after block 3), a
 ViT-Ti's first five (after block 2), and random ViT, DINOv2 and SigLIP shapes (after block 1), on photos of
 ImageNet. An injection adds a vector in three random residual dimensions to random patches; its length is
-`size` times the median norm with a lognormal spread of .1, .3 or .5 (with 1000 photos: .3).
+`size` times the median norm with a lognormal spread of .1, .3 or .5 (with 1000 photos: .3). One row of each
+table shows vectors in all dimensions. Below 3x the shape of the norms alone does not tell artifacts from what
+photos show, and such a vector is no further evidence: the content of patches has directions like it.
 """
 
 
@@ -231,14 +255,20 @@ def _power(trials: list[Trial]) -> str:
         "Sureness of the verdict (mean)": lambda x: f"{_mean(t.sureness() for t in x):.2f}",
     }
     cases = [t for t in trials if t.group == "injected"]
+    dense = [t for t in trials if t.group == "injected in all dimensions"]
     for title, cell in tables.items():
         rows = []
         for photos, share in itertools.product(sorted({t.photos for t in cases}), SHARES):
             row = [t for t in cases if t.photos == photos and t.injection and t.injection.share == share]
-            sized = [[t for t in row if t.injection and t.injection.size == size] for size in SIZES]
-            rows.append([f"{photos}", f"{share:.1%}", *map(cell, sized)])
-        parts.append(f"{title}:\n\n{_table(['photos', 'share', *(f'{x:g}x' for x in SIZES)], rows)}\n")
+            rows.append([f"{photos}", f"{share:.1%}", "3", *_by_size(row, cell)])
+        rows.append([f"{FULL_PHOTOS}", f"{FULL_SHARE:.1%}", "all", *_by_size(dense, cell)])
+        headings = ["photos", "share", "dimensions", *(f"{x:g}x" for x in SIZES)]
+        parts.append(f"{title}:\n\n{_table(headings, rows)}\n")
     return "\n".join(parts)
+
+
+def _by_size(cases: list[Trial], cell: Callable[[list[Trial]], str]) -> list[str]:
+    return [cell([t for t in cases if t.injection and t.injection.size == size]) for size in SIZES]
 
 
 def _f1_lost(cases: list[Trial]) -> str:

@@ -99,6 +99,26 @@ def random_backbone(kind: str, seed: int = 0) -> Backbone:
         return vitreg.wrap(randomise(timm_model(kind, **RANDOM_SIZE)()).eval())
 
 
+def small_backbone(seed: int) -> Backbone:
+    """A narrow random ViT, in which what a patch shows counts for more than where it is."""
+    rng = np.random.default_rng(seed)
+    grid, heads, wide, depth = (
+        int(rng.choice(x)) for x in ((5, 7, 10, 14), (2, 3, 4), (8, 16, 24), (4, 6, 12))
+    )
+    sizes = {
+        "img_size": 8 * grid,
+        "patch_size": 8,
+        "embed_dim": wide * heads,
+        "depth": depth,
+        "num_heads": heads,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = randomise(timm_model("vit_small_patch16_224", **sizes)()).eval()
+    cast(torch.Tensor, model.pos_embed).data *= float(rng.choice([0.0, 0.1, 1.0]))
+    return vitreg.wrap(model)
+
+
 def _cut(vit: Backbone, depth: int) -> Backbone:
     """The model's first blocks only."""
     vit.model.blocks = cast(nn.Sequential, vit.model.blocks)[:depth]
@@ -143,11 +163,15 @@ def changed(stream: Stream, change: Callable[[Tensor], Tensor]) -> Iterator[None
 
 @dataclass(frozen=True)
 class Injection:
-    """A vector of `size` median norms, with a lognormal spread, added to a share of the patches."""
+    """A vector of `size` median norms, with a lognormal spread, added to a share of the patches.
+
+    It lies in so many random residual `dimensions` (None: in all of them).
+    """
 
     size: float
     spread: float
     share: float
+    dimensions: int | None = DIMENSIONS
 
 
 def inject(
@@ -160,7 +184,8 @@ def inject(
     chosen = rng.choice(len(truth), max(round(injection.share * len(truth)), 1), replace=False)
     truth[torch.from_numpy(chosen)] = True
     vector = np.zeros(width)
-    vector[rng.choice(width, DIMENSIONS, replace=False)] = rng.normal(size=DIMENSIONS)
+    dimensions = injection.dimensions or width
+    vector[rng.choice(width, dimensions, replace=False)] = rng.normal(size=dimensions)
     median = float(torch.linalg.vector_norm(stream.patches, dim=-1).median())
     length = injection.size * median * np.exp(rng.normal(0, injection.spread, len(chosen)))
     added = torch.zeros(len(truth), width)

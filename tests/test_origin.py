@@ -403,17 +403,7 @@ def test_the_corners_of_the_real_vit_ti_are_made_by_the_mlp_of_block_7(shared):
 
 def test_the_soft_outliers_of_the_real_deit_ti_are_made_by_several_mlps_together(shared):
     vit = vitreg.load(str(shared / "models/deit_tiny_patch16_224"))
-    photos = torch.cat(photos_of(shared, vit, 8))
-    with torch.no_grad(), vitreg.trace(vit, layers=[10]) as t:
-        vit(photos)
-    median = t.norms[0, :, t.layout.patch_slice].median()
-    soft = replace(
-        vitreg.diagnose(vit, [photos]),
-        verdict="artifacts",
-        detect_layer=10,
-        onset_layer=8,
-        threshold=1.66 * float(median),
-    )
-    origin = find_origin(vit, [photos], soft)
+    photos = torch.cat(photos_of(shared, vit, 32))
+    origin = found(vit, photos)
     assert named(origin, "neurons", 5, 6, 7, 8, 9, 10)
     assert origin.adds > 0.7

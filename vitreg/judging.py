@@ -23,15 +23,17 @@ from vitreg.statistics import EDGES, Statistics
 FAR, APART = 3.0, 0.1
 # Evidence that what stands out is one thing, made by the model. In real models without artifacts and under
 # tails of every kind, the largest norms share a direction to at most 0.5 (soft artifacts: 0.7 to 0.9), and
-# their three richest dimensions hold at most 0.3 of the excess (0.5 to 1). In small random models they may
-# hold more by chance, but with either sign: no direction. (Planted artifacts of any kind: 0.4 and more.)
-SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.5
+# three dimensions hold at most 0.2 of the excess beyond chance (0.45 to 1). In small random models they may
+# hold more, but with either sign: no direction.
+SHARED_DIRECTION, FEW_DIMENSIONS = 0.6, 0.45
 ONE_SIDE = 0.25  # of the direction, before few dimensions count
-# Bright patches of random models share a direction, too: that of their content, in many dimensions (to 0.26).
-NOT_MANY = 0.3  # of the excess in three dimensions, before a direction counts
+# Bright patches of random models share a direction, too: that of their content, in many dimensions (to 0.2).
+NOT_MANY = 0.25  # of the excess in three dimensions, before a direction counts
 ONE_VECTOR = 0.8  # of both
 # Where outliers share a direction and few dimensions as clearly as this, less of a shape is needed.
-STRONG_DIRECTION, STRONG_DIMENSIONS, STRONG_NEEDS = 0.8, 0.6, 0.4
+STRONG_DIRECTION, STRONG_DIMENSIONS, STRONG_NEEDS = 0.8, 0.55, 0.4
+# Content of small random models looks the same, but nearer (to 1.4x). There, only a strong direction counts.
+NEAR = 1.5
 DRAWN_ATTENTION = 3.0  # times the even share, in the next block
 # At fixed positions one more photo shows nothing new: there, positions are counted and not patches.
 BOUND = 0.5
@@ -50,7 +52,8 @@ class Evidence:
     """What speaks for or against artifacts in one layer, beside the shape of the norms.
 
     direction       how far outliers differ from ordinary patches by one shared vector, 0 to 1
-    few_dimensions  share of their excess squared norm in its three richest residual dimensions
+    few_dimensions  how far three residual dimensions carry their excess squared norm, 0 to 1: 0 is what the
+                    three richest ones hold by chance, of which narrow models have more
     attention       attention that they draw in the next block, in even shares (None: no next block)
     bound           share of them at fixed positions
     one_group       share of them in one sixteenth of the photos
@@ -82,7 +85,9 @@ class Evidence:
         if self.direction >= SHARED_DIRECTION and self.few_dimensions >= NOT_MANY:
             words.append(f"they share one direction ({self.direction:.2f} of 1)")
         if self.few_dimensions >= FEW_DIMENSIONS and self.direction >= ONE_SIDE:
-            words.append(f"three residual dimensions carry {self.few_dimensions:.0%} of their excess")
+            words.append(
+                f"three residual dimensions carry what sets them apart ({self.few_dimensions:.2f} of 1)"
+            )
         if self.attention is not None and self.attention >= DRAWN_ATTENTION:
             words.append(f"they draw {self.attention:.0f}x their share of attention in the next block")
         return tuple(words)
@@ -93,7 +98,8 @@ class Judgement:
     """A layer's second population, if the shape shows one, and whether it is an artifact's.
 
     `margin` is how many times the shape's gain exceeds what is needed, by the view that shows it least: norms
-    themselves, relative to the photo's ordinary ones, and positions where outliers are bound to them.
+    themselves, relative to the photo's ordinary ones, and positions where outliers are bound to them. With a
+    strong direction it is the better of the first two.
     """
 
     population: Population | None
@@ -131,14 +137,16 @@ def judge(s: Statistics, layer: int, first: Population | None = None) -> Judgeme
     if evidence.one_vector and absolute.ratio >= FAR:  # also photos that are full of outliers
         return Judgement(absolute, evidence, absolute.gain / needed, absolute.gain >= needed)
     relative = second_population(s.relative[layer], EDGES, needed=least)
-    if relative is None:
+    if relative is not None:
+        agreeing = second_population(s.counts[layer], EDGES, needed=least / 4, about=relative.fraction)
+        if agreeing is not None:
+            absolute, evidence = agreeing, _evidence(s, layer, agreeing, first)
+    if evidence.strong:  # which no mixture of photos brings about: either view will do
+        margin = max(absolute.gain, relative.gain if relative is not None else 0.0) / least
+    elif relative is not None and agreeing is not None:
+        margin = min(relative.gain, 4 * absolute.gain) / needed
+    else:
         return NOTHING
-    agreeing = second_population(s.counts[layer], EDGES, needed=least / 4, about=relative.fraction)
-    if agreeing is not None:
-        absolute, evidence = agreeing, _evidence(s, layer, agreeing, first)
-    elif not evidence.strong:
-        return NOTHING
-    margin = min(relative.gain, 4 * absolute.gain) / (least if evidence.strong else needed)
     if evidence.bound >= BOUND and absolute.ratio < FAR:
         positions = s.positions.shape[1]
         margin = min(margin, absolute.gain * positions / patches / needed_gain(positions))
@@ -150,7 +158,7 @@ def _stands(margin: float, population: Population, evidence: Evidence) -> bool:
         return False
     if population.ratio >= FAR and population.misjudged <= APART * population.share:
         return evidence.one_group <= ONE_GROUP or evidence.few_dimensions >= ONE_VECTOR
-    made = evidence.inherited < INHERITED
+    made = evidence.inherited < INHERITED and (evidence.strong or population.ratio >= NEAR)
     return bool(evidence.named) and evidence.one_group <= ONE_GROUP and made
 
 

@@ -32,6 +32,8 @@ NEARLY, SMALLER = 0.995, 0.9
 SPREAD, MOST_RATIO = 0.2, 64.0
 # Thresholds that misjudge this little more than the best one, as a share of the outliers, are as good.
 AS_GOOD = 0.002
+# A single stray before an empty range of WIDE bins belongs to the nearer population, if MANY are behind it.
+WIDE, MANY = 16, 20
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,24 @@ def _misjudged(
 
 def _threshold_bin(counts: Float[np.ndarray, " bins"], best: Mixture) -> int:
     """The first bin where a patch is LIKELY an outlier; the middle of a wide range that does as well."""
-    first = int(np.argmax(best.posterior >= LIKELY))
+    first = _behind_stray(counts, int(np.argmax(best.posterior >= LIKELY)))
     misjudged = _misjudged(counts, best.posterior)
     as_good = misjudged <= misjudged[first] + AS_GOOD * best.share * counts.sum()
     last = first
     while last + 1 < len(as_good) and as_good[last + 1] and counts[last + 1 :].any():
         last += 1
     return (first + last + 1) // 2
+
+
+def _behind_stray(counts: Float[np.ndarray, " bins"], first: int) -> int:
+    """The bin from which outliers are counted: behind a single stray that lies nearer to the others."""
+    occupied = np.flatnonzero(counts[first:])[:2] + first
+    below = np.flatnonzero(counts[:first])
+    if len(occupied) < 2 or not len(below) or counts[occupied[0]] > 1 or counts[first:].sum() < MANY:
+        return first
+    stray, next_one = occupied
+    wide = next_one - stray >= max(WIDE, 2 * (stray - below[-1]))
+    return int(stray) + 1 if wide else first
 
 
 def quantile(

@@ -33,6 +33,7 @@ GROUPS = 16
 LARGEST = 16
 COARSE = 4  # bins in a coarse one
 ORDINARY = 8  # ordinary patches looked at per photo
+FEW = 3  # residual dimensions that one thing is carried by
 
 # Queries whose attention is read where there is no CLS token: that many patches, spread evenly.
 PATCH_QUERIES = 16
@@ -134,9 +135,15 @@ class Statistics:
         top = share.topk(min(most, len(share))).indices.tolist()
         return [{"dimension": d, "share": float(share[d])} for d in top if share[d] >= 0.01]
 
-    def few_dimensions(self, layer: int, threshold: float, count: int = 3) -> float:
-        """The share of the outliers' excess squared norm that so few residual dimensions carry."""
-        return float(self._excess(layer, threshold).topk(count).values.sum())
+    def few_dimensions(self, layer: int, threshold: float) -> float:
+        """How far three residual dimensions carry the outliers' excess squared norm, in 0 to 1.
+
+        The share of the three richest ones, without what those of any vector hold: 0 if the excess lies in
+        all dimensions alike, 1 if in three alone.
+        """
+        share = self._excess(layer, threshold)
+        chance = share_by_chance(len(share), FEW)
+        return max((float(share.topk(FEW).values.sum()) - chance) / (1 - chance), 0.0)
 
     def direction(self, layer: int, threshold: float) -> float:
         """How far outliers differ from ordinary patches in one shared direction, in 0 to 1.
@@ -144,7 +151,7 @@ class Statistics:
         |mean of x - m|^2 over the mean of |x - m|^2, m the mean of ordinary patches, without what so few
         outliers would show by chance: 0 if they differ in all directions, 1 if all by the same vector.
         """
-        chosen = self._large_beyond(threshold)
+        chosen = self._large_beyond(layer, threshold)
         count = float(self.large_counts[layer][chosen].sum())
         if count < 2:
             return 0.0
@@ -158,22 +165,22 @@ class Statistics:
 
     def excess(self, rule: OutlierRule) -> Float[Tensor, " d"]:
         """The mean of the outliers less that of ordinary patches, in the residual stream after a layer."""
-        chosen = self._large_beyond(rule.threshold)
+        chosen = self._large_beyond(rule.layer, rule.threshold)
         outliers = self.large[rule.layer][chosen, 0].sum(0)
         ordinary = self.ordinary[rule.layer, 0] / self.ordinary_counts[rule.layer].clamp(min=1)
         return outliers / self.large_counts[rule.layer][chosen].sum().clamp(min=1) - ordinary
 
     def _excess(self, layer: int, threshold: float) -> Float[Tensor, " d"]:
         """Per dimension, the share of the squared norm that outliers have beyond ordinary patches."""
-        chosen = self._large_beyond(threshold)
+        chosen = self._large_beyond(layer, threshold)
         outliers = self.large[layer][chosen, 1].sum(0) / self.large_counts[layer][chosen].sum().clamp(min=1)
         excess = (outliers - self.ordinary[layer, 1] / self.ordinary_counts[layer].clamp(min=1)).clamp(min=0)
         return excess / excess.sum().clamp(min=1e-30)
 
-    def _large_beyond(self, threshold: float) -> Bool[Tensor, " c"]:
+    def _large_beyond(self, layer: int, threshold: float) -> Bool[Tensor, " c"]:
         """The coarse bins beyond a threshold; the one that it lies in only where there is no other."""
         beyond = EDGES[:-1:COARSE] >= threshold
-        if not self.large_counts[:, beyond].any():
+        if not self.large_counts[layer][beyond].any():
             beyond = EDGES[COARSE::COARSE] > threshold
         return beyond
 
@@ -186,6 +193,16 @@ class Statistics:
         """The share of outliers that lie at fixed positions: where `often` of the photos have one."""
         frequency = self.position_frequency(layer, threshold)
         return float(frequency[frequency >= often].sum() / frequency.sum().clamp(min=1e-30))
+
+
+def share_by_chance(width: int, count: int) -> float:
+    """The share of its squared length that a random vector holds in its `count` largest dimensions.
+
+    By Blom's approximation of the expected order statistics of normal numbers' magnitudes.
+    """
+    ranks = width - torch.arange(count, dtype=torch.float64)
+    magnitudes = torch.special.ndtri((1 + (ranks - 0.375) / (width + 0.25)) / 2)
+    return min(float(magnitudes.square().sum()) / width, 0.99)
 
 
 def _beyond(threshold: float | None) -> Bool[Tensor, " bins"]:
