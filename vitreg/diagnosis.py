@@ -40,8 +40,10 @@ from vitreg.trace import trace
 
 # A value norm at outliers under this share of the others' is that of a sink that writes nothing.
 NOP_SINK = 0.5
-# Of layers whose populations stand apart nearly as clearly as anywhere, the first is looked at.
+# Of layers that show outliers nearly as well as any, the first is looked at.
 NEARLY = 0.9
+# Populations of which a threshold misjudges less than this share of the outliers hardly overlap.
+HARDLY = 0.01
 # A layer between others that show outliers is no end of them if its margin is at least this.
 NEARLY_ENOUGH = 0.5
 # The attention beyond their share that severe, and moderate, artifacts draw in some block; in words.
@@ -373,14 +375,26 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
 def _detect(judged: list[Judgement]) -> tuple[int, bool]:
     """The layer to look at, and whether it shows artifacts.
 
-    The first of those whose populations stand apart nearly as clearly as anywhere: later, the bulk may drown
-    them. Without artifacts, the layer that came closest.
+    Of those whose populations stand apart as clearly as anywhere, or nearly, the first in which outliers are
+    nearly as far out as they get: several blocks may build them up, and later the bulk may drown them.
+    Without artifacts, the layer that came closest.
     """
     standing = [layer for layer, x in enumerate(judged) if x.stands]
     if not standing:
         return max(range(len(judged)), key=lambda layer: judged[layer].margin), False
-    most = max(judged[layer].margin for layer in standing)
-    return next(layer for layer in standing if judged[layer].margin >= NEARLY * most), True
+    clear = NEARLY * max(judged[layer].margin for layer in standing)
+    ratios = {x: _ratio(judged[x]) for x in standing if judged[x].margin >= clear or _apart(judged[x])}
+    return next(layer for layer, ratio in ratios.items() if ratio >= NEARLY * max(ratios.values())), True
+
+
+def _apart(judgement: Judgement) -> bool:
+    """Whether hardly a patch lies between the populations."""
+    population = judgement.population
+    return population is not None and population.misjudged < HARDLY * population.fraction
+
+
+def _ratio(judgement: Judgement) -> float:
+    return judgement.population.ratio if judgement.population is not None else 1.0
 
 
 def _rule(layer: int, judgement: Judgement) -> OutlierRule:
@@ -436,7 +450,7 @@ def _layer(layer: int, s: Statistics, judged: list[Judgement], layout: TokenLayo
         mean_plus_3_sigma=mean + 3 * deviation,
         threshold=judgement.threshold,
         outlier_fraction=population.fraction if population is not None and judgement.stands else 0.0,
-        ratio=population.ratio if population is not None else 1.0,
+        ratio=_ratio(judgement),
         misjudged=population.misjudged if population is not None else 0.0,
         margin=judgement.margin,
         evidence=judgement.evidence,
@@ -488,8 +502,7 @@ def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None) -> str
 
 
 def _overlap(layer: LayerDiagnosis) -> str:
-    share = layer.misjudged / max(layer.outlier_fraction, 1e-12)
-    if share < 0.01:
+    if layer.misjudged < HARDLY * layer.outlier_fraction:
         return "hardly a patch lies between"
     return f"the two overlap: any threshold misjudges {layer.misjudged:.2%} of the patches"
 
