@@ -178,8 +178,8 @@ def draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, sid
 
 
 def _outline(ax: Axes, report: Diagnosis, example: Example, side: float) -> None:
-    if report.threshold is not None:
-        mask = example.norms[report.detect_layer] >= report.threshold
+    if report.rule.marks_any:
+        mask = report.rule.mask(example.norms[report.rule.layer])
         outline(ax, mask, example.photo.shape[:2], side)
 
 

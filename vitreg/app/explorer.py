@@ -141,9 +141,9 @@ class Explorer:
         return self._keep(("boxes", photo.key, version.key), version, lambda: _boxes(self.vit, photo))
 
     def outliers(self, photo: Photo) -> Bool[np.ndarray, "gh gw"]:
-        """The photo's outliers in the model as it is, by the diagnosis' layer and threshold."""
-        norms = self.look(photo).norms[self.report.detect_layer]
-        return norms >= (np.inf if self.report.threshold is None else self.report.threshold)
+        """The photo's outliers in the model as it is, by the diagnosis' rule."""
+        rule = self.report.rule
+        return rule.mask(self.look(photo).norms[rule.layer])
 
     @property
     def queries(self) -> list[str]:

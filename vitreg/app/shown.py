@@ -7,6 +7,7 @@ own figures; nothing is computed here but shares of what the library has compute
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Version
 from vitreg.app.view import SHIFT, View, place_of
+from vitreg.outliers import OutlierRule
 from vitreg.plot_boxes import BoxedPhoto, box_grid
 from vitreg.plot_look import norm_histogram, photo_with_patches, side_by_side
 from vitreg.plot_verdict import versions_figure
@@ -44,7 +46,7 @@ def norms(explorer: Explorer, photo: Photo, view: View) -> Shown:
     found = explorer.look(photo).norms[view.layer]
     automatic = explorer.report.layers[view.layer].threshold
     threshold = automatic if view.threshold is None else view.threshold
-    mask = found >= (np.inf if threshold is None else threshold)
+    mask = OutlierRule(view.layer, math.inf if threshold is None else threshold).mask(found)
     pictures = {
         "photo": picture(photo_with_patches(photo.image, mask)),
         "map": picture(

@@ -273,11 +273,11 @@ def former_outliers(
     """The outlier patches of the model without its fix in the tested photos; empty if it has none."""
     paths, everything = [paths[i] for i in tested], replace(config, limit=None)
     report = unfixed_diagnosis(vit, paths, replace(config, limit=DIAGNOSED))
-    if report.threshold is None:
+    if not report.rule.marks_any:
         return {}
-    name = f"norms@{report.detect_layer}"
+    name = f"norms@{report.rule.layer}"
     with unfixed(vit.model):
         found = extract_features(vit, paths, [name], everything, frame.framing, frame.windows)
     rows = zip(found.index, found.each(name), strict=True)
-    masks = {tested[row]: norms >= report.threshold for row, norms in rows}
+    masks = {tested[row]: report.rule.mask(norms) for row, norms in rows}
     return masks if any(mask.any() for mask in masks.values()) else {}

@@ -17,7 +17,7 @@ from vitreg.fixes.base import unfixed
 from vitreg.images import read_images
 from vitreg.models import Backbone
 
-DIAGNOSED = 64  # photos: the threshold lies in a wide gap, which a handful shows
+DIAGNOSED = 64  # photos: enough for artifacts that are worth a row of their own
 
 
 def unfixed_diagnosis(vit: Backbone, paths: Sequence[Path], config: Config) -> Diagnosis:
@@ -33,10 +33,10 @@ def outlier_masks(
     vit: Backbone, report: Diagnosis, paths: Sequence[Path], config: Config
 ) -> Bool[np.ndarray, "b p"]:
     """Outliers of the unfixed model, of all photos that `extract_features` can read, in its order."""
-    name = f"norms@{report.detect_layer}"
+    name = f"norms@{report.rule.layer}"
     with unfixed(vit.model):
         norms = extract_features(vit, paths, [name], config)[name].numpy()
-    return norms >= (np.inf if report.threshold is None else report.threshold)
+    return report.rule.mask(norms)
 
 
 def outlier_notes(report: Diagnosis) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from vitreg.errors import FixError
 from vitreg.images import Batch, first_images
 from vitreg.models import Backbone
 from vitreg.neurons import BATCH, Enough, RegisterNeuron, RegisterNeurons, run_until
+from vitreg.outliers import OutlierRule
 from vitreg.probe import evaluating
 from vitreg.trace import token_norms, watch
 
@@ -50,9 +51,9 @@ def measure_marks(
     Looks at the first 64 images. Raises FixError where it cannot tell outliers: for neurons without a
     search's evidence, or images without outliers; ImageError without images.
     """
-    detect, threshold = _outlier_norm(neurons)
+    rule = _rule_of(neurons)
     candidates = list(dict.fromkeys((*neurons.chosen, *(neurons.ranking if feeders else ()))))
-    values, outliers = _activations(vit, images, detect, threshold, candidates)
+    values, outliers = _activations(vit, images, rule, candidates)
     if not outliers.any():
         raise FixError(
             "none of these images has an outlier to set thresholds by. Give images that have some."
@@ -66,14 +67,14 @@ def measure_marks(
     return replace(neurons, chosen=(*chosen, *more)), float(marked.float().mean(1).max())
 
 
-def _outlier_norm(neurons: RegisterNeurons) -> tuple[int, float]:
-    """The layer and the norm from which on a patch is an outlier there."""
+def _rule_of(neurons: RegisterNeurons) -> OutlierRule:
+    """What the search took for an outlier."""
     if neurons.threshold is None or neurons.detect_layer is None:
         raise FixError(
             "these neurons come without the norm that makes an outlier. Find them with"
             " find_register_neurons, or set threshold and detect_layer."
         )
-    return neurons.detect_layer, neurons.threshold
+    return neurons.rule
 
 
 def _levelled(
@@ -98,8 +99,7 @@ def _quantile(x: Float[Tensor, " t"], q: float) -> float:
 def _activations(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
-    detect_layer: int,
-    threshold: float,
+    rule: OutlierRule,
     candidates: list[RegisterNeuron],
 ) -> tuple[Float[Tensor, "b p k"], Bool[Tensor, "b p"]]:
     """Activations of the candidates on all patches of some images, and which patches are outliers."""
@@ -119,8 +119,8 @@ def _activations(
             values[-1][..., columns[layer]] = patches.index_select(-1, index).float()
 
     def saw_block(layer: int, residual: Tensor) -> None:
-        if layer == detect_layer:
-            masks.append(token_norms(residual[:, seen.layout.patch_slice]) >= threshold)
+        if layer == rule.layer:
+            masks.append(rule.mask(token_norms(residual[:, seen.layout.patch_slice])))
             raise Enough
 
     with evaluating(vit.model), watch(vit, on_block=saw_block, on_neurons=saw_neurons) as seen:
@@ -145,7 +145,7 @@ def mean_outliers(
     One row for each of the `count` most frequent places of outliers in the grid, by default as many as an
     image has on average. Looks at the first 64 images; raises FixError if none has an outlier.
     """
-    detect, threshold = _outlier_norm(neurons)
+    rule = _rule_of(neurons)
     sums = places = torch.zeros(())
     entering: list[Tensor] = []
 
@@ -154,8 +154,8 @@ def mean_outliers(
         patches = residual[:, seen.layout.patch_slice]
         if index == layer - 1:
             entering.append(patches.double())
-        if index == detect:
-            outliers = (token_norms(patches) >= threshold).double()
+        if index == rule.layer:
+            outliers = rule.mask(token_norms(patches)).double()
             stream = entering.pop() if entering else torch.zeros_like(patches, dtype=torch.float64)
             sums = sums + torch.einsum("bp,bpd->pd", outliers, stream)
             places = places + outliers.sum(0)
