@@ -10,9 +10,11 @@ import vitreg
 from vitreg.attention import SdpaCall
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.kinds import Context
+from vitreg.kinds.base import AttentionRows, shares_of_patches
 from vitreg.kinds.sinks import SINK, SinkFinding, Sinks
 from vitreg.neurons import find_register_neurons
 from vitreg.phantoms.sinks_without_norm import plant_sinks
+from vitreg.statistics import spread_patches
 
 KIND = "attention sinks"
 
@@ -71,13 +73,14 @@ def attended(
     q[:photos, :, layout.patch_slice][:, :, queries] = torch.eye(8)[0]
     k[:, :, layout.patch_slice.start + patch, 0] = 20
     call = SdpaCall(q, k, k)
-    by_cls = call.rows(torch.tensor([0]))[:, :, 0, layout.patch_slice]
+    by_cls = shares_of_patches(call.rows(torch.tensor([0]))[:, :, 0], layout.patch_slice)
+    rows = AttentionRows(by_cls, call.rows(spread_patches(layout)), layout.patch_slice)
     norms = torch.ones(of, layout.tokens)
     norms[:, layout.patch_slice.start + patch] = norm
     meter.start()
-    meter.attention(0, call, by_cls / by_cls.sum(-1, keepdim=True))
+    meter.attention(0, rows)
     meter.block(0, torch.zeros(of, layout.tokens, 32), norms)
-    meter.attention(1, call, by_cls / by_cls.sum(-1, keepdim=True))
+    meter.attention(1, rows)
     return meter.finding(Context(images=of, thresholds=(4.0, None, None)))
 
 

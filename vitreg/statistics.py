@@ -16,7 +16,7 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.errors import NonFiniteError
-from vitreg.kinds.base import Meter
+from vitreg.kinds.base import AttentionRows, Meter, shares_of_patches
 from vitreg.models import Backbone
 from vitreg.outliers import OutlierRule
 from vitreg.ranks import Ranks
@@ -35,8 +35,9 @@ COARSE = 4  # bins in a coarse one
 ORDINARY = 8  # ordinary patches looked at per photo
 FEW = 3  # residual dimensions that one thing is carried by
 
-# Queries whose attention is read where there is no CLS token: that many patches, spread evenly.
-PATCH_QUERIES = 16
+# Evenly spread patches whose attention is read: beside CLS (with 3, 5 and 8 as many photos have sinks, to 4
+# points, in each block of two real models), and where there is no CLS token.
+PATCH_QUERIES, INSTEAD_OF_CLS = 4, 16
 
 
 @dataclass
@@ -305,11 +306,13 @@ class Collector:
     def _attention(self, layer: int, call: AttentionCall) -> None:
         inner = self._watch.inner
         patches = inner.patch_slice
-        rows = call.rows(query_tokens(inner).to(self.vit.device))[..., patches]  # (b, h, r, p)
-        shares = (rows / rows.sum(-1, keepdim=True)).mean(2)
+        asked, spread = query_tokens(inner), spread_patches(inner)
+        rows = call.rows(torch.cat([asked, spread]).to(self.vit.device))  # (b, h, r, m), read only once
+        shares = shares_of_patches(rows[:, :, : len(asked)], patches).mean(2)
         self.shares.append(shares.mean(1))
+        read = AttentionRows(shares, rows[:, :, len(asked) :] if len(spread) else rows, patches)
         for meter in self.meters:
-            meter.attention(layer, call, shares)
+            meter.attention(layer, read)
         if self._bins is None:  # layer 0: no block has written yet
             return
         s = self.statistics
@@ -321,10 +324,17 @@ class Collector:
 
 def query_tokens(layout: TokenLayout) -> Tensor:
     """The tokens whose attention a diagnosis reads: CLS, or without one some evenly spread patches."""
-    if layout.prefix:
-        return torch.zeros(1, dtype=torch.long)
-    count = min(PATCH_QUERIES, layout.patches)
-    spread = (torch.arange(count) + 0.5) * layout.patches / count
+    return torch.zeros(1, dtype=torch.long) if layout.prefix else _evenly(layout, INSTEAD_OF_CLS)
+
+
+def spread_patches(layout: TokenLayout) -> Tensor:
+    """The patches whose attention is read beside that of CLS; without CLS, none more."""
+    return _evenly(layout, PATCH_QUERIES if layout.prefix else 0)
+
+
+def _evenly(layout: TokenLayout, count: int) -> Tensor:
+    count = min(count, layout.patches)
+    spread = (torch.arange(count) + 0.5) * layout.patches / max(count, 1)
     return spread.long() + layout.patch_slice.start
 
 

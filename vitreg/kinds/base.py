@@ -1,7 +1,7 @@
 """Artifacts that are no high norms: what each kind measures in the diagnosis' one pass, and what it finds.
 
     class Sinks(Meter):                 # one for each kind; sums over images, in memory that does not grow
-        def attention(self, layer, call, shares): ...
+        def attention(self, layer, rows): ...
         def finding(self, context) -> Finding: ...
 
 A meter sees every forward pass that the diagnosis makes, adds to its sums, and concludes once all images have
@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
-from vitreg.attention import AttentionCall
 from vitreg.models import Backbone
 from vitreg.ranks import Ranks
 
@@ -57,6 +56,26 @@ class Context:
     thresholds: tuple[float | None, ...]
 
 
+@dataclass(frozen=True)
+class AttentionRows:
+    """What was read of a block's attention.
+
+    `asked` (b, h, p): how CLS (or spread patches, on average) shares out its attention among the patches;
+    sums to 1. `spread` (b, h, r, m): how some evenly spread patches share theirs out among all keys, of which
+    those at `patches` are the patches': a fix may have keys of its own before and behind them.
+    """
+
+    asked: Float[Tensor, "b h p"]
+    spread: Float[Tensor, "b h r m"]
+    patches: slice
+
+
+def shares_of_patches(rows: Float[Tensor, "*b m"], patches: slice) -> Float[Tensor, "*b p"]:
+    """Attention to patches as shares of what goes to patches."""
+    chosen = rows[..., patches]
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
 class Meter(ABC):
     """Sums over images for one kind of artifact. Whatever is a Tensor attribute is a sum, and adds up.
 
@@ -80,8 +99,8 @@ class Meter(ABC):
     def block(self, layer: int, residual: Float[Tensor, "b n d"], norms: Float[Tensor, "b n"]) -> None:  # noqa: B027
         """The residual stream after a block, and its tokens' norms."""
 
-    def attention(self, layer: int, call: AttentionCall, shares: Float[Tensor, "b h p"]) -> None:  # noqa: B027
-        """The attention of a block; each row of `shares`, CLS (or spread patches) to patches, sums to 1."""
+    def attention(self, layer: int, rows: AttentionRows) -> None:  # noqa: B027
+        """The attention of a block."""
 
     def sums(self) -> Iterator[str]:
         """The names of the sums."""

@@ -5,7 +5,8 @@
     print(sinks)                     # how many, how much attention they draw, at fixed places or not
 
 Attention that follows content has a few queries, or CLS alone, on its side. A sink has all of them: in the
-mean over heads, CLS and three of four spread patches alike give it ten times an even share.
+mean over heads, CLS and three of four spread patches (without CLS: half of sixteen, and all of them on
+average) alike give it ten times an even share.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
-from vitreg.attention import AttentionCall
-from vitreg.kinds.base import Context, Finding, Meter
+from vitreg.kinds.base import AttentionRows, Context, Finding, Meter, shares_of_patches
 from vitreg.kinds.bins import LogBins
 from vitreg.models import Backbone
 
@@ -28,9 +28,6 @@ SINK = 10.0
 # Sinks are the model's, so they are in many images. At least this share of them, and this many: random
 # models of 20 patches, whose attention is peaked, show one in at most 1 of 50 images, DeiT-Ti in 85% of them.
 MIN_IMAGES, FEWEST_IMAGES = 0.2, 3
-# Beside CLS. Three of them must agree, so none can make a sink alone. With 3, 5 and 8 the share of photos
-# with sinks is the same to 4 points in each block of both models.
-PATCH_QUERIES = 4
 FIXED = 0.5  # a place is fixed where at least this share of the images has a sink
 NORMS = LogBins(-6, 18)
 
@@ -107,8 +104,6 @@ class Sinks(Meter):
         self.least = self.zeros(depth, bins, dtype=torch.int64)  # images, by their sink of the least norm
         self.special = self.zeros(depth, 2)  # attention of patches to prefix and registers
         self._entering: list[Int[Tensor, "b p"]] = []  # bins; a list, since a Tensor would be a sum
-        count = min(PATCH_QUERIES, layout.patches)
-        self._queries = [int((i + 0.5) * layout.patches / count) for i in range(count)]
 
     def start(self) -> None:
         self._entering = []
@@ -116,17 +111,13 @@ class Sinks(Meter):
     def block(self, layer: int, residual: Float[Tensor, "b n d"], norms: Float[Tensor, "b n"]) -> None:
         self._entering = [NORMS.index(norms[:, self.layout.patch_slice])]
 
-    def attention(self, layer: int, call: AttentionCall, shares: Float[Tensor, "b h p"]) -> None:
-        # Not `layout.patch_slice`: a fix may carry tokens of its own before the patches.
-        first, prefix = call.tokens - self.layout.patches, self.layout.prefix
-        queries = torch.tensor(self._queries, device=self.vit.device) + first
-        rows = call.rows(queries).mean(1)
-        special = [rows[..., :prefix], rows[..., prefix:first]]
+    def attention(self, layer: int, rows: AttentionRows) -> None:
+        spread, prefix = rows.spread.mean(1), self.layout.prefix
+        special = [spread[..., :prefix], spread[..., prefix : rows.patches.start]]
         self.special[layer] += torch.stack([part.sum(-1).mean(1).sum() for part in special])
         if self._entering:  # in block 0 no block has written yet, so no norm says who is an outlier
-            patches = slice(first, first + self.layout.patches)  # behind them a fix may have keys of no token
-            typical = _shares_of_patches(rows[..., patches]).median(1).values
-            self._add_sinks(layer, shares.mean(1), typical)
+            typical = shares_of_patches(spread, rows.patches).median(1).values
+            self._add_sinks(layer, rows.asked.mean(1), typical)
 
     def _add_sinks(self, layer: int, asked: Float[Tensor, "b p"], typical: Float[Tensor, "b p"]) -> None:
         sinks = torch.minimum(asked, typical) * self.layout.patches >= SINK
@@ -167,8 +158,3 @@ class Sinks(Meter):
 def _summed(sums: Tensor, bins: list[Bool[Tensor, " k"]], images: int) -> list[float]:
     """Per layer, the sum over some bins, per image."""
     return [float(row[chosen].sum()) / images for row, chosen in zip(sums, bins, strict=True)]
-
-
-def _shares_of_patches(rows: Float[Tensor, "b q p"]) -> Float[Tensor, "b q p"]:
-    """Attention to patches as shares of what goes to patches."""
-    return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
