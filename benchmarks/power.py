@@ -1,6 +1,6 @@
 """How small and few artifacts the diagnosis sees, how sure it is, and how often it sees what is not there.
 
-    python benchmarks/power.py SHARED --markdown docs/power.md       # about 12 minutes of one core
+    python benchmarks/power.py SHARED --markdown docs/power.md       # about 40 minutes of one core
     python benchmarks/power.py SHARED --quick                        # a few cases of everything
 
 SHARED holds models/deit_tiny_patch16_224, models/vit_tiny_patch16_224.augreg_in21k_ft_in1k and

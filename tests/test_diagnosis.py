@@ -154,6 +154,8 @@ def test_emergence_over_checkpoints():
     rows = str(emerging).splitlines()
     assert ["no artifacts" in row for row in rows[1:4]] == [True, True, False]
     assert "block 1" in rows[3]
+    locality = [f"{report.kind('locality').kept[-1]:.2f}" for report in reports]
+    assert [row.split()[-1] for row in rows[1:4]] == locality
     assert [entry["label"] for entry in emerging.to_json()["models"]] == emerging.labels
     with pytest.raises(ValueError, match="no diagnoses to compare"):
         vitreg.Emergence([])

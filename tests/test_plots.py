@@ -214,6 +214,16 @@ class TestOverview:
         assert "tiny: no artifacts\n" in without
         assert clean.reason[:60] in without
 
+    def test_other_kinds_are_named_where_there_are_some(self, clean):
+        sinks = replace(clean.kind("attention sinks"), present=True)
+        assert "Other artifacts" not in texts(plots.overview(clean))
+        assert clean.other_artifacts == ()
+        others = replace(clean, kinds=(sinks,))
+        assert "Other artifacts: attention sinks of ordinary norm." in texts(plots.overview(others)).replace("\n", " ")
+        assert others.other_artifacts == (others.kind("attention sinks"),)
+        with pytest.raises(KeyError, match="expected one of attention sinks"):
+            others.kind("locality")
+
     @pytest.mark.parametrize("name", FIGURES)
     def test_a_phantom_is_called_one_everywhere(self, name, found):
         assert "phantom" in texts(FIGURES[name](replace(found, model="phantom of /models/tiny")))

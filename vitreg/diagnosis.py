@@ -165,6 +165,18 @@ class Diagnosis:
         return self.verdict == "artifacts"
 
     @property
+    def other_artifacts(self) -> tuple[Finding, ...]:
+        """The findings of those kinds of artifacts, beside high norms, that the model has."""
+        return tuple(finding for finding in self.kinds if finding.present)
+
+    def kind(self, name: str) -> Finding:
+        """What was found of one kind, "attention sinks", say, present or not. Raises KeyError for others."""
+        by_name = {finding.kind: finding for finding in self.kinds}
+        if name not in by_name:
+            raise KeyError(f"{name!r} is no kind of artifact: expected one of {', '.join(by_name)}.")
+        return by_name[name]
+
+    @property
     def histograms(self) -> tuple[Float[np.ndarray, "l k"], Float[np.ndarray, " edges"]]:
         """Patch tokens per layer and norm bin, and the bins' edges."""
         return self.statistics.counts.double().numpy(), EDGES.double().numpy()
@@ -184,7 +196,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.verdict}", self.reason, *self._facts()]
-        lines += [f"{finding.title}: {finding}" for finding in self.kinds if finding.present]
+        lines += [f"{finding.title}: {finding}" for finding in self.other_artifacts]
         if self.failed_images:
             lines.append(f"{len(self.failed_images)} images could not be read:")
             lines += [f"  {failed['path']}: {failed['reason']}" for failed in self.failed_images]

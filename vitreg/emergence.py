@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreg.diagnosis import Diagnosis
+from vitreg.kinds.locality import Locality
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Emergence:
 
     def __str__(self) -> str:
         table = Table(box=None, pad_edge=False, header_style="")
-        for heading in ("model", "verdict", "onset", "outliers", "norms", "attention"):
+        for heading in ("model", "verdict", "onset", "outliers", "norms", "attention", "locality"):
             table.add_column(heading, justify="left" if heading in ("model", "verdict") else "right")
         for label, d in zip(self.labels, self.diagnoses, strict=True):
             best = d.layers[d.detect_layer]
@@ -56,11 +57,20 @@ class Emergence:
                 f"{d.outlier_fraction:.2%}",
                 f"{best.ratio:.1f}x" if d.has_artifacts else "-",
                 f"{d.attention_to_outliers:.1%}",
+                _locality(d),
             )
         text = io.StringIO()
         Console(file=text, width=120, no_color=True).print(table)
         notes = "outliers: share of patch tokens; norms: outliers' median over the others'"
-        return f"{text.getvalue()}{notes}; attention: share on outliers, last block"
+        return (
+            f"{text.getvalue()}{notes}; attention: share on outliers, last block\n"
+            "locality: how much more patches resemble their neighbours than far ones, last block (1: wholly)"
+        )
+
+
+def _locality(diagnosis: Diagnosis) -> str:
+    finding = diagnosis.kind(Locality.kind)
+    return f"{finding.kept[-1]:.2f}" if isinstance(finding, Locality) else "-"
 
 
 def short_labels(names: Sequence[str]) -> list[str]:

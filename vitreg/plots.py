@@ -276,7 +276,7 @@ def _draw_frequency(ax: Axes, frequency: Float[np.ndarray, "gh gw"], images: int
 def overview(report: Diagnosis) -> Figure:
     """The diagnosis in one figure: photos with their maps, norms, outliers and attention by layer, places."""
     width, columns = 9.6, min(max(len(report.examples), 4), 6)
-    reason = textwrap.wrap(safe(report.reason, 400), 125)
+    reason = textwrap.wrap(safe(f"{report.reason}{_others(report)}", 600), 125)
     heights = [0.42 + 0.15 * len(reason), photo_rows_height(report, width, columns, 2), 3.5]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     top, photos, below = np.ravel(figure.subfigures(3, 1, height_ratios=heights, squeeze=False))
@@ -291,6 +291,12 @@ def overview(report: Diagnosis) -> Figure:
     lower.set_xlabel(LAYER_LABEL)
     _draw_positions(right.subplots(), report, "Outliers at each place")
     return figure
+
+
+def _others(report: Diagnosis) -> str:
+    """The other kinds of artifacts that the model has, in a sentence; nothing where there are none."""
+    titles = "; ".join(finding.title.lower() for finding in report.other_artifacts)
+    return f" Other artifacts: {titles}." if titles else ""
 
 
 def _draw_shares(ax: Axes, report: Diagnosis) -> None:

@@ -140,7 +140,7 @@ def figures(report: Diagnosis) -> str:
 
 def other_kinds(report: Diagnosis) -> list[str]:
     """The artifacts that are no high norms, where there are some: in words, and where they lie."""
-    present = [finding for finding in report.kinds if finding.present]
+    present = report.other_artifacts
     if not present:
         return []
     return [section("Other artifacts", "".join(_kind(report, finding) for finding in present))]

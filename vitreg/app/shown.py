@@ -193,7 +193,7 @@ def headline(explorer: Explorer) -> str:
     report = explorer.report
     reason = plain(report.reason[:1].upper() + report.reason[1:])
     found = f"**{plain(short_name(report.model))}: {report.verdict}.** {reason}"
-    others = [f"**{plain(x.title)}.** {plain(str(x))}" for x in report.kinds if x.present]
+    others = [f"**{plain(x.title)}.** {plain(str(x))}" for x in report.other_artifacts]
     found = "\n\n".join([found, *others])
     if not is_phantom(report.model):
         return found

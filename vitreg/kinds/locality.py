@@ -1,7 +1,7 @@
 """Patch features that stop being local: they come to resemble far patches as much as their neighbours.
 
     report = diagnose(vit, photos)
-    next(f for f in report.kinds if f.kind == "locality").kept       # after its .layers
+    report.kind("locality").kept       # after its .layers
 
 What Gram anchoring fights in DINOv3 (arXiv 2508.10104): the longer a model trains, the less a patch says of
 its own place. Compare checkpoints with vitreg.emergence.

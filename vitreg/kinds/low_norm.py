@@ -1,7 +1,7 @@
 """Low-norm outliers: a second population of patches whose norms lie far below the others'.
 
     diagnosis = diagnose(vit, photos)
-    low = next(finding for finding in diagnosis.kinds if finding.kind == "low-norm outliers")
+    low = diagnosis.kind("low-norm outliers")
     print(low)                       # how many, how far below, after which block
 
 Bach et al. (2025) describe such artifacts. A second population lies below an almost empty range of norms, in

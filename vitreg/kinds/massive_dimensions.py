@@ -1,7 +1,7 @@
 """Massive dimensions: a few residual channels that dominate every token, and the cosines between patches.
 
     diagnosis = diagnose(vit, photos)
-    massive = next(finding for finding in diagnosis.kinds if finding.kind == "massive dimensions")
+    massive = diagnosis.kind("massive dimensions")
     print(massive)                   # which, how large, what is left of the cosines without them
 
 Sun et al. (2024) describe massive activations, DINOv3's authors theirs. Every token counts alike, as a unit

@@ -1,7 +1,7 @@
 """Position-bound patterns: what patch features show at each place in every photo, whatever it shows.
 
     report = diagnose(vit, photos)
-    next(f for f in report.kinds if f.kind == "position pattern").share
+    report.kind("position pattern").share
 
 A patch feature is the sum of a mean, a part of its position, a part of its photo and the rest (a two-way
 analysis of variance). Few photos leave some of the rest in the mean over photos, which would look like a

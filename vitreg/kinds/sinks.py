@@ -1,7 +1,7 @@
 """Attention sinks of ordinary norm: patches that every query attends to, whatever it asks and they show.
 
     diagnosis = diagnose(vit, photos)
-    sinks = next(finding for finding in diagnosis.kinds if finding.kind == "attention sinks")
+    sinks = diagnosis.kind("attention sinks")
     print(sinks)                     # how many, how much attention they draw, at fixed places or not
 
 Attention that follows content has a few queries, or CLS alone, on its side. A sink has all of them: in the

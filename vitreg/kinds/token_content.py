@@ -1,7 +1,7 @@
 """Tokens that say nothing of their place: the same in every photo, or only what the whole photo says.
 
     report = diagnose(vit, photos)
-    next(f for f in report.kinds if f.kind == "token content").fixed
+    report.kind("token content").fixed
     vitreg.kinds.strip_test(vit, images)        # a second look, at a few photos
 
 After UniRefiner (arXiv 2605.19622), in one pass: a *fixed pattern* has, in many other photos, patches that
