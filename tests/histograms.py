@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitreg.statistics import BINS, _bin
+from vitreg.bins import NORMS
+from vitreg.statistics import BINS
 
 
 def histogram(norms: np.ndarray) -> Tensor:
-    return torch.bincount(_bin(torch.from_numpy(norms).flatten()), minlength=BINS)
+    return torch.bincount(NORMS.index(torch.from_numpy(norms).flatten()), minlength=BINS)
 
 
 def two_populations(

@@ -5,8 +5,8 @@ import torch
 from catalog import CATALOG
 from scenes import finding, scenes
 
+from vitreg.bins import LogBins
 from vitreg.kinds import Context
-from vitreg.kinds.bins import LogBins
 from vitreg.kinds.low_norm import LowNorm, LowNormFinding
 from vitreg.phantoms.low_norm import plant_low_norms
 

@@ -219,7 +219,9 @@ class TestOverview:
         assert "Other artifacts" not in texts(plots.overview(clean))
         assert clean.other_artifacts == ()
         others = replace(clean, kinds=(sinks,))
-        assert "Other artifacts: attention sinks of ordinary norm." in texts(plots.overview(others)).replace("\n", " ")
+        assert "Other artifacts: attention sinks of ordinary norm." in texts(plots.overview(others)).replace(
+            "\n", " "
+        )
         assert others.other_artifacts == (others.kind("attention sinks"),)
         with pytest.raises(KeyError, match="expected one of attention sinks"):
             others.kind("locality")

@@ -9,8 +9,9 @@ from histograms import best_f1, f1, histogram, two_populations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitreg.bins import PER_OCTAVE
 from vitreg.populations import detectable_ratio, needed_gain, quantile, second_population
-from vitreg.statistics import BINS, BINS_PER_OCTAVE, EDGES
+from vitreg.statistics import BINS, EDGES
 
 COUNT = 20000
 
@@ -131,7 +132,7 @@ def test_more_patches_need_more_evidence():
 @pytest.mark.parametrize("norms", [[], [3.0], [3.0, 80.0]])
 def test_too_few_norms_have_no_population(norms):
     assert second_population(histogram(np.array(norms)), EDGES) is None
-    assert detectable_ratio(histogram(np.array(norms)), 0.02, BINS_PER_OCTAVE) is None
+    assert detectable_ratio(histogram(np.array(norms)), 0.02, PER_OCTAVE) is None
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=300), st.floats(0, 1))
@@ -160,7 +161,7 @@ def stands_out_in(ratio: float, share: float, count: int, spread: float, seeds: 
 @pytest.mark.parametrize("spread", [0.15, 0.3])
 def test_from_the_detectable_ratio_on_populations_stand_out(share, count, spread):
     bulk = 10 * np.exp(np.random.default_rng(99).normal(0, spread, count))
-    ratio = detectable_ratio(histogram(bulk), share, BINS_PER_OCTAVE)
+    ratio = detectable_ratio(histogram(bulk), share, PER_OCTAVE)
     assert ratio is not None
     assert stands_out_in(1.1 * ratio, share, count, spread) >= 0.8
     assert stands_out_in(0.7 * ratio, share, count, spread) <= 0.2
@@ -169,7 +170,7 @@ def test_from_the_detectable_ratio_on_populations_stand_out(share, count, spread
 def test_more_photos_and_larger_shares_are_detectable_from_smaller_ratios_on():
     def ratio(count: int, share: float) -> float:
         bulk = np.exp(np.random.default_rng(0).normal(0, 0.2, count))
-        return detectable_ratio(histogram(bulk), share, BINS_PER_OCTAVE) or math.inf
+        return detectable_ratio(histogram(bulk), share, PER_OCTAVE) or math.inf
 
     assert ratio(600, 0.02) > ratio(6000, 0.02) >= ratio(60000, 0.02)
     assert ratio(6000, 0.005) > ratio(6000, 0.02)

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
+from vitreg.bins import PER_OCTAVE
 from vitreg.errors import ImageError
 from vitreg.images import Batch, Images, pixels_of, places_of, ranks_of
 from vitreg.judging import INHERITED, ONE_GROUP, Evidence, Judgement, judge_layers
@@ -35,7 +36,7 @@ from vitreg.outliers import OutlierRule
 from vitreg.populations import detectable_ratio, quantile
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
-from vitreg.statistics import BINS_PER_OCTAVE, EDGES, Collector, Statistics
+from vitreg.statistics import EDGES, Collector, Statistics
 from vitreg.trace import trace
 
 # A value norm at outliers under this share of the others' is that of a sink that writes nothing.
@@ -445,7 +446,7 @@ def strength_of(layers: list[LayerDiagnosis], detect: int) -> str:
 
 
 def _detectable(s: Statistics, layer: int) -> dict[str, float | None]:
-    return {f"{share:g}": detectable_ratio(s.relative[layer], share, BINS_PER_OCTAVE) for share in SHARES}
+    return {f"{share:g}": detectable_ratio(s.relative[layer], share, PER_OCTAVE) for share in SHARES}
 
 
 def _layer(layer: int, s: Statistics, judged: list[Judgement], layout: TokenLayout) -> LayerDiagnosis:

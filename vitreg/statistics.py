@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
+from vitreg.bins import NORMS
 from vitreg.errors import NonFiniteError
 from vitreg.kinds.base import AttentionRows, Meter, shares_of_patches
 from vitreg.models import Backbone
@@ -22,10 +23,7 @@ from vitreg.outliers import OutlierRule
 from vitreg.ranks import Ranks
 from vitreg.trace import token_norms, watch
 
-BINS_PER_OCTAVE = 16
-LOWEST, HIGHEST = -6, 18  # powers of two; norms beyond count in the first or last bin
-BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
-EDGES: Float[Tensor, " edges"] = torch.exp2(torch.arange(BINS + 1) / BINS_PER_OCTAVE + LOWEST)
+BINS, EDGES = NORMS.count, NORMS.edges
 
 # Photos are dealt out into this many groups, so that one odd photo is told from many.
 GROUPS = 16
@@ -152,31 +150,32 @@ class Statistics:
         |mean of x - m|^2 over the mean of |x - m|^2, m the mean of ordinary patches, without what so few
         outliers would show by chance: 0 if they differ in all directions, 1 if all by the same vector.
         """
-        chosen = self._large_beyond(layer, threshold)
-        count = float(self.large_counts[layer][chosen].sum())
+        count = float(self.large_counts[layer][self._large_beyond(layer, threshold)].sum())
         if count < 2:
             return 0.0
-        sums, squares = self.large[layer][chosen].sum(0) / count
-        center = self.ordinary[layer, 0] / self.ordinary_counts[layer].clamp(min=1)
-        energy = float((squares - 2 * sums * center + center.square()).sum())
+        (mean, squares), (center, _) = self._means(layer, threshold)
+        energy = float((squares - 2 * mean * center + center.square()).sum())
         chance = energy / count
         return min(
-            max((float((sums - center).square().sum()) - chance) / max(energy - chance, 1e-30), 0.0), 1.0
+            max((float((mean - center).square().sum()) - chance) / max(energy - chance, 1e-30), 0.0), 1.0
         )
 
     def excess(self, rule: OutlierRule) -> Float[Tensor, " d"]:
         """The mean of the outliers less that of ordinary patches, in the residual stream after a layer."""
-        chosen = self._large_beyond(rule.layer, rule.threshold)
-        outliers = self.large[rule.layer][chosen, 0].sum(0)
-        ordinary = self.ordinary[rule.layer, 0] / self.ordinary_counts[rule.layer].clamp(min=1)
-        return outliers / self.large_counts[rule.layer][chosen].sum().clamp(min=1) - ordinary
+        outliers, ordinary = self._means(rule.layer, rule.threshold)
+        return outliers[0] - ordinary[0]
 
     def _excess(self, layer: int, threshold: float) -> Float[Tensor, " d"]:
         """Per dimension, the share of the squared norm that outliers have beyond ordinary patches."""
-        chosen = self._large_beyond(layer, threshold)
-        outliers = self.large[layer][chosen, 1].sum(0) / self.large_counts[layer][chosen].sum().clamp(min=1)
-        excess = (outliers - self.ordinary[layer, 1] / self.ordinary_counts[layer].clamp(min=1)).clamp(min=0)
+        outliers, ordinary = self._means(layer, threshold)
+        excess = (outliers[1] - ordinary[1]).clamp(min=0)
         return excess / excess.sum().clamp(min=1e-30)
+
+    def _means(self, layer: int, threshold: float) -> tuple[Float[Tensor, "2 d"], Float[Tensor, "2 d"]]:
+        """What outliers and what ordinary patches hold, and its square, on average."""
+        chosen = self._large_beyond(layer, threshold)
+        outliers = self.large[layer][chosen].sum(0) / self.large_counts[layer][chosen].sum().clamp(min=1)
+        return outliers, self.ordinary[layer] / self.ordinary_counts[layer].clamp(min=1)
 
     def _large_beyond(self, layer: int, threshold: float) -> Bool[Tensor, " c"]:
         """The coarse bins beyond a threshold; the one that it lies in only where there is no other."""
@@ -264,7 +263,7 @@ class Collector:
                 " Check the checkpoint, or use --dtype float32 (float16 overflows where outliers are large)."
             )
         patches = norms[:, layout.patch_slice]
-        bins = _bin(patches)
+        bins = NORMS.index(patches)
         s.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS)
         ones = torch.ones_like(bins, dtype=torch.int32)
         s.positions[layer].scatter_add_(1, bins.T, ones.T)
@@ -276,7 +275,9 @@ class Collector:
         s.special[layer, 0] += norms[:, layout.prefix_slice][:, :1].sum()
         if layout.registers:
             s.special[layer, 1] += norms[:, layout.register_slice].mean(1).sum()
-        s.relative[layer] += torch.bincount(_bin(patches / ordinary_norm(patches)).flatten(), minlength=BINS)
+        s.relative[layer] += torch.bincount(
+            NORMS.index(patches / ordinary_norm(patches)).flatten(), minlength=BINS
+        )
         group = self._groups[:, None] * BINS + bins
         s.groups[layer] += torch.bincount(group.flatten(), minlength=GROUPS * BINS).view(GROUPS, BINS)
         self._add_directions(layer, residual[:, layout.patch_slice], patches)
@@ -294,7 +295,7 @@ class Collector:
         s, count = self.statistics, max(norms.shape[1] // LARGEST, 1)
         largest, index = norms.topk(count, 1)
         rows = residual.gather(1, index[..., None].expand(-1, -1, residual.shape[2])).flatten(0, 1).double()
-        bins = (_bin(largest) // COARSE).flatten()
+        bins = (NORMS.index(largest) // COARSE).flatten()
         s.large[layer].index_add_(0, bins, torch.stack([rows, rows.square()], 1))
         s.large_counts[layer] += torch.bincount(bins, minlength=BINS // COARSE)
         _, index = norms.topk(norms.shape[1] // 2 + 1, 1, largest=False)
@@ -356,10 +357,6 @@ def neighbour_similarity(patches: Float[Tensor, "b p d"], layout: TokenLayout) -
         count[:, 1:] += 1
         count[:, :-1] += 1
     return (total / count.clamp(min=1)).flatten(1)
-
-
-def _bin(norms: Tensor) -> Tensor:
-    return ((norms.log2() - LOWEST) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
 
 
 def _groups_of(pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, " b"]:

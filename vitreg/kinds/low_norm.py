@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
+from vitreg.bins import LogBins
 from vitreg.kinds.base import Context, Finding, Meter
-from vitreg.kinds.bins import LogBins
 from vitreg.models import Backbone
 from vitreg.populations import quantile
 

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.anatomy import TokenLayout
+from vitreg.bins import NORMS
 from vitreg.kinds.base import AttentionRows, Context, Finding, Meter, shares_of_patches
-from vitreg.kinds.bins import LogBins
 from vitreg.models import Backbone
 
 # How many times an even share of the attention to patches a sink draws. In the clean blocks of two real
@@ -29,7 +29,6 @@ SINK = 10.0
 # models of 20 patches, whose attention is peaked, show one in at most 1 of 50 images, DeiT-Ti in 85% of them.
 MIN_IMAGES, FEWEST_IMAGES = 0.2, 3
 FIXED = 0.5  # a place is fixed where at least this share of the images has a sink
-NORMS = LogBins(-6, 18)
 
 
 @dataclass(frozen=True)

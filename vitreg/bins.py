@@ -1,8 +1,8 @@
 """Histograms on a log axis, whose sums over images answer questions about a bound that comes later.
 
-NORMS = LogBins(-6, 18)                 # powers of two
-counts += torch.bincount(NORMS.index(norms).flatten(), minlength=NORMS.count)
-counts[NORMS.below(bound)].sum()        # once the bound is known
+RELATIVE = LogBins(-8, 1)               # powers of two
+counts += torch.bincount(RELATIVE.index(ratios).flatten(), minlength=RELATIVE.count)
+counts[RELATIVE.below(bound)].sum()        # once the bound is known
 """
 
 from dataclasses import dataclass
@@ -37,3 +37,6 @@ class LogBins:
     def below(self, bound: float | None) -> Bool[Tensor, " bins"]:
         """The bins below a bound, a bin edge to within rounding; all of them for None."""
         return self.edges[:-1] * (1 + ROUNDING) < (torch.inf if bound is None else bound)
+
+
+NORMS = LogBins(-6, 18)  # of tokens in a residual stream
