@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py ../shared --markdown docs/evidence.md
     python benchmarks/evidence.py ../shared --only depth tokens        # some tasks, to the terminal
+    python benchmarks/evidence.py ../shared --models DeiT-Ti --fixes 'calibrated registers'
 
 Fixes are calibrated on 64 of the 1000 photos, without labels. A difference to the same model unfixed is given
 where its 95% interval (paired, over images) does not hold zero. Features are cached: a run goes on where
@@ -10,9 +11,10 @@ it was stopped.
 
 import argparse
 import json
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from vitreg.evals import Result, differences, find_task
 from vitreg.evals.config import default_cache
 from vitreg.evals.result import written
 from vitreg.fixes import Fix
+from vitreg.neurons import RegisterNeurons
 from vitreg.output import write_atomically
 from vitreg.settings import with_settings
 
@@ -68,14 +71,17 @@ RUNS = (
 )
 
 
-def fixes(vit: vitreg.Backbone, photos: vitreg.Images) -> dict[str, Fix]:
-    """The paper's register, registers that are calibrated to resemble outliers, and token splitting."""
+# The paper's register, registers that are calibrated to resemble outliers, and token splitting.
+FIXES: dict[str, Callable[[vitreg.Backbone, vitreg.Images, RegisterNeurons], Fix]] = {
+    "one register": lambda vit, photos, neurons: vitreg.TestTimeRegisters(neurons),
+    "calibrated registers": vitreg.TestTimeRegisters.calibrate,
+    "splitting": vitreg.TokenSplitting.calibrate,
+}
+
+
+def fixes(vit: vitreg.Backbone, photos: vitreg.Images, names: Sequence[str]) -> dict[str, Fix]:
     neurons = vitreg.find_register_neurons(vit, photos, vitreg.diagnose(vit, photos))
-    return {
-        "one register": vitreg.TestTimeRegisters(neurons),
-        "calibrated registers": vitreg.TestTimeRegisters.calibrate(vit, photos, neurons),
-        "splitting": vitreg.TokenSplitting.calibrate(vit, photos, neurons),
-    }
+    return {name: FIXES[name](vit, photos, neurons) for name in names}
 
 
 def evaluated(run: Run, vit: vitreg.Backbone, shared: Path, cache: Path) -> Result:
@@ -136,7 +142,7 @@ def whole(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
         names = list(found)
         metrics = dict.fromkeys(m for result in found.values() for m in result.metrics)
         settings = "".join(f" --set {key}={value}" for key, value in run.settings)
-        n = found["ViT-Ti"].n
+        n = next(iter(found.values())).n
         estimates = [result.estimates() for result in found.values()]
         parts += [
             "",
@@ -156,13 +162,13 @@ def whole(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
     return "\n".join(parts)
 
 
-def page(results: dict[str, dict[str, Result]], runs: tuple[Run, ...]) -> str:
+def page(results: dict[str, dict[str, Result]], runs: tuple[Run, ...], command: str) -> str:
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         [
             "# The evidence",
             "",
-            "Made by `python benchmarks/evidence.py ../shared --markdown docs/evidence.md` (" + used + ").",
+            f"Made by `{command}` ({used}).",
             "In brackets: differences to the same model without a fix whose 95% interval, paired over images,"
             " does not hold zero.",
             "",
@@ -179,18 +185,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shared", type=Path, help="the folder with models/ and data/")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="some tasks, by name")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--fixes", nargs="+", choices=FIXES, default=list(FIXES))
     parser.add_argument("--markdown", type=Path, help="also write the page, and its JSON beside it")
     parser.add_argument("--cache", type=Path, default=default_cache())
     args = parser.parse_args()
     runs = tuple(run for run in RUNS if not args.only or run.task in args.only)
-    models = {name: vitreg.load(str(args.shared / "models" / folder)) for name, folder in MODELS.items()}
+    models = {name: vitreg.load(str(args.shared / "models" / MODELS[name])) for name in args.models}
     photos = sorted((args.shared / PHOTOS).iterdir())
     some = photos[:: len(photos) // 64][:64]
-    found = {name: fixes(vit, vitreg.read_images(some, vit)) for name, vit in models.items()}
+    found = {name: fixes(vit, vitreg.read_images(some, vit), args.fixes) for name, vit in models.items()}
     results = {run.title: dict(columns(run, models, found, args.shared, args.cache)) for run in runs}
     print(short(results, runs))
     if args.markdown:
-        write_atomically(args.markdown, page(results, runs))
+        command = shlex.join(["python", "benchmarks/evidence.py", "../shared", *sys.argv[2:]])
+        write_atomically(args.markdown, page(results, runs, command))
         document = {
             title: {name: r.to_json() for name, r in found.items()} for title, found in results.items()
         }
