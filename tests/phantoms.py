@@ -84,11 +84,12 @@ def members(
     rate: float = 0.02,
     photos: int = 96,
 ) -> list[Member]:
-    """12 architectures x 3 seeds x the numbers of neurons x the activations; layers and norms take turns."""
+    """12 architectures x 3 seeds x the numbers of neurons; activations, layers and norms take turns."""
     found = []
-    for seed, name in product(range(3), ARCHITECTURES):
-        for turn, (count, activation) in enumerate(product(neurons, activations), seed):
+    for seed, (place, name) in product(range(3), enumerate(ARCHITECTURES)):
+        for turn, count in enumerate(neurons, seed):
             layer, norm = layers[seed % len(layers)], norms[turn % len(norms)]
+            activation = activations[(place + turn) % len(activations)]
             found.append(Member(name, seed, layer, count, activation, rate, norm, photos))
     return found
 

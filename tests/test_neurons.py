@@ -14,12 +14,13 @@ from vitreg.phantom import Phantom, plant
 
 
 def catalog() -> list[Member]:
-    """12 architectures x 3 seeds x 1, 4 and 16 neurons that switch or ramp; blocks and norms take turns."""
+    """12 architectures x 3 seeds x 1, 4 and 16 neurons, which switch or ramp; blocks and norms take turns."""
     found = []
-    for seed, name in product(range(3), ARCHITECTURES):
-        for turn, (count, activation) in enumerate(product((1, 4, 16), ("switch", "ramp")), seed):
-            layer = 1 + seed % 2 if count == 1 else (1, 2, (1, 2))[turn % 3]
-            found.append(Member(name, seed, layer, count, activation, norm=(3.0, 6.0, 15.0)[turn // 2 % 3]))
+    for seed, (place, name) in product(range(3), enumerate(ARCHITECTURES)):
+        for turn, count in enumerate((1, 4, 16), seed + place):
+            layer = 1 + seed % 2 if count == 1 else (1, 2, (1, 2))[(turn + seed) % 3]
+            activation, norm = ("switch", "ramp")[turn % 2], (3.0, 6.0, 15.0)[turn // 2 % 3]
+            found.append(Member(name, seed, layer, count, activation, norm=norm))
     return found
 
 

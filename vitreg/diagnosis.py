@@ -388,26 +388,28 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
 def _detect(judged: list[Judgement]) -> tuple[int, bool]:
     """The layer to look at, and whether it shows artifacts.
 
-    Of those whose populations stand apart as clearly as anywhere, or nearly, the first in which outliers are
-    nearly as far out as they get: several blocks may build them up, and later the bulk may drown them.
-    Without artifacts, the layer that came closest.
+    Of those whose populations stand apart as clearly as anywhere, or nearly, the first in which outliers
+    together have nearly the most norm beyond the others': several blocks may build them up, or make more of
+    them, and later the bulk may drown them. Without artifacts, the layer that came closest.
     """
     standing = [layer for layer, x in enumerate(judged) if x.stands]
     if not standing:
         return max(range(len(judged)), key=lambda layer: judged[layer].margin), False
     clear = NEARLY * max(judged[layer].margin for layer in standing)
-    ratios = {x: _ratio(judged[x]) for x in standing if judged[x].margin >= clear or _apart(judged[x])}
-    return next(layer for layer, ratio in ratios.items() if ratio >= NEARLY * max(ratios.values())), True
+    excess = {x: _excess(judged[x]) for x in standing if judged[x].margin >= clear or _apart(judged[x])}
+    return next(layer for layer, norm in excess.items() if norm >= NEARLY * max(excess.values())), True
+
+
+def _excess(judgement: Judgement) -> float:
+    """The norm that outliers together have beyond the others', per patch and in medians of these."""
+    population = judgement.population
+    return population.fraction * (population.ratio - 1) if population is not None else 0.0
 
 
 def _apart(judgement: Judgement) -> bool:
     """Whether hardly a patch lies between the populations."""
     population = judgement.population
     return population is not None and population.misjudged < HARDLY * population.fraction
-
-
-def _ratio(judgement: Judgement) -> float:
-    return judgement.population.ratio if judgement.population is not None else 1.0
 
 
 def _rule(layer: int, judgement: Judgement) -> OutlierRule:
@@ -463,7 +465,7 @@ def _layer(layer: int, s: Statistics, judged: list[Judgement], layout: TokenLayo
         mean_plus_3_sigma=mean + 3 * deviation,
         threshold=judgement.threshold,
         outlier_fraction=population.fraction if population is not None and judgement.stands else 0.0,
-        ratio=_ratio(judgement),
+        ratio=population.ratio if population is not None else 1.0,
         misjudged=population.misjudged if population is not None else 0.0,
         margin=judgement.margin,
         evidence=judgement.evidence,
