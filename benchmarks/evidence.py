@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,6 +181,11 @@ def page(results: dict[str, dict[str, Result]], runs: tuple[Run, ...], command: 
     )
 
 
+def _option(name: str, chosen: list[str], among: Collection[str]) -> list[str]:
+    """The option as it was given; nothing where it is the default."""
+    return [] if chosen == list(among) else [f"--{name}", *chosen]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shared", type=Path, help="the folder with models/ and data/")
@@ -198,7 +203,9 @@ def main() -> None:
     results = {run.title: dict(columns(run, models, found, args.shared, args.cache)) for run in runs}
     print(short(results, runs))
     if args.markdown:
-        command = shlex.join(["python", "benchmarks/evidence.py", "../shared", *sys.argv[2:]])
+        chosen = [*_option("models", args.models, MODELS), *_option("fixes", args.fixes, FIXES)]
+        only = ["--only", *args.only] if args.only else []
+        command = shlex.join(["python", "benchmarks/evidence.py", "../shared", *chosen, *only])
         write_atomically(args.markdown, page(results, runs, command))
         document = {
             title: {name: r.to_json() for name, r in found.items()} for title, found in results.items()
