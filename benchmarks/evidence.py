@@ -181,9 +181,9 @@ def page(results: dict[str, dict[str, Result]], runs: tuple[Run, ...], command: 
     )
 
 
-def _option(name: str, chosen: list[str], among: Collection[str]) -> list[str]:
+def _option(name: str, chosen: list[str], default: Collection[str]) -> list[str]:
     """The option as it was given; nothing where it is the default."""
-    return [] if chosen == list(among) else [f"--{name}", *chosen]
+    return [] if chosen == list(default) else [f"--{name}", *chosen]
 
 
 def main() -> None:
@@ -203,9 +203,13 @@ def main() -> None:
     results = {run.title: dict(columns(run, models, found, args.shared, args.cache)) for run in runs}
     print(short(results, runs))
     if args.markdown:
-        chosen = [*_option("models", args.models, MODELS), *_option("fixes", args.fixes, FIXES)]
-        only = ["--only", *args.only] if args.only else []
-        command = shlex.join(["python", "benchmarks/evidence.py", "../shared", *chosen, *only])
+        options = [
+            *_option("models", args.models, MODELS),
+            *_option("fixes", args.fixes, FIXES),
+            *_option("only", args.only or [], ()),
+        ]
+        written_to = ["--markdown", str(args.markdown)]
+        command = shlex.join(["python", "benchmarks/evidence.py", "../shared", *options, *written_to])
         write_atomically(args.markdown, page(results, runs, command))
         document = {
             title: {name: r.to_json() for name, r in found.items()} for title, found in results.items()

@@ -43,7 +43,7 @@ def test_planted_artifacts_and_their_neurons_are_found(member):
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "timm relpos cls"])
 def test_as_many_neurons_are_taken_as_were_planted(name, count):
     member = Member(name, 1, 2, count)
     phantom, photos = member.plant(), member.crops()

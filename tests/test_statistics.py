@@ -13,7 +13,7 @@ import vitreg
 from vitreg.anatomy import TokenLayout
 from vitreg.diagnosis import collect
 from vitreg.probe import evaluating
-from vitreg.statistics import EDGES, neighbour_similarity
+from vitreg.statistics import EDGES, neighbour_similarity, share_by_chance
 
 VIT = CATALOG["timm dinov2 registers"].backbone()
 IMAGES = images(VIT, 12)
@@ -82,3 +82,11 @@ def test_neighbour_similarity_is_the_mean_cosine_to_the_cells_beside():
 def test_neighbour_similarity_on_thin_grids(grid):
     layout = TokenLayout(0, 0, grid)
     assert neighbour_similarity(torch.ones(1, layout.patches, 3), layout).isfinite().all()
+
+
+@pytest.mark.parametrize("width", [16, 48, 192, 768])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_share_by_chance_is_that_of_random_vectors(width, count):
+    squares = torch.randn(20000, width, generator=torch.Generator().manual_seed(0)).square()
+    expected = float((squares.topk(count).values.sum(1) / squares.sum(1)).mean())
+    assert share_by_chance(width, count) == pytest.approx(expected, rel=0.1)

@@ -396,11 +396,11 @@ def _detect(judged: list[Judgement]) -> tuple[int, bool]:
     if not standing:
         return max(range(len(judged)), key=lambda layer: judged[layer].margin), False
     clear = NEARLY * max(judged[layer].margin for layer in standing)
-    excess = {x: _excess(judged[x]) for x in standing if judged[x].margin >= clear or _apart(judged[x])}
-    return next(layer for layer, norm in excess.items() if norm >= NEARLY * max(excess.values())), True
+    beyond = {x: _norm_beyond(judged[x]) for x in standing if judged[x].margin >= clear or _apart(judged[x])}
+    return next(layer for layer, norm in beyond.items() if norm >= NEARLY * max(beyond.values())), True
 
 
-def _excess(judgement: Judgement) -> float:
+def _norm_beyond(judgement: Judgement) -> float:
     """The norm that outliers together have beyond the others', per patch and in medians of these."""
     population = judgement.population
     return population.fraction * (population.ratio - 1) if population is not None else 0.0

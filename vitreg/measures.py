@@ -18,6 +18,7 @@ from torch import Tensor
 from vitreg.anatomy import TokenLayout
 from vitreg.attention import AttentionCall
 from vitreg.diagnosis import Diagnosis
+from vitreg.kinds.base import shares_of_patches
 from vitreg.labels import Readout, logits_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
@@ -103,8 +104,8 @@ def look_at(vit: Backbone, pixels: Float[Tensor, "b 3 h w"], readout: Readout) -
 
 
 def _patch_attention(call: AttentionCall, inner: TokenLayout) -> Float[Tensor, "b h p"]:
-    rows = call.rows(query_tokens(inner).to(call.k.device))[..., inner.patch_slice]
-    return (rows / rows.sum(-1, keepdim=True)).mean(2)
+    rows = call.rows(query_tokens(inner).to(call.k.device))
+    return shares_of_patches(rows, inner.patch_slice).mean(2)
 
 
 class Reference:
