@@ -303,7 +303,7 @@ def activations(vit: vitreg.Backbone, layer: int, batch: Tensor) -> tuple[Tensor
                 after.append(given[0].clone())
             return func(*args, **kwargs)
 
-    hook = down.register_forward_pre_hook(lambda module, args: before.append(args[0].clone()))
+    hook = down.register_forward_pre_hook(lambda module, args: before.append(args[0].clone()), prepend=True)
     with removing([hook]), torch.no_grad(), Linears():
         vit(batch)
     return before[0], after[0]
@@ -878,20 +878,30 @@ def test_a_fix_of_another_geometry_is_refused(few: vitreg.Backbone) -> None:
     assert anatomy_of(few.model) == before
 
 
-def test_a_block_with_a_forward_of_its_own_is_refused(few: vitreg.Backbone) -> None:
+@pytest.mark.parametrize("first", ["the fix", "the forward"])
+def test_a_block_with_a_forward_of_its_own(few: vitreg.Backbone, first: str) -> None:
     """As accelerate's hooks put there: the class' own forward is never called again."""
     vit = twin(few)
     block = vit.anatomy.block_modules(vit.model)[1]
-    block.forward = block.forward
-    before = anatomy_of(vit.model)
-    with pytest.raises(vitreg.UnsupportedModelError, match="Apply the fix first"):
-        FIX.apply(vit)
-    assert anatomy_of(vit.model) == before
-    del block.forward
-    handle = FIX.apply(vit)
-    block.forward = block.forward
+    handle = FIX.apply(vit) if first == "the fix" else None
+    called: list[int] = []
+    own = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called.append(1)
+        return own(*args, **kwargs)
+
+    block.forward = forward
+    handle = handle or FIX.apply(vit)
     with torch.no_grad():
+        plain = few(images(few))
         with FIX.applied_to(few):
-            assert same(vit(images(few)), few(images(few)))
+            fixed = few(images(few))
+        assert same(vit(images(few)), fixed)
         handle.undo()
-        assert same(vit(images(few)), few(images(few)))
+        assert same(vit(images(few)), plain)
+        with FIX.applied_to(vit):
+            assert same(vit(images(few)), fixed)
+        del block.forward
+        assert same(vit(images(few)), plain)
+    assert len(called) == 3

@@ -10,8 +10,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from inspect import signature
+from types import MethodType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.neuron_edit import listen, stop_listening
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 T = TypeVar("T")
@@ -27,10 +29,12 @@ T = TypeVar("T")
 class BlockEdit(ABC):
     """What a fix does to one block. Threads share it, so it holds nothing of any one pass.
 
-    `inserted` counts the tokens that it puts before the patches while the block runs.
+    `inserted` counts the tokens that it puts before the patches while the block runs; `hooked` is the
+    path within the block of the module whose input, the neurons, it edits.
     """
 
     inserted: int = 0
+    hooked: str | None = None
 
     @abstractmethod
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -55,7 +59,8 @@ class Carry(Generic[T]):
     @property
     def latest(self) -> T | None:
         """What the last block left in this thread's latest pass."""
-        return self._forward.value
+        value: T | None = self._forward.left.value
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Carry, ()  # a copied or saved model starts with empty hands
@@ -65,8 +70,8 @@ class Carry(Generic[T]):
         again = _recomputing()
         if again and x in self._of:
             return self._of[x]
-        latest = self._again if again else self._forward
-        value, latest.value = (latest.value if latest.layer == layer - 1 else None), None
+        left = (self._again if again else self._forward).left
+        value, left.value = (left.value if left.layer == layer - 1 else None), None
         if again and value is None:
             raise UnsupportedModelError(
                 "a fixed block is computed again on a tensor that it did not see: reentrant gradient"
@@ -78,13 +83,20 @@ class Carry(Generic[T]):
 
     def leave(self, layer: int, value: T) -> None:
         """Hand a value to the block after `layer`, on whatever tensor it will be called."""
-        latest = self._again if _recomputing() else self._forward
-        latest.layer, latest.value = layer, value
+        left = (self._again if _recomputing() else self._forward).left
+        left.layer, left.value = layer, value
+
+
+class _Left:
+    """What a block left. A plain object: Dynamo drops what compiled code writes to a thread-local itself."""
+
+    layer: int = -1
+    value: Any = None
 
 
 class _Latest(threading.local):
-    layer: int = -1
-    value: Any = None
+    def __init__(self) -> None:
+        self.left = _Left()
 
 
 def _recomputing() -> bool:
@@ -95,6 +107,7 @@ def _recomputing() -> bool:
 # -- installing ------------------------------------------------------------------------------------
 
 _EDITS = "_vitreg_edits"
+_BASE = "_vitreg_base"  # of an editable class: the class that the block had
 
 
 def edits_of(block: nn.Module) -> list[BlockEdit]:
@@ -110,15 +123,6 @@ def inserted_tokens(block: nn.Module) -> int:
 
 def _inserted(edits: list[BlockEdit]) -> int:
     return sum(edit.inserted for edit in edits)
-
-
-def refuse_own_forward(block: nn.Module) -> None:
-    """Raise UnsupportedModelError for a block whose `forward` was replaced: its class's is not called."""
-    if "forward" in block.__dict__:
-        raise UnsupportedModelError(
-            f"a {type(block).__name__} has a `forward` of its own, put there by another library (accelerate's"
-            " hooks, perhaps). Apply the fix first, or take that away: it would never run the fix."
-        )
 
 
 def install(block: nn.Module, edit: BlockEdit) -> None:
@@ -148,10 +152,11 @@ def bare(model: nn.Module) -> Iterator[None]:
 
 def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
     before = edits_of(block)
-    if edits and not before:
-        block.__class__ = _editable(type(block))  # type: ignore[arg-type]  # mypy: no hash
-    elif before and not edits:
-        block.__class__ = type(block).__mro__[1]
+    if edits and not any(_BASE in vars(cls) for cls in type(block).__mro__):
+        block.__class__ = _editable(type(block), "forward" in block.__dict__)  # type: ignore[arg-type]  # mypy: no hash
+    elif not edits and _BASE in vars(type(block)):
+        # Elsewhere another library has put a class on top (FSDP does); ours does nothing without edits.
+        block.__class__ = getattr(type(block), _BASE)
     more = _inserted(edits) - _inserted(before)
     for module in block.modules():
         # Rotary attention leaves the first tokens unrotated, as many as this integer says.
@@ -161,47 +166,86 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
         block.__dict__[_EDITS] = edits  # a new list: a shallow replica keeps the one that it was made with
     else:
         block.__dict__.pop(_EDITS, None)
+        stop_listening(block)
+    for path in {edit.hooked for edit in edits if edit.hooked is not None}:
+        listen(block.get_submodule(path))
 
 
 @cache
-def _editable(base: Any) -> Any:
-    """The subclass of a block's class that runs its edits."""
+def _editable(base: Any, own_forward: bool) -> Any:
+    """The subclass of a block's class that runs its edits.
+
+    Where another library has put a `forward` of its own on the instance (accelerate's hooks), the class's
+    would never be called. A property comes before what the instance holds, and runs that inside the edits.
+    """
     stream = next(name for name in signature(base.forward).parameters if name != "self")
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x, args = (args[0], args[1:]) if args else (kwargs.pop(stream), ())
-        beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
+        if self in _running.blocks:  # what is on the instance leads back here
+            return base.forward(self, *args, **kwargs)
+        own = self.__dict__.get("forward") if own_forward else None
+        if own is None:
+            return _run(self, partial(base.forward, self), stream, args, kwargs)
+        _running.blocks.append(self)
+        try:
+            return _run(self, own, stream, args, kwargs)
+        finally:
+            _running.blocks.pop()
 
-        def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-            edits = edits_of(self)  # none where somebody kept this method beyond the undo
-            if depth < len(edits):
+    def get(self: nn.Module) -> Any:
+        return MethodType(forward, self)
 
-                def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
-                    return run(depth + 1, x, args, kwargs)
+    def put(self: nn.Module, own: Any) -> None:
+        self.__dict__["forward"] = own
 
-                y: Tensor = edits[depth].run(self, inner, x, args, kwargs)
-                return y
-            output = base.forward(self, x, *args, **kwargs)
-            if isinstance(output, Tensor):
-                return output
-            beside.append(output[1:])
-            first: Tensor = output[0]
-            return first
-
-        y = run(0, x, args, kwargs)
-        return (y, *beside[0]) if beside else y
+    def delete(self: nn.Module) -> None:
+        del self.__dict__["forward"]
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _restore, (base,), self.__dict__
+        return _restore, (base, own_forward), self.__dict__
 
     body = {
-        "forward": forward,
+        "forward": property(get, put, delete) if own_forward else forward,
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
+        _BASE: base,
     }
     return type(base.__name__, (base,), body)
 
 
-def _restore(base: Any) -> Any:
-    return base.__new__(_editable(base))
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.blocks: list[nn.Module] = []  # with a `forward` of their own
+
+
+_running = _Running()
+
+
+def _run(block: nn.Module, base: Callable[..., Any], stream: str, args: Any, kwargs: Any) -> Any:
+    """What a block returns with its edits; `base` runs it without, `stream` is its first argument's name."""
+    x, args = (args[0], args[1:]) if args else (kwargs.pop(stream), ())
+    beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
+
+    def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        edits = edits_of(block)  # none where somebody kept this method beyond the undo
+        if depth < len(edits):
+
+            def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
+                return run(depth + 1, x, args, kwargs)
+
+            y: Tensor = edits[depth].run(block, inner, x, args, kwargs)
+            return y
+        output = base(x, *args, **kwargs)
+        if isinstance(output, Tensor):
+            return output
+        beside.append(output[1:])
+        first: Tensor = output[0]
+        return first
+
+    y = run(0, x, args, kwargs)
+    return (y, *beside[0]) if beside else y
+
+
+def _restore(base: Any, own_forward: bool) -> Any:
+    return base.__new__(_editable(base, own_forward))

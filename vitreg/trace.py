@@ -99,7 +99,9 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
             hooks.append(block.register_forward_pre_hook(partial(self._entered, layer)))
             hooks.append(block.register_forward_hook(partial(self._left, layer)))
             if self._on_neurons:
-                hooks.append(downs[layer].register_forward_pre_hook(partial(self._neurons, layer)))
+                hooks.append(
+                    downs[layer].register_forward_pre_hook(partial(self._neurons, layer), prepend=True)
+                )
         if anatomy.patch_embedding:
             hooks.append(model.get_submodule(anatomy.patch_embedding).register_forward_hook(self._embedded))
         for hook in hooks:

@@ -10,6 +10,7 @@ more key: softmax(q [K; k']^T) [V; v']. There is no extra token anywhere.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from vitreg.fixes.inside import Inside
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.images import Batch, pixels_of, ranks_of
 from vitreg.models import Backbone
+from vitreg.neuron_edit import edited
 from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
@@ -152,10 +154,11 @@ class _Edit(BlockEdit):
     ) -> None:
         self.down, self.key, self.value = down, key, value
         self.index = torch.tensor(neurons.by_layer.get(layer, []), dtype=torch.long)
+        self.hooked = down if len(self.index) else None
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        silence = self._silence if len(self.index) else None
-        with _OneMoreKey(block, self.down, silence, self.key, self.value):
+        silenced = edited(block, self.down, self._silence) if len(self.index) else nullcontext()
+        with silenced, _OneMoreKey(self.key, self.value):
             return inner(x, args, kwargs)
 
     def _silence(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
@@ -165,8 +168,8 @@ class _Edit(BlockEdit):
 class _OneMoreKey(Inside):
     """Attention with a key and value that belong to no token, behind those of the tokens."""
 
-    def __init__(self, block: nn.Module, down: str, edit: Any, key: Tensor, value: Tensor) -> None:
-        super().__init__(block, down, edit)
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
         self._key, self._value = key, value
 
     def _attend(

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, inserted_tokens, install, refuse_own_forward, uninstall
+from vitreg.carry import BlockEdit, inserted_tokens, install, uninstall
 from vitreg.errors import FixError
 from vitreg.fingerprint import Fingerprint
 from vitreg.models import Backbone, wrap
@@ -153,9 +153,6 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
-        blocks = list(self._stack.children())
-        for layer in edits:
-            refuse_own_forward(blocks[layer])
 
     @property
     def carried(self) -> Any:

@@ -1,41 +1,33 @@
-"""While a block runs: edit what enters the MLP's down-projection, and make room in attention's masks."""
+"""While a block runs: make room in attention's masks for tokens that the model does not know of.
 
-from collections.abc import Callable
+The mode costs Python time in every call that the block makes, so it is entered only where attention is
+rewritten. Neurons are edited without it (neuron_edit.py).
+"""
+
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from vitreg.errors import UnsupportedModelError
-
-NeuronEdit = Callable[[Float[Tensor, "b n f"]], Float[Tensor, "b n f"]]
 
 
 class Inside(TorchFunctionMode):
     """Entered around a block's own forward, in one thread, gone with it whatever happens.
 
-    `edit` maps the activations of the block's neurons to others, out of place. Where `inserted` tokens
-    stand at `start` that the model does not know of (those of fixes further out included), positional biases
-    and masks are widened for them: a bias of 0, and masked for them is what is masked for every other token.
+    Where `inserted` tokens stand at `start` that the model does not know of (those of fixes further out
+    included), positional biases and masks are widened for them: a bias of 0, and masked for them is what is
+    masked for every other token.
     """
 
-    def __init__(
-        self, block: nn.Module, down: str, edit: NeuronEdit | None, start: int = 0, inserted: int = 0
-    ) -> None:
+    def __init__(self, start: int = 0, inserted: int = 0) -> None:
         super().__init__()
-        self._weight = block.get_submodule(down).weight
-        self._edit, self._start, self._inserted = edit, start, inserted
-        self._pending = edit is not None
+        self._start, self._inserted = start, inserted
 
     def __torch_function__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and self._edit is not None:
-            return self._project(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -44,22 +36,7 @@ class Inside(TorchFunctionMode):
             return self._interpolate(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
-        if kind is None and self._pending:
-            raise UnsupportedModelError(
-                "the MLP's down-projection does not run through torch.nn.functional.linear (a quantised layer"
-                " of its own kind, perhaps), so that its neurons cannot be edited. Apply the fix before the"
-                " layer is replaced."
-            )
-
     # Parameters have the names that callers may use.
-
-    def _project(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if weight is self._weight and self._edit is not None:
-            self._pending = False
-            input = self._edit(input)
-        return func(input, weight, bias)
 
     def _attend(
         self,

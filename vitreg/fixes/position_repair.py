@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import TokenLayout
-from vitreg.carry import BlockEdit, Inner, install, refuse_own_forward, uninstall
+from vitreg.carry import BlockEdit, Inner, install, uninstall
 from vitreg.errors import FixError
 from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
@@ -155,7 +155,6 @@ class _Applied(Applied):
                 " are others, or repaired already. Calibrate with this model: PositionRepair.calibrate(vit)."
             )
         self._module = vit.model.get_submodule(positions.module)
-        refuse_own_forward(self._module)
         self._edit = _Add(fix, vit.layout)
 
     def install(self) -> None:

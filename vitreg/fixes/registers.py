@@ -9,6 +9,7 @@ tokens get none. The register is carried inside the blocks: outside nobody ever 
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, isnan
@@ -24,6 +25,7 @@ from vitreg.fixes.base import Fix, first_patch, uncompiled
 from vitreg.fixes.inside import Inside, given_mask
 from vitreg.images import Batch
 from vitreg.models import Backbone
+from vitreg.neuron_edit import edited
 from vitreg.neurons import NeuronTensors, RegisterNeurons
 from vitreg.probe import evaluating, first_tensor
 
@@ -165,6 +167,7 @@ class RegisterEdit(BlockEdit):
         self.down = vit.anatomy.down_projection
         self.masked = vit.anatomy.masked
         self.neurons = fix.neurons.tensors(layer)
+        self.hooked = None if self.neurons is None else self.down
         # Neurons are dealt out through all layers, so that no register is left without.
         self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
 
@@ -174,18 +177,19 @@ class RegisterEdit(BlockEdit):
         if self.inserted:
             x = torch.cat([x[:, :start], self._registers(x), x[:, start:]], 1)
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
-        if self.neurons is None and not masked:
+        with self._editing(block, patches), Inside(self.own, stop - self.own) if masked else nullcontext():
             y = inner(x, args, kwargs)
-        else:
-            edit = None if self.neurons is None else partial(self._move, self.neurons, patches)
-            with Inside(block, self.down, edit, self.own, stop - self.own if masked else 0):
-                y = inner(x, args, kwargs)
         if not self.inserted:
             return y
         # Copied, and after the last block without their history: neither y nor the graph stays in memory.
         registers = y[:, start:stop].clone()
         self.carry.leave(self.layer, registers.detach() if self.last else registers)
         return torch.cat([y[:, :start], y[:, stop:]], 1)
+
+    def _editing(self, block: nn.Module, patches: int) -> AbstractContextManager[Any]:
+        if self.neurons is None:
+            return nullcontext()
+        return edited(block, self.down, partial(self._move, self.neurons, patches))
 
     def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
         """Those that the block before left, or new ones."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vitreg.carry import BlockEdit, Inner
 from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside
 from vitreg.models import Backbone
+from vitreg.neuron_edit import edited
 
 Place = tuple[int, int]
 
@@ -61,6 +61,7 @@ class _Edit(BlockEdit):
 
     def __init__(self, fix: ShiftSink, vit: Backbone, layer: int) -> None:
         self.scale, self.patches, self.start = fix.scale, vit.layout.patches, first_patch(vit, layer)
+        self.hooked = vit.anatomy.down_projection
         self.down, self.index = vit.anatomy.down_projection, torch.tensor(fix.neurons.by_layer[layer])
         columns = vit.layout.grid[1]
         self.tokens = torch.tensor([self.start + row * columns + column for row, column in fix.places])
@@ -71,7 +72,7 @@ class _Edit(BlockEdit):
                 f"the places were chosen on a grid of {self.patches} patches, and an image has"
                 f" {x.shape[1] - self.start}. Wrap the model with the image_size of these images."
             )
-        with Inside(block, self.down, self._move):
+        with edited(block, self.down, self._move):
             return inner(x, args, kwargs)
 
     def _move(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:

@@ -34,7 +34,9 @@ from vitreg.fixes.inside import Inside
 from vitreg.fixes.marks import measure_marks
 from vitreg.images import Batch
 from vitreg.models import Backbone
+from vitreg.neuron_edit import edited
 from vitreg.neurons import NeuronTensors, RegisterNeurons
+from vitreg.weights import weight_columns
 from vitreg.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
@@ -129,6 +131,7 @@ class _Edit(BlockEdit):
         self.first = layer == min(fix.neurons.by_layer)
         self.down, self.heads = vit.anatomy.down_projection, vit.anatomy.heads
         self.neurons = fix.neurons.tensors(layer)
+        self.hooked = None if self.neurons is None else self.down
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         fork = None if self.first else self.carry.take(self.layer, x)
@@ -139,17 +142,13 @@ class _Edit(BlockEdit):
             x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
         elif marker is None:
             return inner(x, args, kwargs)
-        with self._inside(block, marker, fork, n):
+        marking = nullcontext() if marker is None else edited(block, self.down, marker)
+        with marking, nullcontext() if fork is None else _Forked(fork, self.start, n):
             y = inner(x, args, kwargs)
         tokens, copies = y.tensor_split([n], 1)
         grid = tokens if fork is None else _place(tokens, fork, copies)
         self.carry.leave(self.layer, self._next(block, tokens, marker, fork))
         return grid
-
-    def _inside(self, block: nn.Module, marker: "_Marker | None", fork: "Fork | None", n: int) -> Inside:
-        if fork is None:
-            return Inside(block, self.down, marker)
-        return _Forked(block, self.down, marker, fork, self.start, n)
 
     def _next(
         self, block: nn.Module, tokens: Tensor, marker: "_Marker | None", fork: "Fork | None"
@@ -172,8 +171,8 @@ class _Edit(BlockEdit):
         """What the neurons of this block add to the stream, per unit of activation."""
         assert self.neurons is not None
         assert self.gain is not None
-        weight = block.get_parameter(f"{self.down}.weight")
-        return weight[:, self.neurons.index.to(weight.device)].to(like) * self.gain.to(like)[:, None]
+        columns = weight_columns(block.get_submodule(self.down), self.neurons.index, like)
+        return columns * self.gain.to(like)[:, None]
 
     def _tables(self, given: Any, fork: Fork, tokens: int) -> Any:
         """Positional tables (rotary, say) that the model hands to the block, with rows for the copies."""
@@ -233,12 +232,9 @@ class _Marker:
 class _Forked(Inside):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
-    def __init__(
-        self, block: nn.Module, down: str, marker: _Marker | None, fork: Fork, start: int, n: int
-    ) -> None:
-        super().__init__(block, down, marker)
-        self._fork, self._start, self._tokens = fork, start, n
-        self._inserted = fork.position.shape[1]
+    def __init__(self, fork: Fork, start: int, n: int) -> None:
+        super().__init__(start, fork.position.shape[1])
+        self._fork, self._tokens = fork, n
         self._shown = ExitStack()
 
     def __enter__(self) -> Any:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.carry import Carry, edits_of, install, refuse_own_forward, uninstall
+from vitreg.carry import Carry, edits_of, install, uninstall
 from vitreg.errors import FixError
 from vitreg.fixes.base import applied, backbone_of
 from vitreg.fixes.registers import RegisterEdit, TestTimeRegisters
@@ -45,8 +45,6 @@ def add_registers(
     carry: Carry[Tensor] = Carry()
     blocks = vit.anatomy.block_modules(vit.model)
     edits = [_Edit(vit, layer, n, carry) for layer in range(len(blocks))]
-    for block in blocks:
-        refuse_own_forward(block)
     vit.model.register_parameter(NAME, parameter)
     for block, edit in zip(blocks, edits, strict=True):
         install(block, edit)

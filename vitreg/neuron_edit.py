@@ -1,0 +1,113 @@
+"""Edit a block's neurons, which are what enters the module at the MLP's down-projection.
+
+    with edited(block, "mlp.fc2", lambda activation: activation * 0):
+        y = block_forward(x)
+
+A hook of that module asks, in its own thread, which edits run now. So whatever the module is (a linear layer,
+one with a low-rank path, a quantised or an offloaded one, a compiled one), all of it sees the edited neurons.
+The hook is there for as long as a fix is on the block, and costs next to nothing while no edit runs.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.errors import UnsupportedModelError
+
+NeuronEdit = Callable[[Float[Tensor, "b n f"]], Float[Tensor, "b n f"]]
+
+_LISTENS = "_vitreg_listens"
+
+
+class _Edits:
+    """The edits that run in one thread, the innermost last.
+
+    A plain object in a thread-local: Dynamo drops what a compiled region writes to a thread-local itself.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[edited] = []
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.edits = _Edits()
+
+
+_this_thread = _Thread()
+
+
+class edited:  # noqa: N801 - used as a verb, like torch.no_grad
+    """The neurons of a block edited while the `with` block runs, in this thread.
+
+    `edit` maps activations (b, n, f) to others, out of place. Raises UnsupportedModelError if the module at
+    `down`, a dotted path within the block, was not called meanwhile.
+    """
+
+    def __init__(self, block: nn.Module, down: str, edit: NeuronEdit) -> None:
+        self._module, self._edit, self._seen = block.get_submodule(down), edit, False
+        listen(self._module)  # again, for another may have taken its place since (PEFT does that)
+
+    def __enter__(self) -> "edited":
+        _this_thread.edits.running.append(self)
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        _this_thread.edits.running.pop()
+        if kind is None and not self._seen:
+            raise UnsupportedModelError(
+                f"the block did not call its {type(self._module).__name__} that leads down from the neurons"
+                " (a fused kernel does the MLP in one step, perhaps), so that they cannot be edited. Switch"
+                " that kernel off."
+            )
+
+    def of(self, module: nn.Module, activation: Tensor) -> Tensor:
+        """What enters `module` in place of an activation."""
+        if module is not self._module:
+            return activation
+        self._seen = True
+        return self._edit(activation)
+
+
+def listen(module: nn.Module) -> None:
+    """Let a module ask for edits, from now on."""
+    if hasattr(module, _LISTENS):
+        return
+    module.__dict__[_LISTENS] = True
+    module.register_forward_pre_hook(_ask, with_kwargs=True)
+
+
+def stop_listening(block: nn.Module) -> None:
+    """No module of a block asks for edits any more."""
+    for module in block.modules():
+        if module.__dict__.pop(_LISTENS, False):
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _ask]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    running = _this_thread.edits.running
+    if not running:
+        _refuse_recomputing()
+        return None
+    for edit in reversed(running):
+        if args:
+            args = (edit.of(module, args[0]), *args[1:])
+        else:
+            name = next(iter(kwargs))
+            kwargs = kwargs | {name: edit.of(module, kwargs[name])}
+    return args, kwargs
+
+
+def _refuse_recomputing() -> None:
+    """Gradient checkpointing inside of a block runs the MLP again, but not the block around it."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise UnsupportedModelError(
+            "the MLP of a fixed block is computed again on its own: gradient checkpointing within the block."
+            " Checkpoint whole blocks."
+        )
