@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+from vitreg.weights import inputs_of, is_ordinary, outputs_of
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
 
@@ -93,9 +94,9 @@ class Anatomy:
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
 
-    def down_projections(self, model: nn.Module) -> list[nn.Linear]:
-        found = [block.get_submodule(self.down_projection) for block in self.block_modules(model)]
-        return [linear for linear in found if isinstance(linear, nn.Linear)]
+    def down_projections(self, model: nn.Module) -> list[nn.Module]:
+        """The module of each block that the neurons enter (see vitreg.weights for what it multiplies by)."""
+        return [block.get_submodule(self.down_projection) for block in self.block_modules(model)]
 
     def layout(self, image_size: tuple[int, int]) -> TokenLayout:
         """The token layout of a forward pass on images of (height, width) pixels."""
@@ -148,14 +149,8 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> A
             f"expected {layout.tokens} tokens ({layout}) for {height}x{width} pixels,"
             f" found {probe.tokens} in the blocks. Correct the Anatomy, or switch token dropping off."
         )
-    linears = [part(block, anatomy.down_projection) for block in probe.blocks]
-    if not all(isinstance(linear, nn.Linear) and linear.out_features == probe.width for linear in linears):
-        raise UnsupportedModelError(
-            f"expected a linear layer to width {probe.width} at {anatomy.down_projection!r} in each of"
-            f" {probe.depth} blocks, found {linears[0]}. Correct the Anatomy."
-        )
+    neurons = _count_neurons(anatomy.down_projection, probe)
     probe.check_embedding(anatomy.patch_embedding, layout.grid)
-    neurons = anatomy.down_projections(model)[0].in_features
     measured = replace(
         anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads, masked=probe.masked
     )
@@ -167,6 +162,21 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> A
                 " measured."
             )
     return measured
+
+
+def _count_neurons(down: str, probe: Probe) -> int:
+    """The neurons of each block: what the modules at `down` take. An error where they are no such modules."""
+    modules = [part(block, down) for block in probe.blocks]
+    try:
+        sizes = {(inputs_of(module), outputs_of(module)) for module in modules}
+    except UnsupportedModelError:
+        sizes = set()
+    if len(sizes) != 1 or {size[1] for size in sizes} != {probe.width}:
+        raise UnsupportedModelError(
+            f"expected a linear layer to width {probe.width} at {down!r} in each of {probe.depth} blocks,"
+            f" found {modules[0]}. Correct the Anatomy."
+        )
+    return sizes.pop()[0]
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -182,6 +192,8 @@ def refuse_compiled(model: nn.Module) -> None:
 
 def _refuse_non_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if not is_ordinary(parameter) or not parameter.is_floating_point():
+            continue  # offloaded, sharded or packed: the probe sees what they compute
         # The sum of finite numbers is finite (in float32 and up), and far cheaper than isfinite().all().
         if not parameter.sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
             raise NonFiniteError(
@@ -202,7 +214,8 @@ def _find_block_stack(model: nn.Module) -> str:
 
 def _is_stack(module: nn.Module) -> bool:
     children = list(module.children())
-    one_class = len({type(child) for child in children}) == 1
+    # By name: of blocks of one class, FSDP or a fix may have given some a subclass of that name.
+    one_class = len({type(child).__name__ for child in children}) == 1
     return len(children) >= 2 and one_class and all(count_linears(child) >= 2 for child in children)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
+from vitreg.weights import dense_weight
 
 _WORDNET_ID = re.compile(r"(?<![a-zA-Z0-9])n\d{8}(?!\d)")
 
@@ -113,7 +114,7 @@ def find_readout(vit: Backbone) -> Readout:
         return Readout(norm, None if isinstance(output, Tensor) else classes, None)
     if linear.in_features % vit.anatomy.width:
         return Readout(norm, classes, None)
-    read = linear.weight.detach().float().unflatten(1, (-1, vit.anatomy.width)).flatten(0, 1)
+    read = dense_weight(linear).float().unflatten(1, (-1, vit.anatomy.width)).flatten(0, 1)
     return Readout(norm, classes, read if norm is None else read * norm_scale(norm))
 
 

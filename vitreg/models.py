@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vitreg.anatomy import Anatomy, TokenLayout, find_anatomy
 from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError, VitregError
+from vitreg.placement import device_of, dtype_of
 from vitreg.probe import Forward
 
 Preprocess = Callable[[PIL.Image.Image], Tensor]
@@ -58,12 +59,12 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the floating-point parameters (quantised weights have another)."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return dtype_of(self.model)
 
     @property
     def layout(self) -> TokenLayout:

@@ -78,7 +78,8 @@ def listen(module: nn.Module) -> None:
     if hasattr(module, _LISTENS):
         return
     module.__dict__[_LISTENS] = True
-    module.register_forward_pre_hook(_ask, with_kwargs=True)
+    if _ask not in module._forward_pre_hooks.values():  # PyTorch's quantisation copies hooks alone
+        module.register_forward_pre_hook(_ask, with_kwargs=True)
 
 
 def stop_listening(block: nn.Module) -> None:
@@ -90,7 +91,7 @@ def stop_listening(block: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     running = _this_thread.edits.running
     if not running:
         _refuse_recomputing()
@@ -98,10 +99,10 @@ def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     for edit in reversed(running):
         if args:
             args = (edit.of(module, args[0]), *args[1:])
-        else:
+        elif kwargs:
             name = next(iter(kwargs))
             kwargs = kwargs | {name: edit.of(module, kwargs[name])}
-    return args, kwargs
+    return args if kwargs is None else (args, kwargs)
 
 
 def _refuse_recomputing() -> None:

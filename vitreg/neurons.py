@@ -32,6 +32,7 @@ from vitreg.outliers import OutlierRule
 from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
 from vitreg.trace import token_norms, watch
+from vitreg.weights import dense_weight
 from vitreg.write_gain import write_gains
 
 Method = Literal["contrast", "paper"]
@@ -317,7 +318,9 @@ def _written(vit: Backbone, top: int) -> Float[Tensor, "l d f"]:
         gains: dict[int, Tensor] = write_gains(vit, layers)
     except UnsupportedModelError:  # a norm behind the MLP: what it makes of one neuron depends on the others
         gains = {}
-    weights = [down.weight.detach().float() for down in vit.anatomy.down_projections(vit.model)[: top + 1]]
+    with evaluating(vit.model):
+        downs = vit.anatomy.down_projections(vit.model)[: top + 1]
+        weights = [dense_weight(down).float() for down in downs]
     return torch.stack(
         [
             weight * gains[layer][:, None] if layer in gains else weight

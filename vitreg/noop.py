@@ -28,6 +28,7 @@ from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating
 from vitreg.sinks import _Projections
+from vitreg.weights import dense_weight
 from vitreg.write_gain import write_gains
 
 How = Literal["silenced", "removed"]
@@ -279,7 +280,7 @@ def _visibility(
     downs = vit.anatomy.down_projections(vit.model)
     found = []
     for layer, indices in neurons.by_layer.items():
-        write = downs[layer].weight.detach().float() * gains[layer].to(vit.device)[:, None]  # (d, f)
+        write = dense_weight(downs[layer]).float() * gains[layer].to(vit.device)[:, None]  # (d, f)
         readers = {}
         if readout.read is not None:
             readers["the head"] = _centred(readout.read, readout.norm)

@@ -21,6 +21,7 @@ from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.trace import trace
+from vitreg.weights import is_plain
 
 # The ramp from unmarked to marked, as a share of the marked patches' median distance from the boundary.
 RAMP = 0.02
@@ -37,7 +38,13 @@ class Mlp:
     def __init__(self, vit: Backbone, layer: int) -> None:
         self.layer = layer
         block = vit.anatomy.block_modules(vit.model)[layer]
-        self.down = vit.anatomy.down_projections(vit.model)[layer]
+        down = vit.anatomy.down_projections(vit.model)[layer]
+        if not (isinstance(down, nn.Linear) and is_plain(down)):
+            raise UnsupportedModelError(
+                f"the neurons of block {layer} enter a {type(down).__name__}, whose weights cannot be set."
+                " Plant into the model before it is quantised or adapted, or after merge_and_unload()."
+            )
+        self.down = down
         self.ups = _up_projections(block, vit.anatomy.down_projection, self.down)
         if not self.ups or any(up.bias is None for up in self.ups):
             raise UnsupportedModelError(

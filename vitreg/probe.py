@@ -4,7 +4,6 @@ What is the same for different images is a prefix token; what attention receives
 layer that leads back to the width is the MLP's down-projection.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vitreg.attention import AttentionCall, intercept
+from vitreg.down_projection import Call, is_linear, leading_down, without_attention, without_bottlenecks
 from vitreg.errors import NonFiniteError, UnsupportedModelError
+from vitreg.placement import device_of, dtype_of
 
 Forward = Callable[[Tensor], Any]
 
@@ -37,7 +38,7 @@ def part(module: nn.Module, path: str) -> nn.Module:
 
 
 def count_linears(module: nn.Module) -> int:
-    return sum(isinstance(child, nn.Linear) for child in module.modules())
+    return sum(map(is_linear, module.modules()))
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -78,7 +79,7 @@ class Probe:
         self.inputs: list[Tensor | None] = []
         self.outputs: list[Tensor | None] = []
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
-        self.called: list[tuple[str, tuple[int, ...]]] = []  # linear layers of block 0, in order
+        self.called: list[Call] = []  # of the modules within block 0, in order
         self.features: list[tuple[str, tuple[int, ...]]] = []  # outputs before block 0, in order
         self.masked = False  # attention in the blocks has a mask or positional bias
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
@@ -108,10 +109,9 @@ class Probe:
                 # Past the blocks: a head that wants more than images does not concern us.
 
     def _noise(self) -> Tensor:
-        parameter = next(self.model.parameters())
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.image_size, generator=generator)[[0, 1, 0]] * 2 - 1
-        return images.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
+        return images.to(device_of(self.model), dtype_of(self.model))
 
     def _hooks(self) -> Iterator[Any]:
         yield self.model.register_forward_pre_hook(lambda module, args: self._run(True))
@@ -120,8 +120,8 @@ class Probe:
             yield block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
             yield block.register_forward_hook(self._leave)
         for name, module in self.blocks[0].named_modules():
-            if isinstance(module, nn.Linear):
-                yield module.register_forward_hook(self._saw_linear(name))
+            if name:
+                yield module.register_forward_hook(self._saw_call(name), with_kwargs=True)
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear) or name == self.embedding:
                 yield module.register_forward_hook(self._saw_feature(name))
@@ -137,9 +137,11 @@ class Probe:
         self._inside = None
         self.outputs.append(first_tensor(output))
 
-    def _saw_linear(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.called.append((name, tuple(output.shape)))
+    def _saw_call(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next(iter((*args, *kwargs.values())), None)
+            if isinstance(given, Tensor) and isinstance(output, Tensor):
+                self.called.append(Call(name, module, given, tuple(output.shape)))
 
         return hook
 
@@ -238,38 +240,28 @@ class Probe:
         return count
 
     def down_projection(self) -> str:
-        """The linear layer of block 0 that leads from the MLP's neurons back to the width."""
-        linears = dict(self.blocks[0].named_modules())
-        names = [
-            name
-            for name, shape in self.called
-            if isinstance(linear := linears[name], nn.Linear)
-            and linear.out_features == self.width != linear.in_features
-            and shape == tuple(self.stream.shape)
-        ]
-        if not names:
+        """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
+        stream = tuple(self.stream.shape)
+        with evaluating(self.model):
+            found = leading_down(self.called, stream)
+        if not found:
             raise self._unsupported(
                 f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",
                 PASS_AN_ANATOMY,
             )
-        if sum(isinstance(x, nn.Linear) and x.out_features == self.width for x in linears.values()) == 1:
+        leading = {call.name for call in self.called if call.output == stream and is_linear(call.module)}
+        if leading == {found[0].name}:
             raise self._unsupported(
-                f"attention and MLP share {names[0]!r}, their only linear layer to the width, so that its"
-                " input is not the neurons alone"
+                f"attention and MLP share {found[0].name!r}, their only linear layer to the width, so that"
+                " its input is not the neurons alone"
             )
-        if len(names) > 1:
-            names = [name for name in names if not self._is_attention_output(linears, name)]
-        if len(names) != 1:
-            raise self._unsupported(f"block 0 has {len(names)} MLPs ({', '.join(names)}), not one")
-        return names[0]
-
-    def _is_attention_output(self, linears: dict[str, nn.Module], name: str) -> bool:
-        """Attention with its own width also leads back to d: its input is exactly heads x channels."""
-        linear = linears[name]
-        widths = {heads * channels for block, (_, heads, _, channels) in self.attention if block == 0}
-        siblings = [n for n in linears if n.rpartition(".")[0] == name.rpartition(".")[0]]
-        queries = [n for n in siblings if re.search(r"qkv|q_proj|query|in_proj", n)]
-        return isinstance(linear, nn.Linear) and linear.in_features in widths and bool(queries)
+        if len(found) > 1:
+            widths = {heads * channels for block, (_, heads, _, channels) in self.attention if block == 0}
+            found = without_bottlenecks(without_attention(found, self.called, widths), self.width)
+        if len(found) != 1:
+            names = ", ".join(call.name for call in found)
+            raise self._unsupported(f"block 0 has {len(found)} MLPs ({names}), not one")
+        return found[0].name
 
     def patch_size(self) -> tuple[int, int]:
         height, width = self.image_size

@@ -3,8 +3,8 @@
 dense_weight(block.mlp.fc2)      # (d, f)
 
 A layer's `weight` need not be what it multiplies by: a LoRA layer adds a low-rank path, a quantised one keeps
-packed integers, an offloaded one keeps nothing here. Where the weight is no plain tensor of a plain layer, the
-layer itself is asked: its derivative is what it multiplies by.
+packed integers, an offloaded one keeps nothing here. Where the weight is no plain tensor of a plain layer,
+the layer itself is asked: its derivative is what it multiplies by.
 """
 
 import torch
@@ -12,6 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+
+# What rounding, to 32 or 16 bits or to fewer, may make of a sum.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+ROUNDING_16, ROUNDING_QUANTISED = 0.02, 0.05
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -27,8 +31,22 @@ def is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer, or what it wraps, keeps its weights in fewer bits than it computes in."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return not tensors or any(
+        tensor.dim() >= 2 and not (is_floating(tensor) or tensor.device.type == "meta") for tensor in tensors
+    )
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are stored as they are: 16 bits or more, no packed subclass."""
+    ordinary = type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "full_tensor")  # sharded: DTensor
+    return ordinary and tensor.is_floating_point() and tensor.element_size() >= 2
+
+
 def weight_columns(layer: nn.Module, neurons: Int[Tensor, " k"], like: Tensor) -> Float[Tensor, "d k"]:
-    """What the layer writes per unit of some neurons' activation, in the dtype and on the device of `like`."""
+    """What the layer writes per unit of some neurons' activation, in the dtype and where `like` is."""
     if is_plain(layer):
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -40,6 +58,30 @@ def weight_columns(layer: nn.Module, neurons: Int[Tensor, " k"], like: Tensor) -
     return (outputs[:-1] - outputs[-1:]).T.to(like)
 
 
+def is_affine(layer: nn.Module, inputs: int, like: Tensor) -> bool:
+    """Whether f(u) + f(v) = f(u + v) + f(0) for random tokens of so many channels.
+
+    `like` says in which dtype and where. False for a module that cannot be called with (1, tokens, channels),
+    or does not give a tensor.
+    """
+    if is_plain(layer):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(1, 4, inputs, generator=generator).to(like) for _ in range(2))
+    try:  # `forward`, for no hook is to see this
+        one, other, both, nothing = (layer.forward(x).float() for x in (u, v, u + v, torch.zeros_like(u)))
+    except Exception:  # whatever a module that is no linear layer says of such inputs
+        return False
+    missing = (one + other - both - nothing).norm()
+    return bool(missing <= _rounding(layer, like) * (both - nothing).norm())
+
+
+def _rounding(layer: nn.Module, like: Tensor) -> float:
+    if is_quantised(layer):
+        return ROUNDING_QUANTISED
+    return ROUNDING.get(like.dtype, ROUNDING_16)
+
+
 def dense_weight(layer: nn.Module, rows: int | None = None) -> Float[Tensor, "r f"]:
     """The (d, f) matrix that a linear layer multiplies by, or its first rows, without history.
 
@@ -49,6 +91,9 @@ def dense_weight(layer: nn.Module, rows: int | None = None) -> Float[Tensor, "r 
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.detach()[:rows]
+    if hasattr(sharded := getattr(layer, "weight", None), "full_tensor"):
+        whole: Tensor = sharded.detach().full_tensor()
+        return whole[:rows]
     try:
         return _derivative(layer, rows)
     except Exception as error:  # what each library's layer says of a backward pass that it lacks
@@ -71,17 +116,17 @@ def _derivative(layer: nn.Module, rows: int | None) -> Float[Tensor, "r f"]:
 
 
 def inputs_of(layer: nn.Module) -> int:
-    return _size(layer, "in_features")
+    return _size(layer, "in_features", "nx")  # nx, nf: the Conv1D of transformers
 
 
 def outputs_of(layer: nn.Module) -> int:
-    return _size(layer, "out_features")
+    return _size(layer, "out_features", "nf")
 
 
-def _size(layer: nn.Module, name: str) -> int:
+def _size(layer: nn.Module, *names: str) -> int:
     """A size that a layer, or the layer that it wraps, states."""
-    for part in layer.modules():
-        size = getattr(part, name, None)
+    stated = (getattr(part, name, None) for part in layer.modules() for name in names)
+    for size in stated:
         if isinstance(size, int):
             return size
-    raise UnsupportedModelError(f"a {type(layer).__name__} does not say its {name}.")
+    raise UnsupportedModelError(f"a {type(layer).__name__} does not say its {names[0]}.")

@@ -36,7 +36,8 @@ from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
 from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.weights import weight_columns
+from vitreg.probe import evaluating
+from vitreg.weights import is_affine, weight_columns
 from vitreg.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
@@ -92,8 +93,22 @@ class TokenSplitting(Fix):
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         carry: Carry[Fork] = Carry()
         layers = range(min(self.neurons.by_layer, default=vit.anatomy.depth), vit.anatomy.depth)
+        _refuse_other_than_linear(vit, self.neurons)
         gains = write_gains(vit, list(self.neurons.by_layer))
         return {layer: _Edit(self, vit, layer, carry, gains.get(layer)) for layer in layers}
+
+
+def _refuse_other_than_linear(vit: Backbone, neurons: RegisterNeurons) -> None:
+    """The original is the copy plus what the neurons write, which must not depend on the other neurons."""
+    downs = vit.anatomy.down_projections(vit.model)
+    with evaluating(vit.model):
+        like = torch.empty(0, dtype=vit.dtype, device=vit.device)
+        for layer in neurons.by_layer:
+            if not is_affine(downs[layer], vit.anatomy.neurons, like):
+                raise UnsupportedModelError(
+                    f"beside the down-projection of block {layer} is an adapter that is not linear, so that a"
+                    " token cannot be split there. Use test-time registers."
+                )
 
 
 class Fork(NamedTuple):

@@ -1,0 +1,153 @@
+"""With a fix, a wrapped, adapted or quantised model equals its dense twin with the same fix."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from wrapped import FIXES, WRAPPERS, Beside, Sequence, Wrapper, _behind, _beside, images, model, wrap
+
+import vitreg
+from vitreg.fingerprint import Fingerprint, weights_hash
+from vitreg.neurons import RegisterNeurons
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+LIBRARIES = {"LoRA": "peft", "DoRA": "peft", "IA3": "peft", "torchao": "torchao"} | dict.fromkeys(
+    ("offloaded", "dispatched", "hooked"), "accelerate"
+)
+
+
+def output(module: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return module(images())
+
+
+def same(one: Tensor, other: Tensor, close: float) -> bool:
+    return bool((one - other).abs().max() <= close * other.abs().max())
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrapper(request) -> Wrapper:
+    library = next((library for name, library in LIBRARIES.items() if name in request.param), None)
+    if library:
+        pytest.importorskip(library)
+    return WRAPPERS[request.param]
+
+
+@pytest.mark.parametrize("name", FIXES)
+def test_a_fix_before_and_after_the_wrapping(wrapper, name):
+    fix = FIXES[name]()
+    wrapped = wrapper.wrap(model())
+    twin = wrapper.dense(wrapped)
+    plain = output(wrapped)
+    assert same(plain, output(twin), wrapper.close)
+    with fix.applied_to(wrap(twin)):
+        expected = output(twin)
+    assert not same(expected, plain, 3 * wrapper.close)
+    handle = fix.apply(wrap(wrapped))
+    assert same(output(wrapped), expected, wrapper.close)
+    handle.undo()
+    assert torch.equal(output(wrapped), plain)
+    first = model()
+    handle = fix.apply(wrap(first))
+    wrapped = wrapper.wrap(first)
+    assert same(output(wrapped), expected, wrapper.close)
+    handle.undo()
+    assert torch.equal(output(wrapped), plain)
+    with fix.applied_to(wrap(wrapped)):
+        assert same(output(wrapped), expected, wrapper.close)
+
+
+def test_what_is_read_of_a_wrapped_model(wrapper):
+    """Its neurons, and the weights that rank them."""
+    wrapped = wrapper.wrap(model())
+    vit, twin = wrap(wrapped), wrap(wrapper.dense(wrapped))
+    assert vit.anatomy.neurons == twin.anatomy.neurons == 128
+    traces = []
+    for each in (vit, twin):
+        with torch.no_grad(), vitreg.trace(each, neurons=True) as t:
+            each(images())
+        traces.append(t.neurons)
+    assert same(*traces, close=wrapper.close)
+    assert str(vitreg.diagnose(vit, [images()])).splitlines()[0]
+
+
+def test_the_weights_are_those_of_the_dense_twin_or_unknown(wrapper):
+    wrapped = wrapper.wrap(model())
+    found = weights_hash(wrap(wrapped))
+    if wrapper.close < 1e-4:
+        assert found == weights_hash(wrap(wrapper.dense(wrapped)))
+    else:
+        assert found is None
+
+
+def test_a_fix_whose_weights_cannot_be_told_warns_once():
+    pytest.importorskip("torchao")
+    fix = vitreg.TestTimeRegisters(
+        replace(RegisterNeurons.of({1: [3]}), fingerprint=Fingerprint.of(wrap(model())))
+    )
+    vit = wrap(WRAPPERS["torchao"].wrap(model()))
+    with pytest.warns(vitreg.FixWarning, match="cannot be told"):
+        fix.apply(vit).undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fix.apply(vit).undo()
+
+
+# -- adapters that are not linear ------------------------------------------------------------------
+
+
+class Edited(nn.Module):
+    """The neurons of one block edited where they enter what follows, by plain code."""
+
+    def __init__(self, layer: nn.Module, neurons: list[int]) -> None:
+        super().__init__()
+        self.layer, self.neurons = layer, neurons
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.index_fill(-1, torch.tensor(self.neurons), 0))
+
+
+@pytest.mark.parametrize("adapted", [_beside(nn.ReLU), _behind], ids=["beside", "behind"])
+def test_an_adapter_that_is_not_linear(adapted):
+    neurons = {1: [0, 4, 9], 2: [7]}
+    vit = adapted(model())
+    expected = copy.deepcopy(vit)
+    for layer, indices in neurons.items():
+        mlp = expected.blocks[layer].mlp
+        mlp = mlp.mlp if isinstance(mlp, Sequence) else mlp
+        mlp.fc2 = Edited(mlp.fc2, indices)
+    with vitreg.TestTimeRegisters(neurons, registers=0).applied_to(wrap(vit)):
+        assert same(output(vit), output(expected), 1e-5)
+
+
+def test_a_token_is_not_split_where_what_neurons_write_depends_on_the_others():
+    vit = _beside(nn.ReLU)(model())
+    assert isinstance(vit.blocks[0].mlp.fc2, Beside)
+    with pytest.raises(vitreg.UnsupportedModelError, match="not linear"):
+        FIXES["splitting"]().apply(wrap(vit))
+
+
+def test_artifacts_are_not_planted_into_weights_that_cannot_be_set():
+    pytest.importorskip("peft")
+    vit = wrap(WRAPPERS["LoRA everywhere"].wrap(model()))
+    with pytest.raises(vitreg.UnsupportedModelError, match="merge_and_unload"):
+        vitreg.phantom.plant(vit, [images(4)], layer=1)
+
+
+def test_checkpointing_within_a_fixed_block_is_refused():
+    vit = model()
+    mlp = vit.blocks[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: torch.utils.checkpoint.checkpoint(own, x, use_reentrant=False)
+    with (
+        FIXES["registers"]().applied_to(wrap(vit)),
+        pytest.raises(vitreg.UnsupportedModelError, match="Checkpoint whole blocks"),
+    ):
+        vit(images().requires_grad_()).sum().backward()

@@ -1,0 +1,273 @@
+"""A small model, all kinds of fixes for it, and what people put around or in place of its layers.
+
+Each way of wrapping has a dense twin: the local model with plain layers that computes the same.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
+
+import vitreg
+from vitreg.fixes import AttentionBias, Fix, TestTimeRegisters, TokenSplitting
+from vitreg.fixes.shifting import ShiftSink
+from vitreg.neurons import RegisterNeurons
+
+WIDTH, DEPTH, SIZE = 32, 3, 32
+NEURONS = {1: list(range(100)), 2: list(range(1, 128, 2))}
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    vit = VisionTransformer(
+        SIZE, patch_size=8, embed_dim=WIDTH, depth=DEPTH, num_heads=4, num_classes=0, global_pool=""
+    )
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    return vit.eval()
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def wrap(module: nn.Module) -> vitreg.Backbone:
+    return vitreg.wrap(module, image_size=SIZE)
+
+
+# -- fixes -----------------------------------------------------------------------------------------
+
+
+def _marking() -> RegisterNeurons:
+    neurons = RegisterNeurons.of(NEURONS)
+    return replace(neurons, chosen=tuple(replace(n, threshold=0.4) for n in neurons.chosen))
+
+
+def _bias(**more: Any) -> AttentionBias:
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.randn(DEPTH - 1, 4, WIDTH // 4, generator=generator) for name in ("keys", "values")
+    }
+    return AttentionBias(RegisterNeurons.of(NEURONS), tensors, entry=1, **more)
+
+
+FIXES: dict[str, Callable[[], Fix]] = {
+    "registers": lambda: TestTimeRegisters(RegisterNeurons.of(NEURONS), registers=2),
+    "kept prefix": lambda: TestTimeRegisters(RegisterNeurons.of(NEURONS), initial="mean", keep_prefix=True),
+    "splitting": lambda: TokenSplitting(_marking(), capacity=0.5),
+    "bias": _bias,
+    "sink": lambda: ShiftSink(RegisterNeurons.of(NEURONS), places=((0, 1), (2, 2))),
+}
+
+
+# -- what people do to layers ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """`wrap(model)` returns what the user has afterwards, which may be another object around the model.
+
+    `dense(wrapped)` is the plain model that computes the same, to `close` (of the largest output).
+    """
+
+    wrap: Callable[[nn.Module], nn.Module]
+    dense: Callable[[nn.Module], nn.Module]
+    close: float = 1e-5
+
+
+class LowRank(nn.Linear):
+    """As loralib and many repositories do it: a linear layer with a low-rank path."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.one), self.other)
+
+
+class Beside(nn.Module):
+    """A layer with a module of its own kind beside it, on the same input."""
+
+    def __init__(self, layer: nn.Linear, activation: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.path = nn.Sequential(
+            nn.Linear(layer.in_features, 4), activation, nn.Linear(4, layer.out_features)
+        )
+        _random(self.path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) + self.path(x)
+        return y
+
+
+class Sequence(nn.Module):
+    """An MLP with a bottleneck of its own behind it (Houlsby et al.)."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.down, self.up = mlp, nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+        _random(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        z: Tensor = y + self.up(F.gelu(self.down(y)))
+        return z
+
+
+def _random(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _low_rank(vit: nn.Module) -> nn.Module:
+    for block in vit.blocks:
+        layer = block.mlp.fc2
+        layer.__class__ = LowRank
+        layer.one, layer.other = nn.Parameter(torch.empty(4, 128)), nn.Parameter(torch.empty(WIDTH, 4))
+        _random(nn.ParameterList([layer.one, layer.other]))
+    return vit
+
+
+def _merged_low_rank(vit: nn.Module) -> nn.Module:
+    twin = model()
+    for block, own in zip(twin.blocks, vit.blocks, strict=True):
+        own = own.mlp.fc2
+        block.mlp.fc2.weight.data += (own.other @ own.one).detach()
+    return twin
+
+
+def _peft(kind: str = "LoraConfig", **options: Any) -> Wrapper:
+    def wrap(vit: nn.Module) -> nn.Module:
+        import peft
+
+        around = peft.get_peft_model(vit, getattr(peft, kind)(**options)).eval()
+        torch.manual_seed(4)
+        for name, parameter in around.named_parameters():
+            if "lora_B" in name or "ia3" in name:  # made to do nothing at first
+                nn.init.normal_(parameter, std=0.2)
+        return around
+
+    return Wrapper(wrap, lambda around: copy.deepcopy(around).merge_and_unload())
+
+
+def _weight_norm(vit: nn.Module) -> nn.Module:
+    for block in vit.blocks:
+        nn.utils.parametrizations.weight_norm(block.mlp.fc2)
+        block.mlp.fc2.parametrizations.weight.original0.data *= 1.3
+    return vit
+
+
+def _computed(vit: nn.Module) -> nn.Module:
+    twin = model()
+    for block, own in zip(twin.blocks, vit.blocks, strict=True):
+        block.mlp.fc2.weight.data = own.mlp.fc2.weight.detach().clone()
+    return twin
+
+
+def _pruned(vit: nn.Module) -> nn.Module:
+    for block in vit.blocks:
+        l1_unstructured(block.mlp.fc2, "weight", 0.3)
+    return vit
+
+
+def _beside(activation: Callable[[], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def wrap(vit: nn.Module) -> nn.Module:
+        for block in vit.blocks:
+            block.mlp.fc2 = Beside(block.mlp.fc2, activation())
+        return vit
+
+    return wrap
+
+
+def _merged_beside(vit: nn.Module) -> nn.Module:
+    twin = model()
+    for block, own in zip(twin.blocks, vit.blocks, strict=True):
+        one, _, other = own.mlp.fc2.path
+        block.mlp.fc2.weight.data += (other.weight @ one.weight).detach()
+        block.mlp.fc2.bias.data += (other(one.bias)).detach()
+    return twin
+
+
+def _behind(vit: nn.Module) -> nn.Module:
+    for block in vit.blocks:
+        block.mlp = Sequence(block.mlp)
+    return vit
+
+
+def _offloaded(vit: nn.Module) -> nn.Module:
+    from accelerate import cpu_offload
+
+    return cpu_offload(vit, torch.device("cpu"))
+
+
+def _dispatched(vit: nn.Module) -> nn.Module:
+    from accelerate import dispatch_model
+
+    devices = {"": "cpu"} | {f"blocks.{i}": "cpu" for i in range(DEPTH)}
+    return dispatch_model(vit, devices, main_device="cpu", force_hooks=True)
+
+
+def _hooked(vit: nn.Module) -> nn.Module:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for block in vit.blocks:
+        add_hook_to_module(block, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        add_hook_to_module(block.mlp.fc2, AlignDevicesHook(execution_device="cpu"))
+    return vit
+
+
+def _torchao(vit: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(vit, Int8WeightOnlyConfig())
+    return vit
+
+
+def _dequantised(vit: nn.Module) -> nn.Module:
+    twin = model()
+    for name, layer in vit.named_modules():
+        with suppress(AttributeError):
+            twin.get_submodule(name).weight.data = layer.weight.dequantize()
+    return twin
+
+
+def _dynamic(vit: nn.Module) -> nn.Module:
+    """PyTorch's own: layers of other classes, which quantise their inputs too."""
+    return torch.ao.quantization.quantize_dynamic(vit, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def _dynamic_dense(vit: nn.Module) -> nn.Module:
+    twin = model()
+    for name, layer in vit.named_modules():
+        if isinstance(layer, torch.ao.nn.quantized.dynamic.Linear):
+            twin.get_submodule(name).weight.data = layer.weight().dequantize()
+    return twin
+
+
+def _plain(_: nn.Module) -> nn.Module:
+    return model()
+
+
+ALL_LINEAR = ["qkv", "proj", "fc1", "fc2"]
+WRAPPERS = {
+    "a subclass with a low-rank path": Wrapper(_low_rank, _merged_low_rank),
+    "LoRA on attention": _peft(target_modules=["qkv", "proj"], r=4),
+    "LoRA everywhere": _peft(target_modules=ALL_LINEAR, r=4),
+    "DoRA on the MLP": _peft(target_modules=["fc1", "fc2"], r=4, use_dora=True),
+    "IA3": _peft("IA3Config", target_modules=["qkv", "fc2"], feedforward_modules=["fc2"]),
+    "weight norm": Wrapper(_weight_norm, _computed),
+    "pruned": Wrapper(_pruned, _computed),
+    "a linear path beside": Wrapper(_beside(nn.Identity), _merged_beside),
+    "offloaded": Wrapper(_offloaded, _plain),
+    "dispatched": Wrapper(_dispatched, _plain),
+    "hooked": Wrapper(_hooked, _plain),
+    "torchao": Wrapper(_torchao, _dequantised, 1e-3),
+    "PyTorch's dynamic quantisation": Wrapper(_dynamic, _dynamic_dense, 0.05),
+}
