@@ -1,7 +1,8 @@
 """Edit a block's neurons, which are what enters the module at the MLP's down-projection.
 
-    with edited(block, "mlp.fc2", lambda activation: activation * 0):
+    with edited(block, "mlp.fc2", lambda activation: activation * 0) as neurons:
         y = block_forward(x)
+    neurons.check()
 
 A hook of that module asks, in its own thread, which edits run now. So whatever the module is (a linear layer,
 one with a low-rank path, a quantised or an offloaded one, a compiled one), all of it sees the edited neurons.
@@ -44,8 +45,8 @@ _this_thread = _Thread()
 class edited:  # noqa: N801 - used as a verb, like torch.no_grad
     """The neurons of a block edited while the `with` block runs, in this thread.
 
-    `edit` maps activations (b, n, f) to others, out of place. Raises UnsupportedModelError if the module at
-    `down`, a dotted path within the block, was not called meanwhile.
+    `edit` maps what enters the module at `down`, a dotted path within the block, (b, n, f), to something else,
+    out of place.
     """
 
     def __init__(self, block: nn.Module, down: str, edit: NeuronEdit) -> None:
@@ -58,7 +59,13 @@ class edited:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         _this_thread.edits.running.pop()
-        if kind is None and not self._seen:
+
+    def check(self) -> None:
+        """Raise UnsupportedModelError if the module was not called: to be asked once the block has run.
+
+        Not on exit, for where Dynamo breaks a graph it leaves and enters again.
+        """
+        if not self._seen:
             raise UnsupportedModelError(
                 f"the block did not call its {type(self._module).__name__} that leads down from the neurons"
                 " (a fused kernel does the MLP in one step, perhaps), so that they cannot be edited. Switch"

@@ -10,7 +10,6 @@ more key: softmax(q [K; k']^T) [V; v']. There is no extra token anywhere.
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -157,9 +156,13 @@ class _Edit(BlockEdit):
         self.hooked = down if len(self.index) else None
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        silenced = edited(block, self.down, self._silence) if len(self.index) else nullcontext()
-        with silenced, _OneMoreKey(self.key, self.value):
-            return inner(x, args, kwargs)
+        if not len(self.index):
+            with _OneMoreKey(self.key, self.value):
+                return inner(x, args, kwargs)
+        with edited(block, self.down, self._silence) as neurons, _OneMoreKey(self.key, self.value):
+            y = inner(x, args, kwargs)
+        neurons.check()
+        return y
 
     def _silence(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
         return activation.index_fill(-1, self.index.to(activation.device), 0)

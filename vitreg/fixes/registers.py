@@ -9,7 +9,7 @@ tokens get none. The register is carried inside the blocks: outside nobody ever 
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, isnan
@@ -177,19 +177,19 @@ class RegisterEdit(BlockEdit):
         if self.inserted:
             x = torch.cat([x[:, :start], self._registers(x), x[:, start:]], 1)
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
-        with self._editing(block, patches), Inside(self.own, stop - self.own) if masked else nullcontext():
+        editing = None
+        if self.neurons is not None:
+            editing = edited(block, self.down, partial(self._move, self.neurons, patches))
+        with editing or nullcontext(), Inside(self.own, stop - self.own) if masked else nullcontext():
             y = inner(x, args, kwargs)
+        if editing is not None:
+            editing.check()
         if not self.inserted:
             return y
         # Copied, and after the last block without their history: neither y nor the graph stays in memory.
         registers = y[:, start:stop].clone()
         self.carry.leave(self.layer, registers.detach() if self.last else registers)
         return torch.cat([y[:, :start], y[:, stop:]], 1)
-
-    def _editing(self, block: nn.Module, patches: int) -> AbstractContextManager[Any]:
-        if self.neurons is None:
-            return nullcontext()
-        return edited(block, self.down, partial(self._move, self.neurons, patches))
 
     def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
         """Those that the block before left, or new ones."""

@@ -157,9 +157,11 @@ class _Edit(BlockEdit):
             x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
         elif marker is None:
             return inner(x, args, kwargs)
-        marking = nullcontext() if marker is None else edited(block, self.down, marker)
-        with marking, nullcontext() if fork is None else _Forked(fork, self.start, n):
+        editing = None if marker is None else edited(block, self.down, marker)
+        with editing or nullcontext(), nullcontext() if fork is None else _Forked(fork, self.start, n):
             y = inner(x, args, kwargs)
+        if editing is not None:
+            editing.check()
         tokens, copies = y.tensor_split([n], 1)
         grid = tokens if fork is None else _place(tokens, fork, copies)
         self.carry.leave(self.layer, self._next(block, tokens, marker, fork))
