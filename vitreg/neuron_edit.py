@@ -1,8 +1,6 @@
 """Edit a block's neurons, which are what enters the module at the MLP's down-projection.
 
-    with edited(block, "mlp.fc2", lambda activation: activation * 0) as neurons:
-        y = block_forward(x)
-    neurons.check()
+    y = edited(block, "mlp.fc2", lambda activation: activation * 0, partial(block.forward, x))
 
 A hook of that module asks, in its own thread, which edits run now. So whatever the module is (a linear layer,
 one with a low-rank path, a quantised or an offloaded one, a compiled one), all of it sees the edited neurons.
@@ -31,7 +29,7 @@ class _Edits:
     """
 
     def __init__(self) -> None:
-        self.running: list[edited] = []
+        self.running: list[_Editing] = []
 
 
 class _Thread(threading.local):
@@ -42,42 +40,42 @@ class _Thread(threading.local):
 _this_thread = _Thread()
 
 
-class edited:  # noqa: N801 - used as a verb, like torch.no_grad
-    """The neurons of a block edited while the `with` block runs, in this thread.
+class _Editing:
+    """One edit that runs, of the neurons that enter one module."""
 
-    `edit` maps what enters the module at `down`, a dotted path within the block, (b, n, f), to something else,
-    out of place.
-    """
-
-    def __init__(self, block: nn.Module, down: str, edit: NeuronEdit) -> None:
-        self._module, self._edit, self._seen = block.get_submodule(down), edit, False
-        listen(self._module)  # again, for another may have taken its place since (PEFT does that)
-
-    def __enter__(self) -> "edited":
-        _this_thread.edits.running.append(self)
-        return self
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        _this_thread.edits.running.pop()
-
-    def check(self) -> None:
-        """Raise UnsupportedModelError if the module was not called: to be asked once the block has run.
-
-        Not on exit, for where Dynamo breaks a graph it leaves and enters again.
-        """
-        if not self._seen:
-            raise UnsupportedModelError(
-                f"the block did not call its {type(self._module).__name__} that leads down from the neurons"
-                " (a fused kernel does the MLP in one step, perhaps), so that they cannot be edited. Switch"
-                " that kernel off."
-            )
+    def __init__(self, module: nn.Module, edit: NeuronEdit) -> None:
+        self.module, self.edit, self.seen = module, edit, False
 
     def of(self, module: nn.Module, activation: Tensor) -> Tensor:
         """What enters `module` in place of an activation."""
-        if module is not self._module:
+        if module is not self.module:
             return activation
-        self._seen = True
-        return self._edit(activation)
+        self.seen = True
+        return self.edit(activation)
+
+
+def edited(block: nn.Module, down: str, edit: NeuronEdit, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` returns while a block's neurons are edited, in this thread.
+
+    `edit` maps what enters the module at `down`, a dotted path within the block, (b, n, f), to something
+    else, out of place. Raises UnsupportedModelError if `run` did not call the module.
+    """
+    module = block.get_submodule(down)
+    listen(module)  # again, for another may have taken its place since (PEFT does that)
+    editing, running = _Editing(module, edit), _this_thread.edits.running
+    running.append(editing)
+    # No context manager of our own: where Dynamo breaks a graph it would leave and enter it again.
+    try:
+        y = run()
+    finally:
+        running.pop()
+    if not editing.seen:
+        raise UnsupportedModelError(
+            f"the block did not call its {type(module).__name__} that leads down from the neurons (a fused"
+            " kernel does the MLP in one step, perhaps), so that they cannot be edited. Switch that kernel"
+            " off."
+        )
+    return y
 
 
 def listen(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ more key: softmax(q [K; k']^T) [V; v']. There is no extra token anywhere.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from vitreg.attention import AttentionCall, MultiheadCall
 from vitreg.carry import BlockEdit, Inner
 from vitreg.errors import FixError, ImageError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside
+from vitreg.fixes.inside import Inside, within
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.images import Batch, pixels_of, ranks_of
 from vitreg.models import Backbone
@@ -156,13 +157,8 @@ class _Edit(BlockEdit):
         self.hooked = down if len(self.index) else None
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if not len(self.index):
-            with _OneMoreKey(self.key, self.value):
-                return inner(x, args, kwargs)
-        with edited(block, self.down, self._silence) as neurons, _OneMoreKey(self.key, self.value):
-            y = inner(x, args, kwargs)
-        neurons.check()
-        return y
+        run = partial(within, _OneMoreKey(self.key, self.value), partial(inner, x, args, kwargs))
+        return edited(block, self.down, self._silence, run) if len(self.index) else run()
 
     def _silence(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
         return activation.index_fill(-1, self.index.to(activation.device), 0)

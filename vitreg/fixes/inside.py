@@ -4,6 +4,7 @@ The mode costs Python time in every call that the block makes, so it is entered 
 rewritten. Neurons are edited without it (neuron_edit.py).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ class Inside(TorchFunctionMode):
         """Biases (h, 1, n, n) that are resampled to (tokens, tokens) stay those of the model's own tokens."""
         known = isinstance(size, tuple | list) and tuple(input.shape[-2:]) == (size[0] - self._inserted,) * 2
         return input if known and input.shape[1] == 1 else func(input, size, *rest, **kwargs)
+
+
+def within(mode: Inside, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` returns with a mode entered."""
+    with mode:
+        return run()
 
 
 def given_mask(tokens: int, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,6 @@ tokens get none. The register is carried inside the blocks: outside nobody ever 
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, isnan
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch, uncompiled
-from vitreg.fixes.inside import Inside, given_mask
+from vitreg.fixes.inside import Inside, given_mask, within
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
@@ -177,13 +176,12 @@ class RegisterEdit(BlockEdit):
         if self.inserted:
             x = torch.cat([x[:, :start], self._registers(x), x[:, start:]], 1)
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
-        editing = None
+        run = partial(inner, x, args, kwargs)
+        if masked:
+            run = partial(within, Inside(self.own, stop - self.own), run)
         if self.neurons is not None:
-            editing = edited(block, self.down, partial(self._move, self.neurons, patches))
-        with editing or nullcontext(), Inside(self.own, stop - self.own) if masked else nullcontext():
-            y = inner(x, args, kwargs)
-        if editing is not None:
-            editing.check()
+            run = partial(edited, block, self.down, partial(self._move, self.neurons, patches), run)
+        y = run()
         if not self.inserted:
             return y
         # Copied, and after the last block without their history: neither y nor the graph stays in memory.

@@ -9,6 +9,7 @@ patches of one's choice instead of to a register.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -72,10 +73,7 @@ class _Edit(BlockEdit):
                 f"the places were chosen on a grid of {self.patches} patches, and an image has"
                 f" {x.shape[1] - self.start}. Wrap the model with the image_size of these images."
             )
-        with edited(block, self.down, self._move) as neurons:
-            y = inner(x, args, kwargs)
-        neurons.check()
-        return y
+        return edited(block, self.down, self._move, partial(inner, x, args, kwargs))
 
     def _move(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
         index, tokens = (i.to(activation.device) for i in (self.index, self.tokens))

@@ -17,6 +17,7 @@ neurons are zeroed), and the original is the copy plus what those neurons would 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, isnan
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +31,7 @@ from vitreg.attention import AttentionCall, MultiheadCall, SdpaCall
 from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside
+from vitreg.fixes.inside import Inside, within
 from vitreg.fixes.marks import measure_marks
 from vitreg.images import Batch
 from vitreg.models import Backbone
@@ -157,11 +158,12 @@ class _Edit(BlockEdit):
             x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
         elif marker is None:
             return inner(x, args, kwargs)
-        editing = None if marker is None else edited(block, self.down, marker)
-        with editing or nullcontext(), nullcontext() if fork is None else _Forked(fork, self.start, n):
-            y = inner(x, args, kwargs)
-        if editing is not None:
-            editing.check()
+        run = partial(inner, x, args, kwargs)
+        if fork is not None:
+            run = partial(within, _Forked(fork, self.start, n), run)
+        if marker is not None:
+            run = partial(edited, block, self.down, marker, run)
+        y = run()
         tokens, copies = y.tensor_split([n], 1)
         grid = tokens if fork is None else _place(tokens, fork, copies)
         self.carry.leave(self.layer, self._next(block, tokens, marker, fork))
