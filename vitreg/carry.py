@@ -168,7 +168,7 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
         block.__dict__.pop(_EDITS, None)
         stop_listening(block)
     for path in {edit.hooked for edit in edits if edit.hooked is not None}:
-        listen(block.get_submodule(path))
+        listen(block, path)
 
 
 @cache

@@ -9,6 +9,7 @@ The hook is there for as long as a fix is on the block, and costs next to nothin
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vitreg.errors import UnsupportedModelError
 NeuronEdit = Callable[[Float[Tensor, "b n f"]], Float[Tensor, "b n f"]]
 
 _LISTENS = "_vitreg_listens"
+_BASE = "_vitreg_listening_base"
 
 
 class _Edits:
@@ -60,8 +62,8 @@ def edited(block: nn.Module, down: str, edit: NeuronEdit, run: Callable[[], Tens
     `edit` maps what enters the module at `down`, a dotted path within the block, (b, n, f), to something
     else, out of place. Raises UnsupportedModelError if `run` did not call the module.
     """
+    listen(block, down)  # again, for another may have taken its place since (PEFT does that)
     module = block.get_submodule(down)
-    listen(module)  # again, for another may have taken its place since (PEFT does that)
     editing, running = _Editing(module, edit), _this_thread.edits.running
     running.append(editing)
     # No context manager of our own: where Dynamo breaks a graph it would leave and enter it again.
@@ -78,13 +80,21 @@ def edited(block: nn.Module, down: str, edit: NeuronEdit, run: Callable[[], Tens
     return y
 
 
-def listen(module: nn.Module) -> None:
-    """Let a module ask for edits, from now on."""
+def listen(block: nn.Module, down: str) -> None:
+    """Let the module at a path within a block ask for edits, from now on.
+
+    Dynamo does not guard a graph by hooks, but by classes. So the module's parent, whose graph it is, gets a
+    subclass of its own class of the same name (a block has one already).
+    """
+    module = block.get_submodule(down)
     if hasattr(module, _LISTENS):
         return
     module.__dict__[_LISTENS] = True
     if _ask not in module._forward_pre_hooks.values():  # PyTorch's quantisation copies hooks alone
         module.register_forward_pre_hook(_ask, with_kwargs=True)
+    parent = block.get_submodule(down.rpartition(".")[0])
+    if parent is not block and not hasattr(parent, _BASE):
+        parent.__class__ = _noticed(type(parent))  # type: ignore[arg-type]  # mypy: no hash
 
 
 def stop_listening(block: nn.Module) -> None:
@@ -94,6 +104,23 @@ def stop_listening(block: nn.Module) -> None:
             for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _ask]:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if _BASE in vars(type(module)):
+            module.__class__ = getattr(type(module), _BASE)
+
+
+@cache
+def _noticed(base: Any) -> Any:
+    """A subclass that does nothing but to be another class."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _restore, (base,), self.__dict__
+
+    body = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__, _BASE: base}
+    return type(base.__name__, (base,), body)
+
+
+def _restore(base: Any) -> Any:
+    return base.__new__(_noticed(base))
 
 
 def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
