@@ -38,13 +38,7 @@ class Mlp:
     def __init__(self, vit: Backbone, layer: int) -> None:
         self.layer = layer
         block = vit.anatomy.block_modules(vit.model)[layer]
-        down = vit.anatomy.down_projections(vit.model)[layer]
-        if not (isinstance(down, nn.Linear) and is_plain(down)):
-            raise UnsupportedModelError(
-                f"the neurons of block {layer} enter a {type(down).__name__}, whose weights cannot be set."
-                " Plant into the model before it is quantised or adapted, or after merge_and_unload()."
-            )
-        self.down = down
+        self.down = plain_linear(vit.anatomy.down_projections(vit.model)[layer], layer)
         self.ups = _up_projections(block, vit.anatomy.down_projection, self.down)
         if not self.ups or any(up.bias is None for up in self.ups):
             raise UnsupportedModelError(
@@ -75,6 +69,16 @@ class Mlp:
                 up.bias[row] = bias - float(holds) if reads else 1.0
             share = -1.0 / holding if holds else 1.0 / rising
             self.down.weight[:, neuron] = share * write.to(self.down.weight)
+
+
+def plain_linear(down: nn.Module, layer: int) -> nn.Linear:
+    """A block's down-projection if its weights can be set. Raises UnsupportedModelError for another."""
+    if not (isinstance(down, nn.Linear) and is_plain(down)):
+        raise UnsupportedModelError(
+            f"the neurons of block {layer} enter a {type(down).__name__}, whose weights cannot be set. Plant"
+            " into the model before it is quantised or adapted, or after merge_and_unload()."
+        )
+    return down
 
 
 def _up_projections(block: nn.Module, down_path: str, down: nn.Linear) -> list[nn.Linear]:

@@ -249,8 +249,7 @@ class Probe:
                 f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",
                 PASS_AN_ANATOMY,
             )
-        leading = {call.name for call in self.called if call.output == stream and is_linear(call.module)}
-        if leading == {found[0].name}:
+        if not self._others_lead_down(found[0]):
             raise self._unsupported(
                 f"attention and MLP share {found[0].name!r}, their only linear layer to the width, so that"
                 " its input is not the neurons alone"
@@ -262,6 +261,14 @@ class Probe:
             names = ", ".join(call.name for call in found)
             raise self._unsupported(f"block 0 has {len(found)} MLPs ({names}), not one")
         return found[0].name
+
+    def _others_lead_down(self, call: Call) -> bool:
+        """Whether a linear layer outside of a module leads to the width too: attention's output does."""
+        return any(
+            is_linear(module) and getattr(module, "out_features", None) == self.width
+            for name, module in self.blocks[0].named_modules()
+            if not f"{name}.".startswith(f"{call.name}.")
+        )
 
     def patch_size(self) -> tuple[int, int]:
         height, width = self.image_size

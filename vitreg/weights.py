@@ -7,6 +7,8 @@ packed integers, an offloaded one keeps nothing here. Where the weight is no pla
 the layer itself is asked: its derivative is what it multiplies by.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -91,7 +93,8 @@ def dense_weight(layer: nn.Module, rows: int | None = None) -> Float[Tensor, "r 
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.detach()[:rows]
-    if hasattr(sharded := getattr(layer, "weight", None), "full_tensor"):
+    sharded: Any = getattr(layer, "weight", None)
+    if hasattr(sharded, "full_tensor"):
         whole: Tensor = sharded.detach().full_tensor()
         return whole[:rows]
     try:

@@ -264,7 +264,7 @@ class _Forked(Inside):
 
     def __exit__(self, *error: Any) -> None:
         self._shown.close()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _attend(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
+from vitreg.planting import plain_linear
 from vitreg.probe import evaluating
 from vitreg.trace import trace
 
@@ -48,7 +49,7 @@ def plant_massive_dimensions(
     where the block normalises what it writes.
     """
     planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom of {vit.name}")
-    down = planted.anatomy.down_projections(planted.model)[layer]
+    down = plain_linear(planted.anatomy.down_projections(planted.model)[layer], layer)
     if down.bias is None:
         raise UnsupportedModelError(
             f"the MLP of block {layer} ends without a bias, so nothing can be added to every token."

@@ -10,7 +10,7 @@ by the lack of what all others have.
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.phantom import Phantom
@@ -30,6 +30,7 @@ def write_instead(
     UnsupportedModelError where the MLP has no bias.
     """
     down = phantom.vit.anatomy.down_projections(phantom.vit.model)[phantom.layer]
+    assert isinstance(down, nn.Linear)  # or nothing could have been planted
     if down.bias is None:
         raise UnsupportedModelError(
             f"the MLP of block {phantom.layer} ends without a bias, so nothing can be added to every token."
