@@ -15,7 +15,6 @@ size; or, where a forward pass would take too long (--enlarge features), of its 
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +57,7 @@ def by_size(vit: vitreg.Backbone, args: argparse.Namespace, config: DiscoveryCon
     for size in args.sizes:
         width, height = map(int, size.split("x"))
         grid = tuple(
-            -(-side // patch) for side, patch in zip((height, width), vit.anatomy.patch_size, strict=False)
+            -(-side // patch) for side, patch in zip((height, width), vit.anatomy.patch_size, strict=True)
         )
         found = features_at(vit, path, grid, args.enlarge == "features", config)
         for name, method in (("LOST", lost), ("TokenCut", tokencut)):
@@ -72,7 +71,7 @@ def features_at(
     vit: vitreg.Backbone, path: Path, grid: tuple[int, ...], enlarge: bool, config: DiscoveryConfig
 ) -> Tensor:
     """The features (p, d) of a photo on this grid: of the enlarged photo, or enlarged themselves."""
-    height, width = (n * side for n, side in zip(grid, vit.anatomy.patch_size, strict=False))
+    height, width = (n * side for n, side in zip(grid, vit.anatomy.patch_size, strict=True))
     own = vit.image_size if enlarge else (height, width)
     framing = Framing(normalisation_of(vit), size=own)
     run = vit if enlarge else at_any_size(vit)
@@ -89,11 +88,16 @@ def measured(
     method: Callable[..., Found], features: Tensor, grid: Grid, threads: int
 ) -> tuple[float, int, Any]:
     torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the peak is measured from now on
+    before, start = memory("VmRSS"), time.perf_counter()
     found = method(features, grid)
-    taken = time.perf_counter() - start
-    return taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, tuple(found.box)
+    return time.perf_counter() - start, memory("VmHWM") - before, tuple(found.box)
+
+
+def memory(what: str) -> int:
+    """Of this process, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition(f"{what}:")[2].split()[0]) >> 10
 
 
 def main() -> None:

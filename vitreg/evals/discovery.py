@@ -111,7 +111,7 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
     bias = swept.bias if swept else float(config.bias)
     found = [locate(features(i), scene.grid, config, bias) for i, scene in enumerate(scenes)]
     notes = (*photos.notes, *extracted.notes(), *_scaled(scenes, framing), *_notes(found, swept))
-    picture = partial(_picture, vit.name, scenes, found)
+    picture = partial(_picture, scenes, found)
     metrics = _metrics(scenes, found, swept)
     return concluded(
         "discovery", vit, photos.root, metrics, config, notes=notes, picture=picture, photos=photos.paths
@@ -231,7 +231,7 @@ def _notes(found: Sequence[dict[str, Found]], swept: _Sweep | None) -> list[str]
     return notes
 
 
-def _picture(model: str, scenes: Sequence[Scene], found: Sequence[dict[str, Found]]) -> Figure:
+def _picture(scenes: Sequence[Scene], found: Sequence[dict[str, Found]]) -> Figure:
     drawn = []
     for i in spread(len(scenes), _DRAWN):
         scene = scenes[i]
@@ -239,4 +239,4 @@ def _picture(model: str, scenes: Sequence[Scene], found: Sequence[dict[str, Foun
         scores = ", ".join(f"{method} {scene.overlap(one):.2f}" for method, one in found[i].items())
         photo = np.asarray(decode(str(scene.path)))
         drawn.append(BoxedPhoto(scene.path.name, photo, scene.truth.numpy(), boxes, f"IoU: {scores}"))
-    return box_grid(drawn, model)
+    return box_grid(drawn)
