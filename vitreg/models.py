@@ -227,7 +227,7 @@ def _builder(name: str) -> Builder:
 
 def _folder_builder(folder: Path) -> Builder:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         config = {}
     except ValueError as error:
@@ -274,7 +274,9 @@ def _build_timm(name: str, size: tuple[int, int] | None, random_weights: bool) -
 
     sized: dict[str, Any] = {"img_size": size} if size else {}
     if random_weights and name.startswith("local-dir:"):
-        name = json.loads((Path(name.partition(":")[2]) / "config.json").read_text())["architecture"]
+        name = json.loads((Path(name.partition(":")[2]) / "config.json").read_text(encoding="utf-8"))[
+            "architecture"
+        ]
     try:
         module = timm.create_model(name, pretrained=not random_weights, **sized)
     except TypeError as error:
