@@ -101,7 +101,7 @@ def without_encoding(path: Path) -> list[str]:
         text = name in ("read_text", "write_text") or (
             name in ("open", "fdopen", "NamedTemporaryFile")
             and not isinstance(call.func, ast.Attribute)
-            and not any("b" in str(mode) for mode in modes)
+            and not any(isinstance(x, ast.Constant) and "b" in str(x.value) for x in modes)
         )
         if text and "encoding" not in words:
             found.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")

@@ -1,8 +1,8 @@
-"""Runs vitreg here as on Windows: `python -X warn_default_encoding windows.py FOLDER PHOTOS`. Prints what it did.
+"""Runs vitreg here as on Windows: `python -X warn_default_encoding windows.py FOLDER PHOTOS`.
 
 Missing are modules and functions that only POSIX has; processes are spawned; text without an encoding, which
 would not be UTF-8 there, is an error; files that are open cannot be replaced, renamed over or deleted, and
-only what is open for writing can be synced.
+only what is open for writing can be synced. Prints what was done, as JSON.
 """
 
 import importlib
@@ -16,84 +16,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-POSIX_MODULES = {
-    "resource",
-    "fcntl",
-    "pwd",
-    "grp",
-    "termios",
-    "tty",
-    "pty",
-    "syslog",
-    "posix",
-    "select.epoll",
-}
+POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_OS = [
-    "fork",
-    "forkpty",
-    "getuid",
-    "geteuid",
-    "getgid",
-    "getegid",
-    "getpgrp",
-    "getpgid",
-    "getsid",
-    "setsid",
-    "setuid",
-    "setgid",
-    "killpg",
-    "sched_getaffinity",
-    "sched_setaffinity",
-    "mkfifo",
-    "mknod",
-    "statvfs",
-    "fstatvfs",
-    "uname",
-    "nice",
-    "getloadavg",
-    "sysconf",
-    "wait",
-    "wait3",
-    "wait4",
-    "chown",
-    "lchown",
-    "fchown",
-    "fchmod",
-    "chroot",
-    "getgroups",
-    "getpriority",
-    "setpriority",
-    "posix_fadvise",
-    "posix_fallocate",
-    "pread",
-    "pwrite",
-    "sendfile",
-    "sync",
-    "fdatasync",
-    "openpty",
-    "ttyname",
-    "ctermid",
-    "fchdir",
-]
+    "fork", "forkpty", "getuid", "geteuid", "getgid", "getegid", "getpgrp", "getpgid", "getsid",
+    "setsid", "setuid", "setgid", "killpg", "sched_getaffinity", "sched_setaffinity", "mkfifo",
+    "mknod", "statvfs", "fstatvfs", "uname", "nice", "getloadavg", "sysconf", "wait", "wait3",
+    "wait4", "chown", "lchown", "fchown", "fchmod", "chroot", "getgroups", "getpriority",
+    "setpriority", "posix_fadvise", "posix_fallocate", "pread", "pwrite", "sendfile", "sync",
+    "fdatasync", "openpty", "ttyname", "ctermid", "fchdir",
+]  # fmt: skip
 POSIX_SIGNALS = [
-    "SIGKILL",
-    "SIGUSR1",
-    "SIGUSR2",
-    "SIGALRM",
-    "SIGHUP",
-    "SIGPIPE",
-    "SIGCHLD",
-    "SIGQUIT",
-    "SIGSTOP",
-    "SIGCONT",
-    "SIGTSTP",
-    "alarm",
-    "setitimer",
-    "pause",
-    "sigwait",
-    "pthread_sigmask",
+    "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGPIPE", "SIGCHLD", "SIGQUIT",
+    "SIGSTOP", "SIGCONT", "SIGTSTP", "alarm", "setitimer", "pause", "sigwait", "pthread_sigmask",
     "pthread_kill",
-]
+]  # fmt: skip
 
 
 class Refusal:
@@ -198,7 +134,7 @@ def _fsync(descriptor: int) -> None:
 
 
 def use_all(folder: Path, photos: Path) -> dict[str, Any]:
-    """A diagnosis, a fix that is saved twice and read back, features from a cache, a training run in two parts."""
+    """A diagnosis, a fix saved twice and read back, features from a cache, training in two parts, shards."""
     import timm
     import torch
     from PIL import Image
