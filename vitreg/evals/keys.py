@@ -65,7 +65,9 @@ def preprocess_key(preprocess: Preprocess) -> str:
         Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize((4 * w, 4 * h))
         for h, w in ((60, 83), (83, 60))
     ]
-    settings = [preprocess] if is_dataclass(preprocess) else []  # some matter for large photos only
+    settings: list[Any] = (
+        [preprocess] if is_dataclass(preprocess) else []
+    )  # some matter for large photos only
     return digest([preprocess(picture) for picture in pictures], *settings)
 
 

@@ -291,8 +291,8 @@ def _told_to_end() -> Iterator[list[int]]:
     try:
         yield told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for heard, handler in before.items():
+            signal.signal(heard, handler)
 
 
 def _leave_interrupts(worker: int) -> None:
