@@ -86,6 +86,11 @@ def test_tokencut_is_that_of_the_whole_matrix(grid, monkeypatch):
     assert degenerate == {True, False}
 
 
+@pytest.mark.parametrize("grid", [(17, 16), (24, 32), (40, 60)], ids=str)
+def test_many_patches_that_are_all_alike_have_no_best_cut(grid):
+    assert tokencut(torch.ones(grid[0] * grid[1], 3), grid) == Found((0, 0, grid[1], grid[0]), True)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("bytes_of_a_block", [4_000, pairs.BLOCK_BYTES])
 def test_lost_is_that_of_the_whole_matrix(grid, bytes_of_a_block, monkeypatch):
