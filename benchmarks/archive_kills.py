@@ -65,7 +65,7 @@ def workers(out: Path) -> list[int]:
     found = []
     for path in out.glob("trying/0*"):
         try:
-            found.append(json.loads(path.read_text())["pid"])
+            found.append(json.loads(path.read_text(encoding="utf-8"))["pid"])
         except (OSError, ValueError):  # just done
             continue
     return found
@@ -125,7 +125,7 @@ def main() -> None:
         assert driver.wait() == 0
 
         names = Counter(pyarrow.dataset.dataset(killed / "vectors").to_table(["name"])["name"].to_pylist())
-        manifest = json.loads((killed / "manifest.json").read_text())
+        manifest = json.loads((killed / "manifest.json").read_text(encoding="utf-8"))
         same = {
             "files are the clean run's": hashes(clean) == hashes(killed) and bool(hashes(killed)),
             "every good photo once": names == Counter(path.name for path in photos),

@@ -121,7 +121,7 @@ def books(shards: int, images: int) -> None:
         entry = {"images": images // shards, "failed": failed, "files": files, "seconds": {"all": 10.0}}
         for index in range(shards):
             text = json.dumps({"shard": index, **entry, "worker": worker})
-            (Path(folder) / f"done/{index:06d}.json").write_text(text)
+            (Path(folder) / f"done/{index:06d}.json").write_text(text, encoding="utf-8")
         print(f"  finished shards listed in {timed(lambda: finished(out)):.1f} s")
         done = finished(out)
         print(f"  gathered into a manifest in {timed(lambda: Extraction.gather(out, done)):.1f} s", end="")

@@ -160,7 +160,7 @@ def main() -> None:
     results = load_results(args.out)
     take(chosen_names(args.library, args.only), results, args)
     save_results(args.out, results)
-    args.write.write_text(page(results, args.seconds))
+    args.write.write_text(page(results, args.seconds), encoding="utf-8")
 
 
 if __name__ == "__main__":

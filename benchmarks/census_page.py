@@ -42,10 +42,10 @@ def versions() -> dict[str, str]:
 def load_results(out: Path) -> Results:
     """What is known for the installed versions; later lines of the journal win."""
     records: list[dict[str, Any]] = []
-    if out.exists() and (kept := json.loads(out.read_text()))["versions"] == versions():
+    if out.exists() and (kept := json.loads(out.read_text(encoding="utf-8")))["versions"] == versions():
         records += [record | {"reason": kept["reasons"][record["reason"]]} for record in kept["results"]]
     if journal(out).exists():
-        records += [json.loads(line) for line in journal(out).read_text().splitlines()]
+        records += [json.loads(line) for line in journal(out).read_text(encoding="utf-8").splitlines()]
     found = [Result(**record) for record in records]
     return {(result.library, result.name): result for result in found}
 
@@ -61,7 +61,8 @@ def save_results(out: Path, results: Results) -> None:
     records = [slim(results[key]) | {"reason": numbers[results[key].reason]} for key in sorted(results)]
     out.write_text(
         f'{{"versions": {json.dumps(versions())},\n'
-        f'"reasons": [\n{one_per_line(reasons)}\n],\n"results": [\n{one_per_line(records)}\n]}}\n'
+        f'"reasons": [\n{one_per_line(reasons)}\n],\n"results": [\n{one_per_line(records)}\n]}}\n',
+        encoding="utf-8",
     )
     journal(out).unlink(missing_ok=True)
 

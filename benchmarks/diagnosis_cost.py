@@ -94,12 +94,12 @@ def peak_memory(args: argparse.Namespace, images: int) -> float:
 
 def forget_peak() -> None:
     """Let the kernel measure this process's peak memory from now on (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_since() -> float:
     """Peak resident MiB since `forget_peak`."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 

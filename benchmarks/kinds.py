@@ -42,7 +42,7 @@ def main() -> None:
     page = "\n".join(sections)
     print(page)
     if args.markdown:
-        args.markdown.write_text(page)
+        args.markdown.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

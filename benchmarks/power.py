@@ -368,7 +368,7 @@ def main() -> None:
     text = page(all_trials(args, lambda line: console.print(line, highlight=False, markup=False)))
     print(text)
     if args.markdown:
-        args.markdown.write_text(text)
+        args.markdown.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def run(what: str, command: list[str], size: int, folder: Path) -> tuple[list[tu
     )
     if done.returncode:
         sys.exit(f"{what} with {size} processes failed:\n{done.stderr[-2000:]}")
-    return list(leaves(json.loads(out.read_text()))), time.perf_counter() - start
+    return list(leaves(json.loads(out.read_text(encoding="utf-8")))), time.perf_counter() - start
 
 
 def leaves(value: Any, name: str = "") -> Any:

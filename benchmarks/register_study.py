@@ -133,7 +133,7 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
     print(text)
     if args.markdown:
-        args.markdown.write_text(f"{HEADER}{text}\n")
+        args.markdown.write_text(f"{HEADER}{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def main() -> None:
     text = "\n".join([f"{len(some)} photos, {Path(args.model).name}:", "", *lines, ""])
     print(text)
     if args.markdown:
-        args.markdown.write_text(f"{HEADER}\n{text}")
+        args.markdown.write_text(f"{HEADER}\n{text}", encoding="utf-8")
 
 
 HEADER = """# Why soft artifacts are harder to see at a larger size

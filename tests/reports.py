@@ -46,7 +46,7 @@ def make_report(
         return vitreg.diagnose(vit, [torch.randn(5, 3, *size)], examples=examples)
 
 
-def make_verdict(name: str = "tiny", examples: int = 3) -> Verdict:
+def make_verdict(name: str = "tiny", examples: int = 3, planted: bool = False) -> Verdict:
     """Of the model with planted artifacts and the same one without, with a control; all numbers made up."""
     less, equal = Estimate(-0.12, -0.13, -0.11), Estimate(0.98, 0.96, 1.0)
     outliers = Measure("outliers", Estimate(0.125, 0.12, 0.13), Estimate(0.005, 0.0, 0.01), less)
@@ -58,8 +58,8 @@ def make_verdict(name: str = "tiny", examples: int = 3) -> Verdict:
         "it removes the artifacts.",
         name,
         vitreg.TestTimeRegisters({ONSET: [3]}),
-        replace(before, model=name),
-        replace(after, model=name),
+        replace(before, model=name, planted=planted),
+        replace(after, model=name, planted=planted),
         (outliers, same),
         tuple(Control(version, measures, less) for version in ("unfixed", "fix", "inert token")),
         images=5,

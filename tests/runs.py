@@ -39,7 +39,9 @@ class Hit:
 
     nan-loss, nan-gradient    at that step
     nan-weight                after it
-    term, kill                the process is sent SIGTERM or SIGKILL when that step is done
+    term, kill, int           the process is sent SIGTERM, SIGKILL or SIGINT when that step is done
+    ctrl-c                    SIGINT goes to all processes of its group, as from a terminal
+    impatient                 SIGINT comes twice
     """
 
     what: str = ""
@@ -80,9 +82,14 @@ class TinyObjective(SupervisedObjective):
         self.done.fill_(step)
         if _hit("nan-weight", step):
             self.vit.pos_embed.data.fill_(torch.nan)
-        for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
+        for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL), ("int", signal.SIGINT)):
             if _hit(name, step):
                 os.kill(os.getpid(), number)
+        if _hit("ctrl-c", step):
+            os.killpg(os.getpgrp(), signal.SIGINT)
+        if _hit("impatient", step):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def _hit(what: str, step: int) -> bool:

@@ -63,7 +63,7 @@ def test_attention_share_is_that_of_tokens_entering_as_outliers():
     patches = t.attention[2, :, :, 0, t.layout.patch_slice]
     share = (patches[..., [7, 12]].sum(-1) / patches.sum(-1)).mean()
     assert report.attention_to_outliers == pytest.approx(float(share), rel=1e-4)
-    assert report.attention_queries == "CLS"
+    assert report.attention_queries == "cls"
 
 
 def test_attention_and_values_count_what_enters_a_block_not_what_leaves_it():
@@ -102,7 +102,7 @@ def test_images_without_outliers_do_not_blur_the_excess_dimensions():
 def test_without_cls_some_patches_are_asked():
     vit = CATALOG["timm siglip"].backbone()
     report = vitreg.diagnose(vit, [images(vit, 4)])
-    assert report.attention_queries == "evenly spread patches"
+    assert report.attention_queries == "patches"
     assert report.prefix_tokens == 0
     assert report.layers[0].cls_norm is None
 

@@ -23,7 +23,7 @@ from vitreg.evals.datasets.boxes import boxed_photos
 from vitreg.evals.discovery import DiscoveryConfig, Scene, evaluate, locate, prepared, scenes_of
 from vitreg.evals.features import extract_features
 from vitreg.evals.framing import Framing, normalisation_of
-from vitreg.evals.lost import Found, gram, lost
+from vitreg.evals.lost import Found, lost
 from vitreg.evals.resizing import at_any_size
 from vitreg.evals.tokencut import tokencut
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
@@ -270,50 +270,48 @@ def planted(rows: int, columns: int, box: tuple[int, int, int, int]) -> Tensor:
 
 def test_both_find_a_planted_object():
     features = planted(9, 12, (3, 2, 7, 5))
-    assert lost(gram(features), (9, 12)) == Found((3, 2, 7, 5), False)
-    cosines = gram(torch.nn.functional.normalize(features, dim=1))
-    assert tokencut(cosines, (9, 12)) == Found((3, 2, 7, 5), False)
+    assert lost(features, (9, 12)) == Found((3, 2, 7, 5), False)
+    assert tokencut(features, (9, 12)) == Found((3, 2, 7, 5), False)
 
 
 def test_the_object_connects_over_edges_not_corners():
     features = planted(9, 12, (3, 2, 6, 5))
     grid = features.view(9, 12, -1)
     grid[5:7, 6:8] = grid[3, 4]  # touches the object at a corner
-    assert lost(gram(features), (9, 12)).box == (3, 2, 6, 5)
+    assert lost(features, (9, 12)).box == (3, 2, 6, 5)
     grid[5, 5] = grid[3, 4]
-    assert lost(gram(features), (9, 12)).box == (3, 2, 8, 7)
+    assert lost(features, (9, 12)).box == (3, 2, 8, 7)
 
 
 def test_ties_go_to_the_first_patch():
     """Two objects of one size: each patch of either has as few positive products."""
     features = -torch.ones(6, 10, 1)
     features[1:3, 6:8] = features[3:5, 1:3] = 1
-    assert lost(gram(features.flatten(0, 1)), (6, 10)).box == (6, 1, 8, 3)
-    assert lost(gram(features.flip(0).flatten(0, 1)), (6, 10)).box == (1, 1, 3, 3)
+    assert lost(features.flatten(0, 1), (6, 10)).box == (6, 1, 8, 3)
+    assert lost(features.flip(0).flatten(0, 1), (6, 10)).box == (1, 1, 3, 3)
 
 
 def test_only_the_rarest_vote():
     """With k = 1 the seed alone votes, and its likes are few."""
     features = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0.1], [-1, 1, 1], [-1, -0.5, 3]])
-    products = gram(features)
-    assert lost(products, (1, 5), similar=1).box == slow_lost(plain(features), 5, 0.0, 1)
-    assert lost(products, (1, 5), similar=3).box == slow_lost(plain(features), 5, 0.0, 3)
-    assert lost(products, (1, 5), similar=1).box != lost(products, (1, 5), similar=3).box
+    assert lost(features, (1, 5), similar=1).box == slow_lost(plain(features), 5, 0.0, 1)
+    assert lost(features, (1, 5), similar=3).box == slow_lost(plain(features), 5, 0.0, 3)
+    assert lost(features, (1, 5), similar=1).box != lost(features, (1, 5), similar=3).box
 
 
 def test_nothing_is_positive():
     """A bias that leaves no product positive leaves the seed."""
-    assert lost(gram(torch.eye(6)), (2, 3), bias=-1.0) == Found((0, 0, 1, 1), False)
+    assert lost(torch.eye(6), (2, 3), bias=-1.0) == Found((0, 0, 1, 1), False)
 
 
 def test_tokencut_without_a_best_cut_is_degenerate():
-    for cosines in (np.ones((12, 12)), np.eye(12)):
-        assert tokencut(cosines, (3, 4)) == Found((0, 0, 4, 3), True)
-    assert tokencut(np.ones((1, 1)), (1, 1)) == Found((0, 0, 1, 1), True)
+    for features in (torch.ones(12, 3), torch.eye(12), torch.zeros(12, 3)):
+        assert tokencut(features, (3, 4)) == Found((0, 0, 4, 3), True)
+    assert tokencut(torch.ones(1, 3), (1, 1)) == Found((0, 0, 1, 1), True)
 
 
 def test_degenerate_lost_is_the_whole_photo():
-    assert lost(gram(torch.rand(20, 5) + 0.1), (4, 5)) == Found((0, 0, 5, 4), True)
+    assert lost(torch.rand(20, 5) + 0.1, (4, 5)) == Found((0, 0, 5, 4), True)
 
 
 # -- a small model on photos that are made here ----------------------------------------------------

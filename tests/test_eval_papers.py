@@ -1,6 +1,7 @@
 """`vitreg papers`: every row can be run, and one does, from its weights to its place in the list."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from vitreg.evals.tasks import find_task
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.phantom import plant
 from vitreg.settings import with_settings
+from vitreg.training.recipe import bundled
 
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows]
 RUNNABLE = [(name, row) for name, row in ROWS if not row.needs]
@@ -121,7 +123,10 @@ def test_the_list_names_all_tables_and_what_keeps_rows_from_running() -> None:
         shown = table_text(name)
         assert shown.count("not run: needs") == len(TABLES[name].rows)
     assert "needs weights that were never published" in table_text("registers-regimes")
-    assert "needs training: this version has no `vitreg train ablation`" in table_text("registers-ablation")
+    text = " ".join(table_text("registers-ablation").split())
+    recipes = re.findall(r"`vitreg train (\w+)", text)
+    assert set(recipes) == {"self_supervised_vit_l", "ablation"}
+    assert set(recipes) <= set(bundled())
 
 
 def test_a_rows_command_is_one_that_the_command_line_takes() -> None:

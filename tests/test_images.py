@@ -21,6 +21,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from vitreg import images as images_module
+from vitreg.cpus import usable_cpus
 from vitreg.errors import ImageError, MissingExtraError
 from vitreg.images import Batch, Images, demo_photos, read_images
 
@@ -612,7 +613,7 @@ def test_failures_are_those_seen_so_far(tmp_path: Path) -> None:
 def test_no_workers_for_few_images(tmp_path: Path) -> None:
     save_greys(tmp_path, 20)
     assert read_images(tmp_path, mean_colour, batch_size=11).workers == 0
-    assert read_images(tmp_path, mean_colour, batch_size=10).workers == min(os.cpu_count() or 1, 4)
+    assert read_images(tmp_path, mean_colour, batch_size=10).workers == min(usable_cpus(), 4)
     assert read_images(tmp_path, mean_colour, batch_size=10, limit=19).workers == 0
     assert read_images(torch.zeros(100, 3, 4, 4), batch_size=10).workers == 0
 

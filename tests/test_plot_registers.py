@@ -141,7 +141,7 @@ def test_other_wrong_requests():
 
 
 def test_words_json_and_figure():
-    found = study(vitreg.wrap(with_own_registers(2), image_size=32, name="a phantom"), examples=2)
+    found = study(replace(vitreg.wrap(with_own_registers(2), image_size=32), planted=True), examples=2)
     text = str(found)
     assert f"register 1 {found.attention[2]:.1%}" in text
     assert f"{found.output_similarity[0][1]:6.2f}" in text

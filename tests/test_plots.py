@@ -228,13 +228,13 @@ class TestOverview:
 
     @pytest.mark.parametrize("name", FIGURES)
     def test_a_phantom_is_called_one_everywhere(self, name, found):
-        assert "phantom" in texts(FIGURES[name](replace(found, model="phantom of /models/tiny")))
+        assert "phantom" in texts(FIGURES[name](replace(found, planted=True)))
 
     def test_a_real_model_is_not_called_a_phantom(self, found):
         assert "phantom" not in texts(plots.layer_curves(found))
 
     def test_no_text_leaves_the_figure(self, found):
-        report = replace(found, model="phantom of " + "a-very-long-name-" * 10, reason="word " * 60)
+        report = replace(found, planted=True, model="a-very-long-name-" * 10, reason="word " * 60)
         figure = plots.overview(report)
         figure.draw_without_rendering()
         for text in figure.findobj(Text):

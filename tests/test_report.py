@@ -19,6 +19,7 @@ from vitreg.emergence import Emergence
 from vitreg.errors import OutputError
 from vitreg.page import data_block, photo_source, text
 from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
+from vitreg.wording import words_of_sink
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
 
@@ -106,7 +107,7 @@ def test_shows_every_finding(written):
     assert f"{ONSET} (the first that shows them)" in page.text
     assert f"{report.outliers_per_image:.2f}" in page.text
     assert f"{ONSET} (onset, detect)" in page.text
-    assert report.sink in page.text
+    assert words_of_sink(report.sink) in page.text
     assert f"torch {report.versions['torch']}" in page.text
     rows = [tag for tag, _ in page.tags].count("tr")
     assert rows == 1 + len(report.layers) + 1 + len(report.failed_images)
@@ -147,7 +148,7 @@ def test_no_artifacts(tmp_path):
 
 
 def test_phantoms_are_labelled(tmp_path):
-    report = make_report(name="phantom of tiny", examples=1)
+    report = replace(make_report(examples=1), planted=True)
     page = Page(write_report(report, tmp_path / "phantom.html").read_text(encoding="utf-8"))
     assert {"class": "phantom"} in page.named("p")
     assert "planted here on purpose" in page.text
@@ -166,7 +167,8 @@ def test_without_examples(tmp_path):
 
 
 def test_comparison(tmp_path):
-    reports = [make_report(artifacts=False, name="runs/step-1"), make_report(name=f"phantom/{HOSTILE}")]
+    planted = replace(make_report(name=f"m/{HOSTILE}"), planted=True)
+    reports = [make_report(artifacts=False, name="runs/step-1"), planted]
     path = write_comparison(reports, tmp_path / "comparison.html")
     page = Page(path.read_text(encoding="utf-8"))
     assert "<script" not in path.read_text(encoding="utf-8")

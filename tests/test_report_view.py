@@ -353,7 +353,7 @@ def test_every_input_has_a_name(opened, name):
 
 
 def test_a_phantom_is_called_one_in_each_view(opened, tmp_path):
-    path = write_verdict(make_verdict(name="phantom of tiny"), tmp_path / "phantom.html")
+    path = write_verdict(make_verdict(planted=True), tmp_path / "phantom.html")
     visit = opened(path)
     for stage in (NORMS, ATTENTION):
         assert "A phantom: its artifacts were planted." in visit.text(stage)

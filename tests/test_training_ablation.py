@@ -14,6 +14,7 @@ from vitreg.errors import DataError, OutputError
 from vitreg.style import png
 from vitreg.training.ablation import Ablation, ablate
 from vitreg.training.log import read_log
+from vitreg.training.loop import Run
 
 TASK, METRIC = "classification", "top-1"
 SHORT = {"steps": 3, "diagnose_every": 2, "batch_size": 8}
@@ -68,7 +69,9 @@ def test_the_same_call_trains_nothing_again(ran, data, monkeypatch):
 
 def test_a_terminated_one_reports_nothing_and_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Hits, "now", Hit("term", 2))
-    assert ablate(tiny(data, **SHORT), [1, 2], tmp_path, CPU) is None
+    stopped = ablate(tiny(data, **SHORT), [1, 2], tmp_path, CPU)
+    assert isinstance(stopped, Run)
+    assert (stopped.step, stopped.stopped, stopped.interrupted) == (2, True, False)
     assert not (tmp_path / "registers-2").exists()
     monkeypatch.setattr(Hits, "now", Hit())
     found = ablate(tiny(data, **SHORT), [1], tmp_path, CPU)

@@ -85,18 +85,58 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut(data, whole, tmp_path, hi
     assert losses(train(tiny(data), tmp_path, CPU).log) == losses(whole)
 
 
-def test_sigterm_finishes_the_step_and_the_next_call_goes_on(data, whole, tmp_path, hit):
-    before = signal.getsignal(signal.SIGTERM)
-    hit("term", 4)
-    run = train(tiny(data), tmp_path, CPU)
-    assert (run.step, run.stopped, run.written) == (4, True, {})
+@pytest.mark.parametrize("how", ["term", "int"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_finishes_the_step_and_the_next_call_goes_on(data, whole, tmp_path, hit, how, workers):
+    """SIGTERM, or Ctrl-C."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    hit(how, 4)
+    run = train(tiny(data), tmp_path, replace(CPU, workers=workers))
+    assert (run.step, run.stopped, run.written, run.interrupted) == (4, True, {}, how == "int")
     assert len(losses(run.log)) == 4
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     hit()
     run = train(tiny(data), tmp_path, CPU)
     assert (run.step, run.stopped) == (8, False)
     assert losses(run.log) == losses(whole)
     assert same(weights(tmp_path), weights(whole))
+
+
+def test_a_second_interrupt_does_not_wait(data, tmp_path, hit):
+    before = signal.getsignal(signal.SIGINT)
+    hit("impatient", 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(data), tmp_path, CPU)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4]
+    hit()
+    assert train(tiny(data), tmp_path, CPU).step == 8  # from the checkpoint of step 3
+
+
+def test_ctrl_c_at_the_command_line(data, tmp_path):
+    """It goes to data workers, too. One line and a shell's exit code, no traceback."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from runs import Hit, Hits, tiny\n"
+        f"Hits.now = Hit('ctrl-c', 4)\nrecipe = tiny({str(data)!r})\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "run"
+    command = ["train", recipe, "-o", out, "--accelerator", "cpu", "--workers", "1"]
+    command += ["--registers", "0", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vitreg", *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        start_new_session=True,
+    )
+    said = f"stopped at step 4 of 8 of {out / 'registers-0'}; the same command goes on from there.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, said, "")
+    run = train(tiny(data), out / "registers-0", CPU)
+    assert (run.step, run.stopped) == (8, False)
 
 
 def test_more_steps_and_another_learning_rate_may_be_asked_for(data, tmp_path):

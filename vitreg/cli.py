@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage. Progress goes 
 stdout.
 """
 
+import io
 import json
 import logging
 import sys
@@ -602,6 +603,9 @@ def _write_figure(result: "Diagnosis | Emergence | RegisterStudy", path: Path | 
 def main() -> None:
     """The `vitreg` command."""
     warnings.filterwarnings("ignore", module=r"(timm|transformers|open_clip|torch|huggingface_hub)(\..*)?")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows cannot print every file's name
+            stream.reconfigure(errors="backslashreplace")
     # What libraries log (a hub's retries, say) would bury our one line; what matters comes as an error.
     logging.disable(logging.ERROR)
     try:

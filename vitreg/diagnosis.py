@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -38,6 +38,9 @@ from vitreg.probe import evaluating
 from vitreg.ranks import Ranks
 from vitreg.statistics import EDGES, Collector, Statistics
 from vitreg.trace import trace
+from vitreg.wording import called, name_of_queries, words_of_sink
+
+Queries = Literal["cls", "patches"]
 
 # A value norm at outliers under this share of the others' is that of a sink that writes nothing.
 NOP_SINK = 0.5
@@ -105,6 +108,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Sink:
+    """What becomes of the attention that outliers draw (arXiv 2606.08105).
+
+    `value_norm_ratio` is the norm of their values over that of others', the median of the blocks that read
+    them. A "nop" sink has little to say (less than NOP_SINK); what a "broadcast" sink holds is read.
+    """
+
+    kind: Literal["nop", "broadcast"]
+    value_norm_ratio: float
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.plots.
 
@@ -115,10 +130,12 @@ class Diagnosis:
 
     With artifacts `rule` tells outliers from others at `detect_layer`, where they stand out most; `strength`
     is "mild", "moderate" or "severe" (see `strength_of`), and `misjudged` the share of patches that no
-    threshold can tell.
+    threshold can tell. `attention_queries` says whose attention was read: that of CLS or, without one, of
+    evenly spread patches. `planted`: the model is a phantom, whose artifacts were planted.
     """
 
     model: str
+    planted: bool
     images: int
     failed_images: list[dict[str, str]]
     image_size: tuple[int, int]
@@ -140,10 +157,10 @@ class Diagnosis:
     outlier_fraction: float
     outliers_per_image: float
     attention_to_outliers: float
-    attention_queries: str
+    attention_queries: Queries
     position_frequency: list[list[float]]
     neighbour_similarity: dict[str, float | None]
-    sink: str | None
+    sink: Sink | None
     excess_dimensions: list[dict[str, int | float]]
     layers: list[LayerDiagnosis]
     versions: dict[str, str]
@@ -156,6 +173,7 @@ class Diagnosis:
         apart = ("statistics", "examples", "layers", "kinds")
         plain = {k: v for k, v in vars(self).items() if k not in apart}
         return plain | {
+            "sink": None if self.sink is None else asdict(self.sink),
             "rule": self.rule.to_json(),
             "kinds": {finding.kind: finding.to_json() for finding in self.kinds},
             "layers": [asdict(layer) for layer in self.layers],
@@ -196,7 +214,7 @@ class Diagnosis:
         return overview(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.verdict}", self.reason, *self._facts()]
+        lines = [f"{called(self.model, self.planted)}: {self.verdict}", self.reason, *self._facts()]
         lines += [f"{finding.title}: {finding}" for finding in self.other_artifacts]
         if self.failed_images:
             lines.append(f"{len(self.failed_images)} images could not be read:")
@@ -214,7 +232,7 @@ class Diagnosis:
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
             f"places: {describe_places(self.position_frequency)}",
             f"attention on outliers in the last block: {self.attention_to_outliers:.1%}"
-            f" (from {self.attention_queries})",
+            f" (from {name_of_queries(self.attention_queries)})",
         ]
         if similar["outlier"] is not None and similar["normal"] is not None:
             lines.append(
@@ -222,7 +240,7 @@ class Diagnosis:
                 f" others {similar['normal']:.2f}"
             )
         if self.sink:
-            lines.append(f"kind of sink: {self.sink}")
+            lines.append(f"kind of sink: {words_of_sink(self.sink)}")
         dims = ", ".join(f"{d['dimension']} ({d['share']:.0%})" for d in self.excess_dimensions)
         lines.append(f"residual dimensions that carry the excess: {dims}")
         return lines
@@ -351,6 +369,7 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
     onset = _onset(judged, detect) if present else None
     return Diagnosis(
         model=vit.name,
+        planted=vit.planted,
         images=s.images,
         failed_images=failed,
         image_size=vit.anatomy.pixels(layout.grid),
@@ -372,7 +391,7 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
         outlier_fraction=layers[detect].outlier_fraction,
         outliers_per_image=layers[detect].outlier_fraction * layout.patches,
         attention_to_outliers=layers[-1].attention_to_outliers,
-        attention_queries="CLS" if layout.prefix else "evenly spread patches",
+        attention_queries="cls" if layout.prefix else "patches",
         position_frequency=layout.as_grid(s.position_frequency(detect, threshold)).tolist(),
         neighbour_similarity=s.neighbour_similarity(detect, threshold),
         sink=_sink(layers, detect) if present else None,
@@ -486,15 +505,13 @@ def _onset(judged: list[Judgement], detect: int) -> int:
     return onset
 
 
-def _sink(layers: list[LayerDiagnosis], detect: int) -> str | None:
-    """NOP or broadcast sink (arXiv 2606.08105), by the median value norm of the blocks that read outliers."""
+def _sink(layers: list[LayerDiagnosis], detect: int) -> Sink | None:
+    """The kind of sink, by the median value norm of the blocks that read outliers."""
     ratios = [x.value_norm_ratio for x in layers[detect + 1 :] if x.value_norm_ratio is not None]
     if not ratios:
         return None
     ratio = median(ratios)
-    nop = ratio < NOP_SINK
-    kind = "NOP sink: attended to, but writes little" if nop else "broadcast sink: what it holds is read"
-    return f"{kind} (value norms {ratio:.2f}x those elsewhere)"
+    return Sink("nop" if ratio < NOP_SINK else "broadcast", ratio)
 
 
 def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None) -> str:

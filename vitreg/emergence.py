@@ -52,7 +52,7 @@ class Emergence:
             best = d.layers[d.detect_layer]
             table.add_row(
                 label,
-                d.verdict,
+                d.verdict + (" (a phantom)" if d.planted else ""),
                 "-" if d.onset_layer is None else f"block {d.onset_layer}",
                 f"{d.outlier_fraction:.2%}",
                 f"{best.ratio:.1f}x" if d.has_artifacts else "-",

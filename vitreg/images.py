@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vitreg.cpus import usable_cpus
 from vitreg.decoding import decode, photo_extensions, reason
 from vitreg.errors import ImageError, MissingExtraError
 from vitreg.ranks import ALONE, Ranks
@@ -111,7 +112,7 @@ def read_images(
     if workers is None:
         few = not shards and min(len(items), limit or len(items)) < 2 * batch_size
         in_memory = not any(isinstance(item, str) for item in items)
-        workers = 0 if few or in_memory else min((os.cpu_count() or 1) // ranks.neighbours, 4)
+        workers = 0 if few or in_memory else min(usable_cpus() // ranks.neighbours, 4)
     found = None if isinstance(source, Tensor) else _find_preprocess(preprocess)
     total = None if shards else len(items)
     return Images(items, found, total, batch_size, limit, workers, strict, progress, ranks)

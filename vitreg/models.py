@@ -35,6 +35,7 @@ Builder = Callable[[tuple[int, int] | None, bool], Built]
 SCHEMES = (
     "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format"
 )
+PLANTED = "_vitreg_planted"  # an attribute of a module, and its copies, whose artifacts were planted
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -43,6 +44,7 @@ class Backbone:
     """A Vision Transformer that vitreg can read. Call it on (b, 3, h, w) images as one would the model.
 
     `model` is the module as its library made it, unchanged. `image_size` is (height, width) in pixels.
+    `planted` says that its artifacts were (vitreg.plant): it is called a phantom wherever it is shown.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Backbone:
     image_size: tuple[int, int]
     preprocess: Preprocess | None = None
     forward: Forward | None = None
+    planted: bool = False
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Any:
         """The model's own output. Images are moved to the model's device and dtype."""
@@ -83,7 +86,10 @@ class Backbone:
                 " Wrap the copy with wrap(copy, forward=...)."
             )
         # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
-        return Backbone(model, name, self.anatomy, self.image_size, self.preprocess, _forward_of(model))
+        forward = _forward_of(model)
+        return Backbone(
+            model, name, self.anatomy, self.image_size, self.preprocess, forward, planted=self.planted
+        )
 
 
 def wrap(
@@ -107,7 +113,8 @@ def wrap(
     forward = forward or _forward_of(module)
     found = find_anatomy(module, forward or module, size, anatomy)
     preprocess = preprocess or _timm_preprocess(module, size)
-    return Backbone(module, name or type(module).__name__, found, size, preprocess, forward)
+    named, planted = name or type(module).__name__, getattr(module, PLANTED, False)
+    return Backbone(module, named, found, size, preprocess, forward, planted=planted)
 
 
 def load(
@@ -221,7 +228,7 @@ def _builder(name: str) -> Builder:
 
 def _folder_builder(folder: Path) -> Builder:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         config = {}
     except ValueError as error:
@@ -268,7 +275,9 @@ def _build_timm(name: str, size: tuple[int, int] | None, random_weights: bool) -
 
     sized: dict[str, Any] = {"img_size": size} if size else {}
     if random_weights and name.startswith("local-dir:"):
-        name = json.loads((Path(name.partition(":")[2]) / "config.json").read_text())["architecture"]
+        name = json.loads((Path(name.partition(":")[2]) / "config.json").read_text(encoding="utf-8"))[
+            "architecture"
+        ]
     try:
         module = timm.create_model(name, pretrained=not random_weights, **sized)
     except TypeError as error:

@@ -29,6 +29,7 @@ from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating
 from vitreg.sinks import _Projections
 from vitreg.weights import dense_weight
+from vitreg.wording import called
 from vitreg.write_gain import write_gains
 
 How = Literal["silenced", "removed"]
@@ -70,6 +71,7 @@ class NoopTest:
     silencing others does (`judged_by`: largest logit change, else how far CLS or patches turn)."""
 
     model: str
+    planted: bool
     visibility: tuple[Visibility, ...]
     effects: tuple[Effect, ...]
     judged_by: str
@@ -97,7 +99,7 @@ class NoopTest:
         return asdict(self) | {"reason": self.reason}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.reason}"]
+        lines = [f"{called(self.model, self.planted)}: {self.reason}"]
         lines += [
             f"block {x.layer} #{x.index}: seen by {x.reader} {x.ratio:.2f}x as well as a random direction,"
             f" better than {x.rank:.0%} of its layer's neurons"
@@ -159,6 +161,7 @@ def noop_test(
     more = {how: means.difference(f"{how} outliers", f"{how} others", judged_by) for how in hows}
     return NoopTest(
         model=vit.name,
+        planted=vit.planted,
         visibility=_visibility(vit, sample, neurons, readout),
         effects=tuple(
             Effect(

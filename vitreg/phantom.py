@@ -11,7 +11,6 @@ marked patches become attention sinks. The planted model is a copy. It is a phan
 about the model it was planted in, and its name says so.
 """
 
-import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,15 @@ from torch import Tensor
 from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
-from vitreg.planting import Mlp, idle_neurons, mlp_inputs, read_flat, read_marked, write_direction
+from vitreg.planting import (
+    Mlp,
+    idle_neurons,
+    mlp_inputs,
+    phantom_of,
+    read_flat,
+    read_marked,
+    write_direction,
+)
 from vitreg.probe import evaluating
 from vitreg.sinks import make_sinks
 from vitreg.trace import trace
@@ -133,7 +140,7 @@ def plant(
     layers = sorted(layer) if isinstance(layer, Sequence) else [layer]
     _check(vit, layers, neurons, rate, norm, activation)
     batches = [images] if isinstance(images, Tensor) else list(images)
-    planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom of {vit.name}")
+    planted = phantom_of(vit)
     mlps = [Mlp(planted, index) for index in layers]
     generator = torch.Generator().manual_seed(seed)
     read, bias = read_flat(planted, mlps[0], batches, rate)

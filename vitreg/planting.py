@@ -8,7 +8,9 @@ A reading is a direction and a bias: a patch is marked where read @ x + bias >= 
 the MLP.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
-from vitreg.models import Backbone
+from vitreg.models import PLANTED, Backbone
 from vitreg.probe import evaluating
 from vitreg.trace import trace
 from vitreg.weights import is_plain
@@ -30,6 +32,14 @@ MIN_AGREEMENT = 0.9  # of what a later block writes, the share that must go to m
 NEWTON_STEPS = 12
 
 Reading = tuple[Float[Tensor, " d"], float]
+
+
+def phantom_of(vit: Backbone, kind: str = "") -> Backbone:
+    """A copy of a backbone to plant artifacts into, of a `kind`: whatever becomes of it, it is a phantom."""
+    model = copy.deepcopy(vit.model)
+    setattr(model, PLANTED, True)
+    named = f"phantom{f' ({kind})' if kind else ''} of {vit.name}"
+    return replace(vit.with_model(model, named), planted=True)
 
 
 class Mlp:

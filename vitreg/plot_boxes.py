@@ -1,6 +1,6 @@
 """Boxes over photos: what was found, beside what is there.
 
-figure = box_grid([BoxedPhoto("a.jpg", pixels, truth, {"LOST": box})], "LOST of ...")
+figure = box_grid([BoxedPhoto("a.jpg", pixels, truth, {"LOST": box})])
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class BoxedPhoto:
 
 
 @house_style
-def box_grid(photos: Sequence[BoxedPhoto], model: str, columns: int = 4) -> Figure:
+def box_grid(photos: Sequence[BoxedPhoto], columns: int = 4, *, planted: bool = False) -> Figure:
     """Photos in rows of `columns`: objects in dotted boxes, what up to two methods found in other lines."""
     rows = -(-len(photos) // columns)
     tallest = [
@@ -56,7 +56,7 @@ def box_grid(photos: Sequence[BoxedPhoto], model: str, columns: int = 4) -> Figu
         _line(f"found by {name}", style) for name, style in zip(photos[0].found, _FOUND, strict=False)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=3.5)
-    mark_phantom(figure, model)
+    mark_phantom(figure, planted)
     return figure
 
 

@@ -33,6 +33,7 @@ from vitreg.style import (
     safe,
     short_name,
 )
+from vitreg.wording import kind_of_query
 
 What = Literal["norms", "attention", "both"]
 
@@ -67,7 +68,7 @@ def photo_grid(report: Diagnosis, what: What = "norms", layer: int | None = None
     parts = np.ravel(figure.subfigures(len(groups), 1, squeeze=False))
     for part, group in zip(parts, groups, strict=True):
         draw_photo_rows(part, report, group, maps, columns)
-    mark_phantom(parts[-1], report.model)
+    mark_phantom(parts[-1], report.planted)
     return figure
 
 
@@ -86,7 +87,7 @@ def photo_strip(report: Diagnosis, index: int) -> Figure:
         _small_title(ax, shown.label)
         place = ax.inset_axes((0, -0.18 / height, 1, 0.1 / height))
         label_map(figure.colorbar(image, cax=place, orientation="horizontal"), shown)
-    mark_phantom(figure, report.model)
+    mark_phantom(figure, report.planted)
     return figure
 
 
@@ -149,7 +150,7 @@ def _norm_map(report: Diagnosis, layer: int) -> PatchMap:
 
 def _attention_map(report: Diagnosis, layer: int) -> PatchMap:
     top = max((float(x.attention[layer].max()) for x in report.examples), default=1.0)
-    source = "CLS" if report.attention_queries == "CLS" else "patch"
+    source = kind_of_query(report.attention_queries)
     label = f"{source} attention, block {layer}"
     return PatchMap("attention", layer, label, SHARE_COLOURS, PowerNorm(0.5, 0, top or 1.0))
 

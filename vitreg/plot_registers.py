@@ -40,7 +40,7 @@ def registers(study: RegisterStudy) -> Figure:
     left, right = bottom.subplots(1, 2)
     _draw_similarity(left, study.tokens, study.output_similarity, f"Outputs of block {study.layer}")
     _draw_similarity(right, study.queries, study.map_similarity, "Attention maps")
-    mark_phantom(figure, study.model)
+    mark_phantom(figure, study.planted)
     return figure
 
 

@@ -68,7 +68,7 @@ def shift_figure(
         _map(ax, f"moved {name}", norms, ratio, scale, fixes[name].places)
     colours = figure.colorbar(shown, cax=axes[-1].inset_axes((1.05, 0, 0.05, 1)))
     label_bar(colours, number_ticks(scale.vmin or 1.0, scale.vmax or 1.0), f"L2 norm after block {last}")
-    mark_phantom(figure, vit.name)
+    mark_phantom(figure, vit.planted)
     return figure
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from vitreg.diagnosis import Diagnosis
 from vitreg.plot_photos import PatchMap, draw_map, label_map
 from vitreg.style import INK, NORM_COLOURS, OUTLIER, SHARE_COLOURS, house_style, mark_phantom, no_frame
+from vitreg.wording import kind_of_query
 
 Versions = Sequence[tuple[str, Diagnosis]]
 
@@ -50,7 +51,7 @@ def before_after(versions: Versions, photos: int = 8) -> Figure:
     for part, maps in zip(parts, _maps(reports, shown), strict=True):
         _draw_maps(figure, part, versions, maps, side)
     for report in reports:
-        mark_phantom(figure, report.model)
+        mark_phantom(figure, report.planted)
     return figure
 
 
@@ -61,7 +62,7 @@ def _maps(reports: Sequence[Diagnosis], columns: int) -> tuple[PatchMap, PatchMa
     norms = np.array([x.norms[layer] for x in examples])
     low = max(float(norms.min()), 1e-6)
     attention = max(float(x.attention[last].max()) for x in examples)
-    source = "CLS" if reports[0].attention_queries == "CLS" else "patch"
+    source = kind_of_query(reports[0].attention_queries)
     return (
         PatchMap(
             "norms",

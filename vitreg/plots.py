@@ -29,7 +29,6 @@ from vitreg.style import (
     PALE,
     QUIET,
     house_style,
-    is_phantom,
     label_bar,
     log_axis,
     mark_phantom,
@@ -43,6 +42,7 @@ from vitreg.style import (
     titled,
     whole_ticks,
 )
+from vitreg.wording import name_of_queries
 
 __all__ = [
     "emergence",
@@ -63,7 +63,7 @@ LAYER_LABEL = "layer (0-based)"
 def headline(report: Diagnosis, most: int = 88) -> str:
     """Model and verdict in a line of at most that many letters. A phantom, whose artifacts were planted,
     is called one."""
-    verdict = report.verdict + (" (a phantom: they were planted)" if is_phantom(report.model) else "")
+    verdict = report.verdict + (" (a phantom: they were planted)" if report.planted else "")
     return f"{safe(short_name(report.model), most - len(verdict) - 2)}: {verdict}"
 
 
@@ -78,7 +78,7 @@ def norm_histograms(report: Diagnosis) -> Figure:
     above, below = figure.subplots(2, 1, height_ratios=[height, 2.0])
     _draw_norms_by_layer(above, report)
     _draw_histogram(below, report)
-    mark_phantom(figure, report.model)
+    mark_phantom(figure, report.planted)
     return figure
 
 
@@ -159,7 +159,7 @@ def layer_curves(report: Diagnosis) -> Figure:
     _draw_fraction(fraction, report)
     _draw_attention(attention, report)
     attention.set_xlabel(LAYER_LABEL)
-    mark_phantom(figure, report.model)
+    mark_phantom(figure, report.planted)
     return figure
 
 
@@ -192,7 +192,7 @@ def _draw_attention(ax: Axes, report: Diagnosis) -> None:
     ax.plot(by_head, color=PALE, lw=0.8, label=["each head"] + [None] * (by_head.shape[1] - 1))
     ax.plot([x.attention_to_outliers for x in report.layers], "o-", color=OUTLIER, label="mean of heads")
     _share_axis(ax, float(by_head.max()), "no outliers to attend to")
-    titled(ax, f"Attention on outliers (from {report.attention_queries})", columns=2)
+    titled(ax, f"Attention on outliers (from {name_of_queries(report.attention_queries)})", columns=2)
     _mark_layers(ax, report)
     ax.set_ylabel("share of attention\nto patches")
 
@@ -235,7 +235,7 @@ def position_map(report: Diagnosis) -> Figure:
     figure = Figure(figsize=(5.4, min(max(3.75 * rows / columns, 1.6), 7.0) + 0.9), layout="constrained")
     title = f"How often each place is an outlier (after block {report.detect_layer})"
     _draw_positions(figure.subplots(), report, title)
-    mark_phantom(figure, report.model)
+    mark_phantom(figure, report.planted)
     return figure
 
 
@@ -245,7 +245,7 @@ def kind_map(report: Diagnosis, finding: Finding) -> Figure:
     rows, columns = report.grid
     figure = Figure(figsize=(5.4, min(max(3.75 * rows / columns, 1.6), 7.0) + 0.9), layout="constrained")
     _draw_frequency(figure.subplots(), np.array(finding.positions), report.images, finding.title)
-    mark_phantom(figure, report.model)
+    mark_phantom(figure, report.planted)
     return figure
 
 
@@ -336,7 +336,7 @@ def emergence(reports: Sequence[tuple[str, Diagnosis]]) -> Figure:
 
 def _label_models(ax: Axes, reports: Sequence[tuple[str, Diagnosis]], most: int = 24) -> None:
     """The labels below the columns, or every second one, third one, ... if there are too many."""
-    labels = [safe(label, 30) + ("\n(phantom)" if is_phantom(x.model) else "") for label, x in reports]
+    labels = [safe(label, 30) + ("\n(phantom)" if x.planted else "") for label, x in reports]
     places = range(0, len(labels), -(-len(labels) // most))
     crowded = len(labels) > 6 or max(map(len, labels)) > 9
     turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}

@@ -88,7 +88,7 @@ def joined() -> Iterator[Ranks]:
     try:
         with ExitStack() as stack:
             if not ranks.first:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
             yield ranks

@@ -25,6 +25,7 @@ from vitreg.images import Batch, Images
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.trace import watch
+from vitreg.wording import called
 
 Similarity = list[list[float]]
 
@@ -58,6 +59,7 @@ class RegisterStudy:
     output_similarity: Similarity
     map_similarity: Similarity
     examples: list[RegisterExample] = field(repr=False, compare=False)
+    planted: bool = False  # whether the model's artifacts were planted
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the examples."""
@@ -75,7 +77,7 @@ class RegisterStudy:
         )
         return "\n".join(
             [
-                f"{self.model}, block {self.layer}, {self.images} photos",
+                f"{called(self.model, self.planted)}, block {self.layer}, {self.images} photos",
                 f"attention on patches: {on_patches}",
                 "cosine similarity of outputs:",
                 *_rows(self.tokens, self.output_similarity),
@@ -125,7 +127,16 @@ def what_registers_learn(
     queries = read.queries
     attention, outputs_alike, maps_alike = (total.div(count).tolist() for total in sums)
     return RegisterStudy(
-        vit.name, count, chosen, queries, attention, [*queries, "patches"], outputs_alike, maps_alike, kept
+        vit.name,
+        count,
+        chosen,
+        queries,
+        attention,
+        [*queries, "patches"],
+        outputs_alike,
+        maps_alike,
+        kept,
+        planted=vit.planted,
     )
 
 

@@ -33,7 +33,7 @@ from vitreg.report_parts import (
     plain_number,
 )
 from vitreg.report_view import script_for
-from vitreg.style import is_phantom, percent, safe, short_name
+from vitreg.style import percent, safe, short_name
 from vitreg.verdict import Verdict, measure_table
 
 _HOW_EMERGENCE = (
@@ -71,7 +71,7 @@ def write(result: object, path: str | Path) -> Path:
 def write_report(report: Diagnosis, path: str | Path) -> Path:
     """Write the report on one model; returns the path. Raises OutputError if it cannot be written."""
     kind = "found" if report.has_artifacts else "none"
-    top = banner(kind, report.verdict.capitalize(), report.model, [report.reason])
+    top = banner(kind, report.verdict.capitalize(), report.model, [report.reason], report.planted)
     body = [top, *_of_one_model(report)]
     return write_atomically(path, page(plots.headline(report), body, report.versions, script_for(body)))
 
@@ -85,7 +85,7 @@ def write_verdict(verdict: Verdict, path: str | Path, *, choice: str = "") -> Pa
     """Write the report on a model before and after a fix; `choice` says why this fix. Returns the path."""
     kind, title = _TITLES[verdict.verdict]
     chosen = [f"Chosen: {choice}"] if choice else []
-    body = [banner(kind, title, verdict.model, [verdict.reason, *chosen])]
+    body = [banner(kind, title, verdict.model, [verdict.reason, *chosen], verdict.planted)]
     before, after = verdict.before, verdict.after
     if after is None:
         body += _of_one_model(before)
@@ -148,7 +148,7 @@ def _comparison_table(labels: Sequence[str], reports: Sequence[Diagnosis]) -> st
     rows = [
         [
             label,
-            x.verdict + (" (a phantom)" if is_phantom(x.model) else ""),
+            x.verdict + (" (a phantom)" if x.planted else ""),
             f"{x.images:,}",
             str(len(x.layers)),
             "-" if x.onset_layer is None else str(x.onset_layer),

@@ -16,7 +16,8 @@ from vitreg.kinds import Finding
 from vitreg.page import facts, note, picture, section, table, text
 from vitreg.plot_versions import before_after
 from vitreg.report_view import view
-from vitreg.style import is_phantom, number, percent
+from vitreg.style import number, percent
+from vitreg.wording import name_of_queries, words_of_sink
 
 _HOW_NORMS = (
     "Every row is a layer, and the darker a cell, the more patch tokens have that norm. A model without "
@@ -49,10 +50,10 @@ _HOW_TABLE = (
 )
 
 
-def banner(kind: str, title: str, model: str, lines: Iterable[str]) -> str:
+def banner(kind: str, title: str, model: str, lines: Iterable[str], planted: bool) -> str:
     """The top of a page: what was found (`kind` "found", "none" or neither), of which model, and why."""
     warning = "Phantom: artifacts were planted here on purpose. It is no evidence about a real model."
-    label = f'<p class="phantom">{warning}</p>\n' if is_phantom(model) else ""
+    label = f'<p class="phantom">{warning}</p>\n' if planted else ""
     words = "".join(f"<p>{text(line[:1].upper() + line[1:])}</p>\n" for line in lines)
     return f"""<header class="{kind}">
 <h1>{text(title)}</h1>
@@ -103,7 +104,8 @@ def _facts_of_threshold(report: Diagnosis) -> list[tuple[str, str]]:
 
 
 def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
-    even = f"from {report.attention_queries}; an even share is {percent(report.outlier_fraction)}"
+    queries = name_of_queries(report.attention_queries)
+    even = f"from {queries}; an even share is {percent(report.outlier_fraction)}"
     similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
     rows = [
         ("Outliers per image", f"{report.outliers_per_image:.2f}"),
@@ -117,7 +119,7 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
         cosines = f"cosine {similar[0]:.2f} for outliers, {similar[1]:.2f} for others"
         rows.append(("Likeness to neighbouring patches", cosines))
     if report.sink:
-        rows.append(("Kind of sink", report.sink))
+        rows.append(("Kind of sink", words_of_sink(report.sink)))
     dimensions = ", ".join(f"{d['dimension']} ({d['share']:.0%})" for d in report.excess_dimensions)
     return [*rows, ("Residual dimensions with the excess", dimensions)] if dimensions else rows
 

@@ -22,11 +22,11 @@ from vitreg.page import data_block, photo_source, source, text
 from vitreg.style import (
     NORM_COLOURS,
     SHARE_COLOURS,
-    is_phantom,
     number_ticks,
     percent_ticks,
     short_name,
 )
+from vitreg.wording import name_of_queries
 
 Versions = Sequence[tuple[str, Diagnosis]]
 
@@ -94,7 +94,7 @@ def _norms(versions: Versions) -> str:
 
 def _attention(versions: Versions) -> str:
     report = versions[0][1]
-    source = "CLS" if report.attention_queries == "CLS" else report.attention_queries
+    source = name_of_queries(report.attention_queries)
     words = _ATTENTION.format(source=source, before=" in the model as it is" if len(versions) > 1 else "")
     slider = _slider("block", "Inside block", report)
     words_below = '<p class="axis">share of the attention</p><p class="note" id="even"></p>'
@@ -109,7 +109,7 @@ def _stage(kind: str, title: str, words: str, slider: str, plot: str, versions: 
         _pane(kind, i, name[:1].upper() + name[1:] if many else kind.capitalize())
         for i, (name, _) in enumerate(versions)
     )
-    planted = any(is_phantom(report.model) for _, report in versions)
+    planted = any(report.planted for _, report in versions)
     label = " <strong>A phantom: its artifacts were planted.</strong>" if planted else ""
     return f"""<section class="stage {"many" if many else "one"}" data-kind="{kind}">
 <h3>{text(title)}</h3>

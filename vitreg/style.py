@@ -26,6 +26,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
+from vitreg.wording import PHANTOM
+
 # Blue and vermillion of Okabe and Ito's palette, and greys.
 INK, QUIET, PALE = "#1f2328", "#6e7781", "#d0d7de"
 NORMAL, OUTLIER = "#0072b2", "#d55e00"
@@ -105,17 +107,10 @@ def short_name(model: str) -> str:
     return model if has_scheme else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
 
 
-def is_phantom(model: str) -> bool:
-    """Whether the model's artifacts were planted: vitreg.phantom puts it into the name."""
-    return "phantom" in model.lower()
-
-
-def mark_phantom(figure: Figure | SubFigure, model: str) -> None:
-    """A phantom is called one wherever it is shown."""
-    if is_phantom(model):
-        figure.supxlabel(
-            "a phantom: its artifacts were planted", fontsize=7.5, color=OUTLIER, x=0.99, ha="right"
-        )
+def mark_phantom(figure: Figure | SubFigure, planted: bool) -> None:
+    """A phantom, whose artifacts were planted, is called one wherever it is shown."""
+    if planted:
+        figure.supxlabel(PHANTOM, fontsize=7.5, color=OUTLIER, x=0.99, ha="right")
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:

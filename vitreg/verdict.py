@@ -11,6 +11,7 @@ from rich.table import Table
 from vitreg.diagnosis import Diagnosis, versions
 from vitreg.fixes.base import Fix
 from vitreg.measures import KINDS, Estimate
+from vitreg.wording import called
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Verdict:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=versions)
 
+    @property
+    def planted(self) -> bool:
+        """Whether the model's artifacts were planted."""
+        return self.before.planted
+
     def __getitem__(self, name: str) -> Measure:
         """A measure by its name in `vitreg.measures.KINDS`."""
         return {measure.name: measure for measure in self.measures}[name]
@@ -72,6 +78,7 @@ class Verdict:
         neurons = self.fix.neurons.to_json()
         found = {k: v for k, v in neurons.items() if k not in ("search", "reached")} | own
         found |= {
+            "planted": self.planted,
             "fix": self.fix.type,
             "before": self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
@@ -88,7 +95,8 @@ class Verdict:
         return versions_figure(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.model} with fix of type {self.fix.type!r}: {self.verdict}", self.reason]
+        model = called(self.model, self.planted)
+        lines = [f"{model} with fix of type {self.fix.type!r}: {self.verdict}", self.reason]
         if self.measures:
             lines += ["", _table(self).rstrip(), "", *self.footnotes()]
         return "\n".join(lines)

@@ -36,7 +36,7 @@ FOLDER = Path(__file__).parent
 LAUNCH: dict[str, Any] = {"theme": THEME, "css_paths": FOLDER / "page.css", "footer_links": []}
 HEAD = "vitreg: attention artifacts"
 _ADDRESS = "address => { if (address) history.replaceState(null, '', address) }"
-_PASTE = (FOLDER / "paste.js").read_text()
+_PASTE = (FOLDER / "paste.js").read_text(encoding="utf-8")
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _QUIET: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}  # done before a sign of it could be read
 
@@ -274,7 +274,7 @@ def _download(button: Any, file: Any, name: str, make: Callable[..., Shown], inp
     def write(*values: Any) -> str:
         # In gradio's own folder, which it cleans: every file that is served lies there.
         path = Path(tempfile.mkdtemp(dir=file.GRADIO_CACHE)) / f"vitreg-{name}.json"
-        path.write_text(make(*values).json())
+        path.write_text(make(*values).json(), encoding="utf-8")
         return str(path)
 
     click = f"() => document.querySelector('#{name}-file').click()"

@@ -23,7 +23,7 @@ from vitreg.outliers import OutlierRule
 from vitreg.plot_boxes import BoxedPhoto, box_grid
 from vitreg.plot_look import norm_histogram, photo_with_patches, side_by_side
 from vitreg.plot_verdict import versions_figure
-from vitreg.style import is_phantom, number, percent, png, short_name
+from vitreg.style import number, percent, png, short_name
 from vitreg.verdict import measure_table
 
 DPI = 130
@@ -133,7 +133,7 @@ def objects(explorer: Explorer, photo: Photo, view: View) -> Shown:
     found = {name: explorer.boxes(photo, version) for name, version in versions(explorer).items()}
     none = np.zeros((0, 4))
     shown = [BoxedPhoto(name, photo.image, none, boxes) for name, boxes in found.items()]
-    pictures = {"boxes": picture(box_grid(shown, explorer.vit.name, columns=2))}
+    pictures = {"boxes": picture(box_grid(shown, columns=2, planted=explorer.vit.planted))}
     text = (
         "One box around the object, found without labels from the last block's keys"
         f" (as cosines, LOST with a bias of {DISCOVERY.bias})."
@@ -195,7 +195,7 @@ def headline(explorer: Explorer) -> str:
     found = f"**{plain(short_name(report.model))}: {report.verdict}.** {reason}"
     others = [f"**{plain(x.title)}.** {plain(str(x))}" for x in report.other_artifacts]
     found = "\n\n".join([found, *others])
-    if not is_phantom(report.model):
+    if not report.planted:
         return found
     return f"**A phantom: its artifacts were planted.** It is no evidence about a real model.\n\n{found}"
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from vitreg import errors
 from vitreg.archive.worker import Job, ShardWorker
+from vitreg.cpus import usable_cpus
 from vitreg.errors import ArchiveError, MissingExtraError, UnsupportedModelError, VitregError
 
 _CPUS = 4  # for each worker, where nothing else is known
@@ -52,7 +53,7 @@ def ray_session(workers: int | None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local")
     options: dict[str, Any] = {}
     if address == "local":
-        options = {"num_cpus": max(os.cpu_count() or 1, workers or 1), "include_dashboard": False}
+        options = {"num_cpus": max(usable_cpus(), workers or 1), "include_dashboard": False}
     try:
         with _quiet_start():
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)

@@ -125,5 +125,5 @@ def finished(out: Place) -> list[int]:
 def _merge(workers: dict[str, dict[str, Any]], worker: dict[str, Any]) -> None:
     """One line per kind of worker: what it ran, and the most memory that one held."""
     key = json.dumps({name: value for name, value in worker.items() if name != "peak_mib"}, sort_keys=True)
-    peak = max(worker["peak_mib"], workers.get(key, worker)["peak_mib"])
-    workers[key] = {**worker, "peak_mib": peak}
+    peaks = [peak for x in (worker, workers.get(key, worker)) if (peak := x["peak_mib"]) is not None]
+    workers[key] = {**worker, "peak_mib": max(peaks, default=None)}

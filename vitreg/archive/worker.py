@@ -7,7 +7,6 @@ neither the worker nor a restart changes the features.
 
 import json
 import os
-import resource
 import socket
 import sys
 from collections import deque
@@ -224,8 +223,12 @@ def entry_name(index: int) -> str:
     return f"{DONE}/{index:06d}.json"
 
 
-def _peak_mib() -> int:
-    """The most memory that this process has held, in MiB."""
+def _peak_mib() -> int | None:
+    """The most memory that this process has held, in MiB; None on Windows, where Python cannot tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)  # bytes there, KiB elsewhere
 

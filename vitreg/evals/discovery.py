@@ -26,7 +26,7 @@ from vitreg.evals.config import Config
 from vitreg.evals.datasets.boxes import Boxed, boxed_photos
 from vitreg.evals.features import extract_features, spread
 from vitreg.evals.framing import Framing, normalisation_of
-from vitreg.evals.lost import Found, Grid, gram, lost
+from vitreg.evals.lost import Found, Grid, lost, lost_by_bias
 from vitreg.evals.resizing import at_any_size
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.evals.tokencut import tokencut
@@ -45,7 +45,9 @@ class DiscoveryConfig(Config):
     always are). `bias` is added to LOST's dot products; "sweep" chooses it from 0 to -1 by CorLoc on the
     share `held_out` of the photos, drawn by `seed`, and LOST's figure is of the rest. `similar` is LOST's k,
     `tau` TokenCut's threshold. `resolution`: "native" photos are padded with zeros to whole patches, "model"
-    squeezes them to the model's own size. `split`, `files`: see `boxed_photos`.
+    squeezes them to the model's own size. A native photo of more than `most_patches` is scaled down to that
+    many: both methods then take most_patches^2 / 8 bytes (512 MiB), 128 MiB and a few copies of the features.
+    `split`, `files`: see `boxed_photos`.
     """
 
     method: Literal["lost", "tokencut", "both"] = "both"
@@ -57,6 +59,7 @@ class DiscoveryConfig(Config):
     similar: int = 100
     tau: float = 0.2
     resolution: Literal["native", "model"] = "native"
+    most_patches: int = 65536
     split: str | None = None
     files: str | None = None
 
@@ -97,7 +100,7 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
     if config.resolution == "model":
         framing = replace(framing, size=vit.image_size)
     else:
-        vit = at_any_size(vit)
+        framing, vit = replace(framing, most=config.most_patches), at_any_size(vit)
     extracted = extract_features(vit, photos.paths, [config.features], config, framing)
     scenes = scenes_of(photos, extracted.index, framing, vit.anatomy.patch_size)
 
@@ -107,8 +110,8 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
     swept = _sweep(scenes, features, config) if config.bias == "sweep" else None
     bias = swept.bias if swept else float(config.bias)
     found = [locate(features(i), scene.grid, config, bias) for i, scene in enumerate(scenes)]
-    notes = (*photos.notes, *extracted.notes(), *_notes(found, swept))
-    picture = partial(_picture, vit.name, scenes, found)
+    notes = (*photos.notes, *extracted.notes(), *_scaled(scenes, framing), *_notes(found, swept))
+    picture = partial(_picture, scenes, found)
     metrics = _metrics(scenes, found, swept)
     return concluded(
         "discovery", vit, photos.root, metrics, config, notes=notes, picture=picture, photos=photos.paths
@@ -118,6 +121,8 @@ def evaluate(vit: Backbone, data: str | Path, config: DiscoveryConfig | None = N
 def _check(config: DiscoveryConfig) -> None:
     if config.similar < 1:
         raise DataError(f"similar={config.similar}: in LOST at least one patch must vote.")
+    if config.most_patches < 4:
+        raise DataError(f"most_patches={config.most_patches}: expected 4 or more.")
     if config.bias == "sweep" and config.method == "tokencut":
         raise DataError("bias=sweep is for LOST: TokenCut has no bias.")
     if config.bias == "sweep" and not (config.normalise and 0 < config.held_out < 1):
@@ -151,9 +156,9 @@ def locate(
     """What the config's methods find in one photo."""
     found = {}
     if config.method != "tokencut":
-        found["LOST"] = lost(gram(features), grid, bias, config.similar)
+        found["LOST"] = lost(features, grid, bias, config.similar)
     if config.method != "lost":
-        found["TokenCut"] = tokencut(gram(F.normalize(features, dim=1)), grid, config.tau)
+        found["TokenCut"] = tokencut(features, grid, config.tau)
     return found
 
 
@@ -173,8 +178,8 @@ def _sweep(scenes: Sequence[Scene], features: Callable[[int], Tensor], config: D
     held = np.random.default_rng(config.seed).permutation(len(scenes))[:share].tolist()
     right = np.zeros((share, len(BIASES)))
     for row, i in zip(right, held, strict=True):
-        products, grid = gram(features(i)), scenes[i].grid
-        row[:] = [scenes[i].overlap(lost(products, grid, bias, config.similar)) >= 0.5 for bias in BIASES]
+        found = lost_by_bias(features(i), scenes[i].grid, BIASES, config.similar)
+        row[:] = [scenes[i].overlap(one) >= 0.5 for one in found]
     best = int(right.mean(0).argmax())
     return _Sweep(held, BIASES[best], float(right[:, best].mean()))
 
@@ -191,6 +196,18 @@ def _metrics(
     whole = [scene.overlap(Found((0, 0, scene.grid[1], scene.grid[0]), True)) >= 0.5 for scene in scenes]
     metrics["CorLoc of the whole photo"] = Metric.mean(whole, ".1%")
     return metrics
+
+
+def _scaled(scenes: Sequence[Scene], framing: Framing) -> list[str]:
+    if framing.most is None:
+        return []
+    smaller = [scene for scene in scenes if framing.scaled_size(*scene.size) != scene.size]
+    if not smaller:
+        return []
+    return [
+        f"{len(smaller)} of {len(scenes)} photos, {smaller[0].path.name} among them, have more than"
+        f" {framing.most} patches and were scaled down to that many (most_patches)."
+    ]
 
 
 def _notes(found: Sequence[dict[str, Found]], swept: _Sweep | None) -> list[str]:
@@ -214,7 +231,7 @@ def _notes(found: Sequence[dict[str, Found]], swept: _Sweep | None) -> list[str]
     return notes
 
 
-def _picture(model: str, scenes: Sequence[Scene], found: Sequence[dict[str, Found]]) -> Figure:
+def _picture(scenes: Sequence[Scene], found: Sequence[dict[str, Found]]) -> Figure:
     drawn = []
     for i in spread(len(scenes), _DRAWN):
         scene = scenes[i]
@@ -222,4 +239,4 @@ def _picture(model: str, scenes: Sequence[Scene], found: Sequence[dict[str, Foun
         scores = ", ".join(f"{method} {scene.overlap(one):.2f}" for method, one in found[i].items())
         photo = np.asarray(decode(str(scene.path)))
         drawn.append(BoxedPhoto(scene.path.name, photo, scene.truth.numpy(), boxes, f"IoU: {scores}"))
-    return box_grid(drawn, model)
+    return box_grid(drawn)

@@ -6,6 +6,7 @@
 The whole photo is kept: no crop hides what is to be segmented or found.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,13 +52,14 @@ class Framing:
 
     `size` (height, width) squeezes it to that; `side` makes its shorter side so long and keeps the ratio;
     neither leaves it as it is. `patch` (height, width) then pads with zeros at the right and the bottom to
-    multiples of it.
+    multiples of it, of which there are at most `most`: a photo with more is made smaller, its ratio kept.
     """
 
     normalise: Normalisation
     size: tuple[int, int] | None = None
     side: int | None = None
     patch: tuple[int, int] | None = None
+    most: int | None = None
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a photo of this size, before padding."""
@@ -65,8 +67,22 @@ class Framing:
             return self.size
         if self.side:
             ratio = self.side / min(height, width)
-            return max(self.side, round(height * ratio)), max(self.side, round(width * ratio))
-        return height, width
+            height, width = max(self.side, round(height * ratio)), max(self.side, round(width * ratio))
+        return self._bounded(height, width)
+
+    def _bounded(self, height: int, width: int) -> tuple[int, int]:
+        if self.patch is None or self.most is None:
+            return height, width
+        patches = -(-height // self.patch[0]) * -(-width // self.patch[1])
+        if patches <= self.most:
+            return height, width
+        shrink = math.sqrt(self.most / patches)
+        rows, columns = (
+            max(1, math.floor(length * shrink / patch))
+            for length, patch in zip((height, width), self.patch, strict=True)
+        )
+        rows, columns = min(rows, self.most // columns or 1), min(columns, self.most // rows or 1)
+        return rows * self.patch[0], columns * self.patch[1]
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         height, width = self.scaled_size(image.height, image.width)

@@ -59,13 +59,16 @@ def model_key(vit: Backbone) -> str:
 
 
 def preprocess_key(preprocess: Preprocess) -> str:
-    """What the preprocess makes of two pictures, one wide and one tall."""
+    """What the preprocess makes of two pictures, one wide and one tall, and its settings if it says them."""
     random = np.random.default_rng(0)
     pictures = [
         Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize((4 * w, 4 * h))
         for h, w in ((60, 83), (83, 60))
     ]
-    return digest([preprocess(picture) for picture in pictures])
+    settings: list[Any] = (
+        [preprocess] if is_dataclass(preprocess) else []
+    )  # some matter for large photos only
+    return digest([preprocess(picture) for picture in pictures], *settings)
 
 
 def file_key(path: Path) -> str:

@@ -1,17 +1,20 @@
 """LOST: the object is what resembles the patch that resembles the fewest others (Siméoni et al. 2021).
 
-found = lost(gram(features), grid=(24, 32))
+found = lost(features, grid=(24, 32))
 found.box                                # (left, top, right, bottom) in patches
 
 Everything is float64: what decides is the sign of sums that may be close to zero.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
+
+from vitreg.evals.pairs import dot_products
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
@@ -26,13 +29,7 @@ class Found(NamedTuple):
     degenerate: bool
 
 
-def gram(features: Float[Tensor, "p d"]) -> Float[np.ndarray, "p p"]:
-    """Dot products of all pairs of patches."""
-    rows = features.double().numpy()
-    return rows @ rows.T
-
-
-def lost(products: Float[np.ndarray, "p p"], grid: Grid, bias: float = 0.0, similar: int = 100) -> Found:
+def lost(features: Float[Tensor, "p d"], grid: Grid, bias: float = 0.0, similar: int = 100) -> Found:
     """The box around one object, from the dot products A of the patches' features.
 
     The seed is the patch with the fewest positive A (the first of several). Of the `similar` patches with
@@ -41,11 +38,30 @@ def lost(products: Float[np.ndarray, "p p"], grid: Grid, bias: float = 0.0, simi
     that all point one way from being all alike. Degenerate where every vote is positive, as where every A
     is: the box is the whole photo whatever it shows.
     """
-    biased = products + bias
-    positive = biased > 0
-    rarest = np.argsort(positive.sum(1), kind="stable")[:similar]
+    (found,) = lost_by_bias(features, grid, [bias], similar)
+    return found
+
+
+def lost_by_bias(
+    features: Float[Tensor, "p d"], grid: Grid, biases: Sequence[float], similar: int = 100
+) -> list[Found]:
+    """What `lost` finds with each bias, from one pass over all pairs of patches."""
+    rows = features.double().numpy()
+    alike = np.empty((len(biases), len(rows)), int)
+    for block, products in dot_products(rows, rows):
+        for count, bias in zip(alike, biases, strict=True):
+            count[block] = (products + bias > 0).sum(1)
+    return [_around_rarest(rows, grid, *each, similar) for each in zip(alike, biases, strict=True)]
+
+
+def _around_rarest(
+    rows: Float[np.ndarray, "p d"], grid: Grid, alike: Int[np.ndarray, " p"], bias: float, similar: int
+) -> Found:
+    rarest = np.argsort(alike, kind="stable")[:similar]
     seed = int(rarest[0])
-    votes = biased[rarest[positive[seed, rarest]]].sum(0)
+    voters, votes = rows[rarest[rows[rarest] @ rows[seed] + bias > 0]], np.zeros(len(rows))
+    for _, products in dot_products(voters, rows):
+        votes += (products + bias).sum(0)
     return Found(extent_around(seed, votes > 0, grid), bool((votes > 0).all()))
 
 

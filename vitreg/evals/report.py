@@ -35,7 +35,7 @@ def write_evaluation(
     title = f"{last.task}{', without and with a fix' if len(results) == 2 else ''}"
     about = [f"on {last.data}, n = {last.n:,}", *([f"fix: {last.fix}"] if last.fix else [])]
     body = [
-        banner("", title.capitalize(), last.model, about),
+        banner("", title.capitalize(), last.model, about, last.planted),
         section("Result", _metrics(results)),
         *_pictures(results),
         *_photos(vit, fix, last, config),

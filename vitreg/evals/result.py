@@ -8,6 +8,7 @@ print(compare(before, after))     # paired: the same images are drawn for both
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vitreg.evals.config import Config
 from vitreg.fixes.base import Fix, applied
 from vitreg.measures import Estimate, bootstrap, interval
 from vitreg.models import Backbone
+from vitreg.wording import called
 
 # From means over images (r, k) of what is kept of each to the metric (r,).
 Reduce = Callable[[Float[np.ndarray, "r k"]], Float[np.ndarray, " r"]]
@@ -77,6 +79,7 @@ class Result:
 
     `fix` names the fixes that were applied, `config` all settings, `notes` say what a reader must know.
     `picture`, where a task has one, draws a matplotlib Figure; `photos` are those that were measured.
+    `planted`: the model's artifacts were planted.
     """
 
     task: str
@@ -91,6 +94,7 @@ class Result:
     picture: Callable[[], Any] | None = None
     photos: tuple[Path, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
+    planted: bool = False
 
     def estimates(self) -> dict[str, Estimate]:
         return {name: metric.estimate(self.seed) for name, metric in self.metrics.items()}
@@ -98,15 +102,25 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         kept = {
             name: getattr(self, name)
-            for name in ("task", "model", "fix", "data", "n", "config", "seed", "notes", "versions")
+            for name in (
+                "task",
+                "model",
+                "planted",
+                "fix",
+                "data",
+                "n",
+                "config",
+                "seed",
+                "notes",
+                "versions",
+            )
         }
         kept["metrics"] = {name: vars(estimate) for name, estimate in self.estimates().items()}
         return json.loads(json.dumps(kept, default=str))
 
     def __str__(self) -> str:
-        head = (
-            f"{self.task} of {self.model}{f', {self.fix}' if self.fix else ''} on {self.data}, n = {self.n}"
-        )
+        model = called(self.model, self.planted) + (f", {self.fix}" if self.fix else "")
+        head = f"{self.task} of {model} on {self.data}, n = {self.n}"
         return "\n".join([head, *_aligned(self.rows()), *self.notes])
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -138,9 +152,18 @@ def concluded(
         fix=fixes_on(vit),
         seed=config.seed,
         notes=notes,
-        picture=picture,
+        picture=picture and partial(_marked, picture, vit.planted),
         photos=tuple(photos),
+        planted=vit.planted,
     )
+
+
+def _marked(picture: Callable[[], Any], planted: bool) -> Any:
+    from vitreg.style import mark_phantom
+
+    figure = picture()
+    mark_phantom(figure, planted)
+    return figure
 
 
 def fixes_on(vit: Backbone) -> str | None:
@@ -158,7 +181,7 @@ def _described(fix: Fix) -> str:
 
 def compare(before: Result, after: Result) -> str:
     """Two results of one task as a table: the metrics both have, and the difference with its interval."""
-    head = f"{before.task} of {before.model} on {before.data}, n = {before.n}"
+    head = f"{before.task} of {called(before.model, before.planted)} on {before.data}, n = {before.n}"
     notes = dict.fromkeys((*before.notes, *after.notes))
     return "\n".join([head, *_aligned(comparison_rows(before, after)), *notes])
 

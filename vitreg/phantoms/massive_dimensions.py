@@ -5,7 +5,6 @@ diagnose(phantom.vit, images).kinds
 phantom.dimensions, phantom.share
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
-from vitreg.planting import plain_linear
+from vitreg.planting import phantom_of, plain_linear
 from vitreg.probe import evaluating
 from vitreg.trace import trace
 
@@ -48,7 +47,7 @@ def plant_massive_dimensions(
     The same arguments give the same phantom. Raises UnsupportedModelError where that MLP has no bias, or
     where the block normalises what it writes.
     """
-    planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom of {vit.name}")
+    planted = phantom_of(vit)
     down = plain_linear(planted.anatomy.down_projections(planted.model)[layer], layer)
     if down.bias is None:
         raise UnsupportedModelError(

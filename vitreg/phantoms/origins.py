@@ -11,7 +11,6 @@ not hold it). The planted model is a copy; it is a phantom, never evidence about
 and its name says so.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.neurons import Enough, run_until
+from vitreg.planting import phantom_of
 from vitreg.positions import position_parameter
 from vitreg.probe import evaluating, first_tensor
 from vitreg.removal import entering
@@ -88,7 +88,7 @@ def plant_position_outliers(
     outside = [cell for cell in positions if not (0 <= cell[0] < rows and 0 <= cell[1] < columns)]
     if outside or not positions:
         raise ValueError(f"positions {outside or list(positions)}: expected some within {rows}x{columns}.")
-    planted, generator = _copy(vit), torch.Generator().manual_seed(seed)
+    planted, generator = phantom_of(vit), torch.Generator().manual_seed(seed)
     noise = torch.rand(4, 3, *vit.image_size, generator=generator) * 2 - 1
     cells = torch.tensor([row * columns + column for row, column in positions], device=vit.device)
     table, responses = position_parameter(planted, cells.tolist())
@@ -167,7 +167,7 @@ def _plant(
     if not 0 < rate <= 0.2 or norm < 4:
         raise ValueError(f"rate={rate}, norm={norm}: expected a rate up to 0.2 and a norm of at least 4.")
     batches = [images] if isinstance(images, Tensor) else list(images)
-    planted, generator = _copy(vit), torch.Generator().manual_seed(seed)
+    planted, generator = phantom_of(vit), torch.Generator().manual_seed(seed)
     writer = Writer(path)
     given = torch.cat([writer.given(planted, batch) for batch in batches])
     writer.read, writer.bias = _boundary(given, vit.layout_for(batches[0]).patches, rate, generator)
@@ -280,10 +280,6 @@ def _attention_module(vit: Backbone, layer: int) -> str:
 
 
 # -- shared ------------------------------------------------------------------------------------------
-
-
-def _copy(vit: Backbone) -> Backbone:
-    return vit.with_model(copy.deepcopy(vit.model), name=f"phantom of {vit.name}")
 
 
 def _direction(width: int, generator: torch.Generator) -> Float[Tensor, " d"]:

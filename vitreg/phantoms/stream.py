@@ -3,7 +3,6 @@
 planted = with_changed_patches(vit, layer=5, change=lambda patches: 2 * patches, kind="doubled")
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.models import Backbone
+from vitreg.planting import phantom_of
 from vitreg.probe import evaluating, first_tensor
 from vitreg.trace import trace
 
@@ -27,7 +27,7 @@ def with_changed_patches(vit: Backbone, layer: int, change: Change, kind: str) -
     """
     if not 0 <= layer < vit.anatomy.depth:
         raise ValueError(f"layer {layer}: expected 0 to {vit.anatomy.depth - 1}.")
-    planted = vit.with_model(copy.deepcopy(vit.model), name=f"phantom ({kind}) of {vit.name}")
+    planted = phantom_of(vit, kind)
     block = vit.anatomy.block_modules(planted.model)[layer]
     block.register_forward_hook(partial(_changed, change, vit.layout.patch_slice.start))
     return planted

@@ -189,15 +189,15 @@ def ablate(
     out: str | Path,
     machine: Machine | None = None,
     evals: Mapping[str, str | Path] | None = None,
-) -> Ablation | None:
+) -> Ablation | Run | None:
     """Train with each number of registers, into out/registers-N, and measure what came out.
 
     `evals` are tasks of `vitreg eval` with their data, and by "task.setting" what they are to do otherwise:
     {"segmentation": "camvid/", "segmentation.ignore": "11"}.
 
-    Returns None where there is nothing to report: in all processes but the first, and after a SIGTERM, from
-    where the same call goes on. Raises DataError for numbers of registers or tasks that cannot be, before
-    anything is trained, and what `train` raises.
+    Returns the run that SIGTERM or Ctrl-C has stopped, from where the same call goes on; and None in all
+    processes but the first, which reports. Raises DataError for numbers of registers or tasks that cannot
+    be, before anything is trained, and what `train` raises.
     """
     numbers, machine, folder = _checked(registers), machine or Machine(), Path(out)
     tasks = _tasks(evals or {}, machine.workers)
@@ -209,7 +209,7 @@ def ablate(
         arm = replace(recipe, registers=n)
         run = train(arm, folder / f"registers-{n}", machine)
         if run.stopped:
-            return None
+            return run
         if fabric.is_global_zero:
             check_writable(folder / "ablation.json")
             backbones.append(_trained(arm, run, fabric.device))

@@ -50,7 +50,7 @@ def _replace(path: Path, unfinished: Path, problem: Exception | None) -> None:
     try:
         if problem is not None:
             raise problem
-        with open(unfinished, "rb") as file:
+        with open(unfinished, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:

@@ -10,6 +10,8 @@ from vitreg.settings import pairs, with_settings
 from vitreg.training.loop import Machine, Run, train
 from vitreg.training.recipe import Recipe, bundled, find_recipe
 
+INTERRUPTED = 130  # the exit code of what Ctrl-C has ended: 128 + SIGINT
+
 
 def run(
     name: str,
@@ -33,15 +35,22 @@ def run(
     if evals:
         raise DataError("--eval compares several --registers. Use `vitreg eval` for one model.")
     recipe = replace(recipe, registers=registers[0]) if registers else recipe
-    result = train(recipe, folder, machine)
+    _tell(recipe, train(recipe, folder, machine))
+
+
+def _tell(recipe: Recipe, result: Run) -> None:
+    """Say what came out; exit as a command that Ctrl-C has ended."""
     if result.first:
         sys.stdout.write(_told(recipe, result))
+    if result.interrupted:
+        sys.exit(INTERRUPTED)
 
 
 def _told(recipe: Recipe, result: Run) -> str:
     """What came out, beside what the recipe expects."""
     if result.stopped:
-        return f"stopped at step {result.step} of {recipe.steps}; the same command goes on from there.\n"
+        where = f"stopped at step {result.step} of {recipe.steps} of {result.folder}"
+        return f"{where}; the same command goes on from there.\n"
     last = result.log[-1]
     figures = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
     files = "".join(f"{what}: {path}\n" for what, path in result.written.items())
@@ -54,7 +63,10 @@ def _ablate(
     from vitreg.training.ablation import ablate
 
     ablation = ablate(recipe, registers, out, machine, evals=evals)
-    if ablation is None:  # another process reports, or it was told to stop
+    if ablation is None:  # another process reports
+        return
+    if isinstance(ablation, Run):
+        _tell(recipe, ablation)
         return
     sys.stdout.write(f"{ablation}\n")
     for path in ablation.save(out):

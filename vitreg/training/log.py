@@ -28,7 +28,7 @@ class Log:
             name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()
         }
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}. See to space there.") from error
@@ -50,7 +50,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.exists():
         return []
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:

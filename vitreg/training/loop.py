@@ -10,6 +10,7 @@ own checkpoints do not stop in mid-epoch at the same photo with another number o
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ __all__ = ["Machine", "Run", "train"]
 @dataclass(frozen=True)
 class Run:
     """What came out. `stopped`: a signal ended it early, after a checkpoint; the same call goes on.
+    `interrupted`: that was Ctrl-C, in this process or another.
 
     `written` names what was made at the end. `first`: this is the first of several processes, the one that
     writes; in the others nothing is written.
@@ -52,6 +54,7 @@ class Run:
     stopped: bool = False
     written: dict[str, Path] = field(default_factory=dict)
     first: bool = True
+    interrupted: bool = False
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -62,8 +65,8 @@ class Run:
 def train(recipe: Recipe, out: str | Path, machine: Machine | None = None) -> Run:
     """Train as a recipe says, into a folder; from its last checkpoint if there is one.
 
-    Writes last.ckpt (whole or not at all), log.jsonl and, at the end, model/. At SIGTERM it finishes the
-    step, writes a checkpoint and returns.
+    Writes last.ckpt (whole or not at all), log.jsonl and, at the end, model/. At SIGTERM and at Ctrl-C it
+    finishes the step, writes a checkpoint and returns; a second Ctrl-C does not wait for that.
     Raises DataError for data, a machine or a checkpoint that do not fit, OutputError for what cannot be
     written, NonFiniteError for a loss, a gradient or a weight that is not a number; the last checkpoint is
     from before that.
@@ -115,8 +118,8 @@ class _Training:
 
     def run(self) -> Run:
         shown = self.machine.progress and self.fabric.is_global_zero
-        # Data workers start within: they leave SIGTERM, which may go to all of a job, to this process.
-        with _terminated() as told, Progress(shown, self.step, self.recipe.steps) as bar:
+        # Data workers start within: they leave signals, which may go to all of a job, to this process.
+        with _told_to_end() as told, Progress(shown, self.step, self.recipe.steps) as bar:
             loader = iter(self._loader())
             while self.step < self.recipe.steps:
                 started = time.monotonic()
@@ -126,15 +129,15 @@ class _Training:
                 self._regularly(values, stop)
                 bar.show(self.step, values)
                 if stop:
-                    return self._result(stopped=True)
+                    return self._result(stopped=True, interrupted=self._anywhere(signal.SIGINT in told))
             with whole(self.module):
                 written = first(self.fabric, lambda: self.objective.finish(self.folder))
-        return self._result(written=written)
+        return self._result(written=written or {})
 
-    def _result(self, stopped: bool = False, written: dict[str, Path] | None = None) -> Run:
+    def _result(self, **what: Any) -> Run:
         if self.log is not None:
             self.log.close()
-        return Run(self.folder, self.step, stopped, written or {}, self.fabric.is_global_zero)
+        return Run(self.folder, self.step, first=self.fabric.is_global_zero, **what)
 
     def _loader(self) -> Any:
         loader: Any = DataLoader(
@@ -142,6 +145,7 @@ class _Training:
             batch_sampler=self.batches,
             num_workers=self.machine.workers,
             collate_fn=self.objective.collate,
+            worker_init_fn=_leave_interrupts,
             pin_memory=self.fabric.device.type == "cuda",
         )
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
@@ -268,14 +272,29 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
 
 
 @contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """Fills the list when the process is told to end (SIGTERM), so that the step can be finished first."""
+def _told_to_end() -> Iterator[list[int]]:
+    """Fills the list with SIGTERM and SIGINT (Ctrl-C), so that the step can be finished first."""
     told: list[int] = []
-    previous = None
+
+    def hear(number: int, frame: Any) -> None:
+        # torchrun passes on a Ctrl-C that its processes have had from the terminal.
+        again = number == signal.SIGINT and number in told
+        if again and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    before: dict[int, Any] = {}
     with suppress(ValueError):  # no main thread: no signals
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of a job in a shell's background
+                before[number] = signal.signal(number, hear)
     try:
         yield told
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for heard, handler in before.items():
+            signal.signal(heard, handler)
+
+
+def _leave_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to data workers as well, which have to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

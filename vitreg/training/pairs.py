@@ -30,7 +30,7 @@ from vitreg.training.data import IN_A_ROW, readable
 try:
     from webdataset.shardlists import expand_urls
     from webdataset.tariterators import group_by_keys
-    from webdataset.writer import ShardWriter
+    from webdataset.writer import TarWriter
 except ImportError as error:
     raise MissingExtraError("webdataset", "train") from error
 
@@ -251,18 +251,21 @@ def write_pairs(
     if loose := [path for path in paths if path.parent == root]:
         raise DataError(f"{loose[0]} lies in no class's folder. Expected {root}/CLASS/photo.jpg.")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+    shards = [folder / f"{shard:05d}.tar" for shard in range(-(-len(paths) // per_shard))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pattern = f"{folder}{os.sep}".replace("%", "%%") + "%05d.tar"
-        with ShardWriter(pattern, maxcount=per_shard, verbose=0, mtime=0) as writer:
-            for i, place in enumerate(order):
-                path = paths[place]
-                caption = templates[i % len(templates)].format(class_name(path.relative_to(root).parts[0]))
-                image = path.suffix.lower().lstrip(".")
-                writer.write({"__key__": f"{i:08d}", image: path.read_bytes(), "txt": caption})
+        for shard, start in zip(shards, range(0, len(order), per_shard), strict=True):
+            # Not by its name, which webdataset would take for a URL (C:\shards).
+            with open(shard, "wb") as file, TarWriter(file, mtime=0) as writer:
+                for i, place in enumerate(order[start : start + per_shard], start):
+                    path = paths[place]
+                    name = class_name(path.relative_to(root).parts[0])
+                    caption = templates[i % len(templates)].format(name)
+                    image = path.suffix.lower().lstrip(".")
+                    writer.write({"__key__": f"{i:08d}", image: path.read_bytes(), "txt": caption})
     except OSError as error:
         raise OutputError(f"cannot write shards into {folder}: {error.strerror}.") from error
-    return [folder / f"{shard:05d}.tar" for shard in range(-(-len(paths) // per_shard))]
+    return shards
 
 
 def class_name(folder: str) -> str:

@@ -175,7 +175,7 @@ def _opened(path: Path) -> tuple[COCO, dict[str, Any]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Expected a name per line.") from error
 

@@ -145,7 +145,7 @@ def nyu(root: Source, split: str) -> DepthPairs:
     listed = root / f"nyu_{split}.txt"
     paths: list[Path] = []
     depths: list[Path] = []
-    for number, line in enumerate(listed.read_text().splitlines(), 1):
+    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         if len(names := line.split()) not in (2, 3):

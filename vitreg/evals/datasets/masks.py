@@ -173,7 +173,7 @@ def voc(root: Source, split: str) -> Masked:
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.exists():
         raise DataError(f"there is no {listed}. Expected the names of {split}'s photos, one per line.")
-    names = listed.read_text().split()
+    names = listed.read_text(encoding="utf-8").split()
     if not names:
         raise DataError(f"{listed} is empty.")
     paths = [root / "JPEGImages" / f"{name}.jpg" for name in names]

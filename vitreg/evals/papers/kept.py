@@ -28,7 +28,7 @@ def keep(table: str, row: Row, result: Result) -> None:
 def measured(table: str, row: Row) -> dict[str, Any] | None:
     """The result that was kept, as of `Result.to_json`, and its metrics' "formats"."""
     try:
-        kept = json.loads(_place(table, row).read_text())
+        kept = json.loads(_place(table, row).read_text(encoding="utf-8"))
         result: dict[str, Any] = kept["result"] | {"formats": kept["formats"]}
     except (OSError, ValueError, KeyError):
         return None

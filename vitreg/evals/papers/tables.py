@@ -96,7 +96,10 @@ LLAVA = "hf:xtuner/llava-llama-3-8b-transformers"
 _DINOV2_L_FIX = Recipe(top_k=45, top_layer=17)
 _OPENCLIP_B_FIX = Recipe(top_k=10, top_layer=5)
 _UNPUBLISHED = "weights that were never published"
-_TRAINING = "training: this version has no `vitreg train ablation`"
+_TRAINING = (
+    "training: `vitreg train self_supervised_vit_l --registers 0 1 2 4 8 16`, or in miniature `vitreg train"
+    " ablation` with the same numbers"
+)
 _ASSUMED = "the paper does not say which checkpoint; this one is assumed"
 
 # -- Darcet et al. -----------------------------------------------------------------------------------
