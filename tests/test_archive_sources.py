@@ -10,7 +10,7 @@ from archives import BAD, parquet, photos, png, tar
 from vitreg.archive.place import Place
 from vitreg.archive.sources import Shard, find_archive, image_column, items
 from vitreg.errors import DataError, OutputError
-from vitreg.images import FailedImage
+from vitreg.listing import FailedImage
 
 
 def read(archive, images=10, column=None):
