@@ -335,7 +335,8 @@ def test_a_folder_tree_is_read_sorted_without_hidden_files(tmp_path: Path) -> No
     for name in ("b/z.JPG", "b/a.png", "a.webp", "c/deep/er/x.jpeg", "._a.webp", ".hidden/x.png"):
         save(tmp_path / name)
     (tmp_path / "notes.md").write_text("no image, and named like none")
-    images = read_images(tmp_path, mean_colour)
+    with pytest.warns(UserWarning, match=r"^1 left out \(a hidden folder\): \S+/\.hidden$"):
+        images = read_images(tmp_path, mean_colour)
     (batch,) = images
     assert batch.names == tuple(
         str(tmp_path / name) for name in ("a.webp", "b/a.png", "b/z.JPG", "c/deep/er/x.jpeg")
@@ -349,7 +350,8 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "photos")
-    (batch,) = read_images(tmp_path / "photos", mean_colour)
+    with pytest.warns(UserWarning, match=r"1 left out \(a link to a folder that is read already\): .*/loop$"):
+        (batch,) = read_images(tmp_path / "photos", mean_colour)
     assert batch.names == (str(tmp_path / "photos" / "link" / "x.png"),)
 
 
@@ -451,13 +453,13 @@ def test_a_cut_shard_gives_what_it_has(tmp_path: Path) -> None:
     assert all(failed.reason.startswith("the shard cannot be read any further: ") for failed in images.failed)
 
 
-def test_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_need_no_other_package_but_braces_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_shard(tmp_path / "x.tar", save_greys(tmp_path / "images", 1))
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    for source in (shard, tmp_path / "{x,y}.tar"):
-        with pytest.raises(MissingExtraError, match=r"pip install 'vitreg\[webdataset\]'"):
-            read_images(source, mean_colour)
-    read_images(tmp_path / "images", mean_colour)
+    for name in ("webdataset", "braceexpand"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'vitreg\[webdataset\]'"):
+        read_images(tmp_path / "{x,y}.tar", mean_colour)
+    assert [batch.names for batch in read_images(shard, mean_colour)] == [(f"{shard}/000.png",)]
 
 
 def test_the_demo_photos() -> None:

@@ -27,8 +27,9 @@ _PLUGINS = {
 }
 _RAWS = frozenset(
     (
-        ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos",
-        ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
+        ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef",
+        ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf",
+        ".srw", ".x3f",
     )
 )  # fmt: skip
 _HEIF_MISSING = "HEIC, which needs pillow-heif: pip install 'vitreg[heif]'"
@@ -81,9 +82,8 @@ def decode(
 def opened(content: str | bytes, name: str | None = None) -> Iterator[Image.Image]:
     """An image file of which only the header is read so far. Raises ImageError, or what Pillow raises."""
     path = content if isinstance(content, str) else None
-    if path is not None and not stat.S_ISREG(os.stat(path).st_mode):
-        # To open a named pipe would wait forever.
-        raise ImageError("is a folder" if os.path.isdir(path) else "is not a regular file")
+    if path is not None:
+        check_regular(path)
     named = name or path or ""
     with _quiet(), io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         head = file.read(16)
@@ -105,6 +105,12 @@ def opened(content: str | bytes, name: str | None = None) -> Iterator[Image.Imag
             if _is_raw(image):
                 raise ImageError(_RAW)
             yield image
+
+
+def check_regular(path: str) -> None:
+    """Raise ImageError for what is no regular file: to open a named pipe would wait forever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ImageError("is a folder" if os.path.isdir(path) else "is not a regular file")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vitreg.decoding import decode, reason
+from vitreg.decoding import check_regular, decode, reason
 from vitreg.errors import DataError, ImageError, MissingExtraError
 from vitreg.listing import (
     FailedImage,
@@ -381,6 +381,7 @@ def _prepare(image: Image.Image, preprocess: Preprocess | None) -> Tensor:
 
 def _shard_members(path: str) -> Iterator[_Item]:
     try:
+        check_regular(path)
         with open(path, "rb") as stream:
             yield from shard_members(stream, path)
     except Exception as error:

@@ -20,6 +20,8 @@ from pathlib import Path
 from vitreg.decoding import photo_extensions, reason, why_unread
 from vitreg.errors import DataError
 
+SHOWN = 3  # of the names in a note
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -36,7 +38,7 @@ class FailedImage(LeftOut):
 
 def counted(what: str, names: Sequence[str]) -> str:
     """One line: how many there are of something, and the first of them by name."""
-    return f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
 
 
 def notes_on(left_out: Iterable[LeftOut]) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vitreg.decoding import photo_extensions, reason
-from vitreg.errors import DataError, MissingExtraError, OutputError
+from vitreg.decoding import check_regular, photo_extensions, reason
+from vitreg.errors import DataError, ImageError, MissingExtraError, OutputError
 from vitreg.labels import wordnet_classes
 from vitreg.listing import LeftOut, is_shard, notes_on, photos_in, printable, walk, warn_of
 from vitreg.output import write_atomically
@@ -160,8 +160,9 @@ def find_shards(source: str | Path) -> list[Path]:
 def _indexed(shard: Path) -> Places:
     """The index of a shard, from the file beside it if the shard is still the same."""
     try:
+        check_regular(str(shard))
         stat = shard.stat()
-    except OSError as error:
+    except (OSError, ImageError) as error:
         raise DataError(f"{printable(str(shard))} cannot be read: {reason(error)}.") from error
     place = shard.with_name(f".{shard.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}.index.npy")
     with suppress(OSError, ValueError):  # not there yet

@@ -6,6 +6,7 @@ photos = by_wordnet("photos/", classes=1000)
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vitreg.labels import (
 from vitreg.listing import LeftOut, counted, list_photos, notes_on, printable
 
 Source = str | Path
+_NUMBER = r"-?[0-9]{1,9}"
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,14 @@ def by_wordnet(source: Source, classes: int, names: Sequence[str] = ()) -> Label
     number, guess = _numbers(folders, classes, names) or (None, "")
     if number is None:
         english = {plain(name) for called in wordnet_names(classes) for name in called}
-        strange = [path for path in found.paths if plain(path.parent.name) not in english]
+        strange = [path for path in found.paths if _is_strange(path.parent.name, english)]
         raise _without_class(strange or found.paths, len(given), classes)
     photos = Labelled(str(source), found.paths, (), called, (guess,), found.left_out)
     return _numbered(photos, lambda path: number[path.parent.name])
+
+
+def _is_strange(folder: str, english: AbstractSet[str]) -> bool:
+    return plain(folder) not in english and not re.fullmatch(_NUMBER, folder)
 
 
 def _without_class(unnamed: Sequence[Path], photos: int, classes: int) -> DataError:
@@ -111,7 +117,7 @@ def _of_english(folders: Sequence[str], classes: int) -> dict[str, int] | None:
 
 def _as_numbers(folders: Sequence[str]) -> dict[str, int] | None:
     """What the folders' names are as numbers, if all are. Raises DataError for two of one number."""
-    if not all(re.fullmatch(r"-?[0-9]{1,9}", name) for name in folders):
+    if not all(re.fullmatch(_NUMBER, name) for name in folders):
         return None
     numbers = {name: int(name) for name in folders}
     for name, number in numbers.items():
@@ -147,7 +153,7 @@ def _numbered(photos: Labelled, number: Callable[[Path], int | None]) -> Labelle
 def ordered(names: Iterable[str]) -> list[str]:
     """Class folders in the order of their numbers, if all are numbers; else as text."""
     names = sorted(names)
-    return sorted(names, key=int) if all(re.fullmatch(r"-?[0-9]{1,9}", name) for name in names) else names
+    return sorted(names, key=int) if all(re.fullmatch(_NUMBER, name) for name in names) else names
 
 
 # -- a folder for each class, whatever a head calls it -----------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitreg.decoding import reason
+from vitreg.decoding import check_regular, reason
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals.datasets.classes import Source
 from vitreg.evals.datasets.masks import VOID, Masked, train_and_val
@@ -72,6 +72,7 @@ def _imagenet(mat: Path, folder: Path) -> Masked:
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     try:
+        check_regular(str(mat))
         with h5py.File(mat) as file:
             _unpack(file, folder)
     except Exception as error:  # h5py and damaged arrays raise what they like
