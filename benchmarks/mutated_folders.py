@@ -33,7 +33,7 @@ import vitreg.listing
 from vitreg.errors import VitregError
 from vitreg.listing import printable
 
-LIMIT = 10  # seconds, after which a reader is said to wait
+LIMIT = 60  # seconds, after which a reader is said to wait
 ENDINGS = (".png", ".jpg", ".jpeg", ".heic", ".cr2", ".jxl", ".tif")
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1", "utf-32")
 ODD_VALUES: tuple[Any, ...] = (

@@ -154,10 +154,16 @@ def _is_raw(image: Image.Image) -> bool:
 def upright_size(path: str) -> tuple[int, int]:
     """(height, width) of a photo as `decode` gives it, from its header. Raises what `opened` raises."""
     with opened(path) as image:
+        width, height = image.size
+        if (
+            image.format == "TIFF"
+        ):  # newer Pillows give a turned TIFF's size when it is upright, others do not
+            tags = getattr(image, "tag_v2", {})
+            width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
         # To look for a PNG's EXIF, Pillow decodes the whole picture.
         may_be_turned = image.format != "PNG" or _has_exif(path)
         lying = may_be_turned and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.width, image.height) if lying else (image.height, image.width)
+        return (width, height) if lying else (height, width)
 
 
 def _has_exif(path: str) -> bool:
