@@ -85,9 +85,7 @@ def png(values: np.ndarray, colour: int) -> bytes:
 @pytest.mark.parametrize("bits", [10, 12, 14])
 def test_deep_colours_that_pillow_would_show_black_are_named(bits):
     colours = np.stack([ramp(2**bits - 1, np.uint16)] * 3, -1)
-    with pytest.raises(
-        ImageError, match=rf"its 16-bit colours fill the lowest {bits} bits only.*save it with 8"
-    ):
+    with pytest.raises(ImageError, match=rf"colours fill the lowest {bits} bits .*save it with 8 bits"):
         decode(png(colours, 2))
 
 
@@ -107,7 +105,7 @@ def test_camera_raws_are_named_and_their_previews_are_not_taken_for_them(tmp_pat
     assert ending.lower() in photo_extensions()
     assert "camera raw" in (why_unread(path.name) or "")
     for content, name in ((str(path), None), (path.read_bytes(), f"shard.tar/x{ending}")):
-        with pytest.raises(ImageError, match="a camera raw.*export it as JPEG or TIFF"):
+        with pytest.raises(ImageError, match=r"a camera raw.*export it as JPEG or TIFF"):
             decode(content, name=name)
 
 

@@ -97,8 +97,8 @@ def test_coco_without_crowds(coco):
     assert found.notes == (
         f"1 boxes are cut at the edge of their photo: {of} 4",
         f"2 left out (a crowd's): {of} 2, {of} 3",
-        f"1 left out (a box without an area in its photo): {of} 5",
         f"2 left out (no object): {photos}/2.jpg, {photos}/4.jpg",
+        f"1 left out (a box without an area in its photo): {of} 5",
     )
 
 

@@ -453,6 +453,43 @@ def test_a_cut_shard_gives_what_it_has(tmp_path: Path) -> None:
     assert all(failed.reason.startswith("the shard cannot be read any further: ") for failed in images.failed)
 
 
+def test_what_a_shard_holds_besides_photos_that_can_be_read_is_named(tmp_path: Path) -> None:
+    paths = save_greys(tmp_path / "images", 3)
+    shard = write_shard(tmp_path / "x.tar", paths)
+    with tarfile.open(shard, "a") as tar:
+        for name in (".hidden.png", "._mac.png", "x.nef"):
+            tar.add(paths[0], name)
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "000.png"
+        tar.addfile(link)
+    images = read_images(shard, mean_colour, workers=0)
+    assert [len(batch.names) for batch in images] == [3]
+    assert [(Path(failed.path).name, failed.reason[:12]) for failed in images.failed] == [
+        (".hidden.png", "a hidden fil"),
+        ("x.nef", "a camera raw"),
+        ("link.png", "a link"),
+    ]
+
+
+@pytest.mark.parametrize("end", [0, 512])  # between members, and in the middle of the next one's header
+def test_a_shard_that_ends_without_an_end_is_not_taken_for_whole(tmp_path: Path, end: int) -> None:
+    shard = write_shard(tmp_path / "x.tar", save_greys(tmp_path / "images", 4))
+    with tarfile.open(shard) as tar:
+        last = tar.getmembers()[4]
+    shard.write_bytes(shard.read_bytes()[: last.offset] + b"x" * end)
+    images = read_images(shard, mean_colour, workers=0)
+    assert [len(batch.names) for batch in images] == [2]
+    assert [failed.path for failed in images.failed] == [str(shard)]
+    assert "breaks off, or is damaged" in images.failed[0].reason
+
+
+def test_a_shard_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    images = read_images([tmp_path / "x.tar", save(tmp_path / "a.png")], mean_colour, workers=0)
+    assert [batch.names for batch in images] == [(str(tmp_path / "a.png"),)]
+    assert "is not a regular file" in images.failed[0].reason
+
+
 def test_shards_need_no_other_package_but_braces_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_shard(tmp_path / "x.tar", save_greys(tmp_path / "images", 1))
     for name in ("webdataset", "braceexpand"):

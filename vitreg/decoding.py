@@ -197,12 +197,11 @@ def loses_bits(image: Image.Image) -> bool:
 
 def _check_brightness(image: Image.Image) -> None:
     """Raise ImageError where 16-bit colours leave the upper bits empty, as 12-bit cameras' do."""
-    colours = image.convert("RGB").getextrema()
-    largest = max(high for _, high in colours if isinstance(high, int))
+    largest = int(np.asarray(image.convert("RGB")).max())
     if 0 < largest < 64:
         raise ImageError(
-            f"its 16-bit colours fill the lowest {8 + int(largest).bit_length()} bits only, of which Pillow"
-            f" keeps {int(largest).bit_length()}: save it with 8 bits a colour"
+            f"its 16-bit colours fill the lowest {8 + largest.bit_length()} bits only, of which Pillow"
+            f" keeps {largest.bit_length()}: save it with 8 bits a colour"
         )
 
 

@@ -15,7 +15,7 @@ class CheckedHeader(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> "CheckedHeader":
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # two blocks of zeros: a proper end
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # two blocks of zeros: a proper end
             raise
         except tarfile.HeaderError as error:
             if not tar.offset:  # no tar at all, which tarfile says better
@@ -44,4 +44,4 @@ def shard_members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes] | F
                 yield FailedImage(label, why)
             elif is_image(member.name) and (content := tar.extractfile(member)):
                 yield label, content.read()
-            tar.members = []  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all

@@ -212,7 +212,8 @@ def _members(shard: Path) -> Iterator[dict[str, Any]]:
         for member in iter(tar.next, None):
             if why := why_left_out(member):
                 left_out.append(LeftOut(printable(f"{shard}/{member.name}"), why))
-            elif member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own notes
+            elif member.isreg() and not re.search(r"^__[^/]*__($|/)|(^|/)\.[^/]*$", member.name):
+                # Neither webdataset's own notes nor what is hidden (a Mac's ._0001.jpg).
                 span: Span = (member.offset_data, member.size)
                 yield {"fname": member.name, "data": span, "__url__": str(shard)}
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all

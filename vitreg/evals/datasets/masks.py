@@ -232,13 +232,12 @@ def _of_folders(
         present = _ids_in(masks)
         binary = ignore is None and present == {0, FOREGROUND}
         classes = classes or _number_of_classes(root, present - set(ignored))
+    assert classes is not None
+    guess = f"Ids 0 to {classes - 1} of the masks are classes, {' and '.join(map(str, ignored))} none."
+    called, ids = _called(range(classes)), tuple[int, ...]()
     if binary:
         guess = "The masks hold 0 and 255 only: 255 is the foreground. Set ignore=255 if it is no class."
         called, ids, ignored = ("background", "foreground"), (0, FOREGROUND), ()
-    else:
-        assert classes is not None
-        guess = f"Ids 0 to {classes - 1} of the masks are classes, {' and '.join(map(str, ignored))} none."
-        called, ids = _called(range(classes)), ()
     return [_masked(root, split, pair, called, ignored, ids, guess) for split, pair in pairs.items()]
 
 
