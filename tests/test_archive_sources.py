@@ -1,6 +1,7 @@
 """What lies in an archive is found, cut the same way every time, and read; what is wrong is said."""
 
 import os
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -10,7 +11,7 @@ from archives import BAD, parquet, photos, png, tar
 from vitreg.archive.place import Place
 from vitreg.archive.sources import Shard, find_archive, image_column, items
 from vitreg.errors import DataError, OutputError
-from vitreg.images import FailedImage
+from vitreg.listing import FailedImage
 
 
 def read(archive, images=10, column=None):
@@ -34,7 +35,10 @@ def test_hidden_files_and_what_is_no_photo_are_left_out(tmp_path):
     photos(tmp_path, 2)
     (tmp_path / "a/.hidden.png").write_bytes(png(0))
     (tmp_path / "notes.md").write_text("")
-    assert list(find_archive(str(tmp_path)).files) == ["a/0000.png", "b/0001.png"]
+    with pytest.warns(UserWarning, match=r"1 left out \(a hidden file\): .*/a/\.hidden\.png"):
+        found = find_archive(str(tmp_path))
+    assert list(found.files) == ["a/0000.png", "b/0001.png"]
+    assert [Path(one.path).name for one in found.left_out] == [".hidden.png"]
 
 
 def test_links_are_followed(tmp_path):

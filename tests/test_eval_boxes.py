@@ -93,9 +93,12 @@ def test_coco_without_crowds(coco):
     assert [path.name for path in found.paths] == ["1.jpg", "3.jpg"]
     assert found.boxes[0].tolist() == [[5, 6, 15, 18]]
     assert found.boxes[1].tolist() == [[30, 20, 40, 25]]  # clipped; that without an area is left out
+    photos, of = coco / "train2014", "instances_train2014.json, annotation"
     assert found.notes == (
-        "left out: 2 photos without a box (crowds aside)",
-        "left out: 1 boxes without an area",
+        f"1 boxes are cut at the edge of their photo: {of} 4",
+        f"2 left out (a crowd's): {of} 2, {of} 3",
+        f"2 left out (no object): {photos}/2.jpg, {photos}/4.jpg",
+        f"1 left out (a box without an area in its photo): {of} 5",
     )
 
 
@@ -123,25 +126,57 @@ def test_a_folder_that_is_neither(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("xml", "message"),
+    ("xml", "note"),
     [
-        (voc_xml(), "a.xml has no box"),
-        ("<annotation><size>", "a.xml is no valid XML"),
-        (voc_xml(voc_object(20, 1, 10, 9)), "the box (20, 1, 10, 9) of object 1 has no area"),
-        (voc_xml(voc_object(1, 1, 9, 9), voc_object(1, 1, 90, 9)), "(1, 1, 90, 9) of object 2 has no"),
-        (voc_xml(voc_object(1, 1, "wide", 9)), "expected a number in <object> at bndbox/xmax, found 'wide'"),
-        (voc_xml(OBJECT.format("<xmin>1</xmin>")), "a number in <object> at bndbox/ymin, found None"),
-        ("<annotation></annotation>", "expected a number in <annotation> at size/height"),
+        (voc_xml(), r"1 left out \(no object\): .*/a.jpg$"),
+        (voc_xml(voc_object(20, 1, 10, 9)), r"1 left out \(a box without an area in its photo\): .*object 1"),
+        (voc_xml(voc_object(90, 1, 99, 9)), r"1 left out \(a box without an area in its photo\): .*object 1"),
+        (voc_xml(voc_object(1, 1, "wide", 9)), r"1 left out \(a box that is not four numbers\): .*object 1"),
+        (voc_xml(voc_object(1, 1, "nan", 9)), r"1 left out \(a box that is not four numbers\): .*object 1"),
+        (voc_xml(OBJECT.format("<xmin>1</xmin>")), r"1 left out \(a box that is not four numbers\)"),
+        ("<annotation></annotation>", r"1 left out \(no object\)"),
     ],
 )  # fmt: skip
-def test_bad_annotations(voc, xml, message):
+def test_photos_and_boxes_that_are_no_use_are_counted(voc, xml, note):
     (voc / "Annotations/a.xml").write_text(xml)
-    refused(message, voc)
+    found = boxed_photos(voc)
+    assert [path.name for path in found.paths] == ["b.jpg"]
+    assert any(re.search(note, one) for one in found.notes), found.notes
+
+
+def test_a_box_is_cut_at_the_edge_of_its_photo_and_that_is_said(voc):
+    (voc / "Annotations/a.xml").write_text(voc_xml(voc_object(1, 1, 9, 9), voc_object(1, 1, 90, 9)))
+    found = boxed_photos(voc)
+    assert found.boxes[1].tolist() == [[0, 0, 9, 9], [0, 0, 40, 9]]
+    assert found.notes == (f"1 boxes are cut at the edge of their photo: {voc}/Annotations/a.xml, object 2",)
+
+
+@pytest.mark.parametrize(
+    "size", ["", "<size><width>0</width><height>0</height></size>", "<size><width>?</width></size>"]
+)
+def test_a_size_that_is_not_stated_is_the_photos(voc, size):
+    (voc / "Annotations/a.xml").write_text(f"<annotation>{size}{voc_object(1, 1, 9, 9)}</annotation>")
+    found = boxed_photos(voc)
+    assert found.sizes == ((30, 40), (30, 40))
+    assert found.notes[0].startswith("1 photos are of their files' size, for their annotations state none: ")
+    (voc / "JPEGImages/a.jpg").write_bytes(b"no photo")
+    assert boxed_photos(voc).notes[0].startswith("1 left out (its size is not stated, nor can it be read): ")
+
+
+def test_a_file_that_is_no_xml(voc):
+    for content in (
+        b"<annotation><size>",
+        b"",
+        b"\xff\xfe\x00",
+        b"<?xml version='1.0' encoding='klingon'?><a/>",
+    ):
+        (voc / "Annotations/a.xml").write_bytes(content)
+        refused("a.xml is no valid XML", voc)
 
 
 def test_an_annotation_without_its_photo(voc):
     (voc / "JPEGImages/a.jpg").unlink()
-    refused("a.xml has no photo: there is no", voc)
+    refused("trainval.txt names a, but there is no", voc)
 
 
 def test_a_split_that_names_a_missing_annotation(voc):
@@ -182,7 +217,7 @@ def test_bad_coco_folders(coco, tmp_path):
     (coco / "val2014").mkdir()
     refused("instances_val2014.json", coco, "val2014")
     names.write_text("2.jpg\n")
-    refused("none of 1 photos of", coco, names=str(names))
+    refused("no photo of", coco, names=str(names))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": [{"id": 1}], "annotations": []}'])

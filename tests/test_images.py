@@ -336,7 +336,8 @@ def test_a_folder_tree_is_read_sorted_without_hidden_files(tmp_path: Path) -> No
     for name in ("b/z.JPG", "b/a.png", "a.webp", "c/deep/er/x.jpeg", "._a.webp", ".hidden/x.png"):
         save(tmp_path / name)
     (tmp_path / "notes.md").write_text("no image, and named like none")
-    images = read_images(tmp_path, mean_colour)
+    with pytest.warns(UserWarning, match=r"^1 left out \(a hidden folder\): \S+/\.hidden$"):
+        images = read_images(tmp_path, mean_colour)
     (batch,) = images
     assert batch.names == tuple(
         str(tmp_path / name) for name in ("a.webp", "b/a.png", "b/z.JPG", "c/deep/er/x.jpeg")
@@ -350,7 +351,8 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "photos")
-    (batch,) = read_images(tmp_path / "photos", mean_colour)
+    with pytest.warns(UserWarning, match=r"1 left out \(a link to a folder that is read already\): .*/loop$"):
+        (batch,) = read_images(tmp_path / "photos", mean_colour)
     assert batch.names == (str(tmp_path / "photos" / "link" / "x.png"),)
 
 
@@ -452,13 +454,50 @@ def test_a_cut_shard_gives_what_it_has(tmp_path: Path) -> None:
     assert all(failed.reason.startswith("the shard cannot be read any further: ") for failed in images.failed)
 
 
-def test_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_shard_holds_besides_photos_that_can_be_read_is_named(tmp_path: Path) -> None:
+    paths = save_greys(tmp_path / "images", 3)
+    shard = write_shard(tmp_path / "x.tar", paths)
+    with tarfile.open(shard, "a") as tar:
+        for name in (".hidden.png", "._mac.png", "x.nef"):
+            tar.add(paths[0], name)
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "000.png"
+        tar.addfile(link)
+    images = read_images(shard, mean_colour, workers=0)
+    assert [len(batch.names) for batch in images] == [3]
+    assert [(Path(failed.path).name, failed.reason[:12]) for failed in images.failed] == [
+        (".hidden.png", "a hidden fil"),
+        ("x.nef", "a camera raw"),
+        ("link.png", "a link"),
+    ]
+
+
+@pytest.mark.parametrize("end", [0, 512])  # between members, and in the middle of the next one's header
+def test_a_shard_that_ends_without_an_end_is_not_taken_for_whole(tmp_path: Path, end: int) -> None:
+    shard = write_shard(tmp_path / "x.tar", save_greys(tmp_path / "images", 4))
+    with tarfile.open(shard) as tar:
+        last = tar.getmembers()[4]
+    shard.write_bytes(shard.read_bytes()[: last.offset] + b"x" * end)
+    images = read_images(shard, mean_colour, workers=0)
+    assert [len(batch.names) for batch in images] == [2]
+    assert [failed.path for failed in images.failed] == [str(shard)]
+    assert "breaks off, or is damaged" in images.failed[0].reason
+
+
+def test_a_shard_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    images = read_images([tmp_path / "x.tar", save(tmp_path / "a.png")], mean_colour, workers=0)
+    assert [batch.names for batch in images] == [(str(tmp_path / "a.png"),)]
+    assert "is not a regular file" in images.failed[0].reason
+
+
+def test_shards_need_no_other_package_but_braces_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_shard(tmp_path / "x.tar", save_greys(tmp_path / "images", 1))
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    for source in (shard, tmp_path / "{x,y}.tar"):
-        with pytest.raises(MissingExtraError, match=r"pip install 'vitreg\[webdataset\]'"):
-            read_images(source, mean_colour)
-    read_images(tmp_path / "images", mean_colour)
+    for name in ("webdataset", "braceexpand"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'vitreg\[webdataset\]'"):
+        read_images(tmp_path / "{x,y}.tar", mean_colour)
+    assert [batch.names for batch in read_images(shard, mean_colour)] == [(f"{shard}/000.png",)]
 
 
 def test_the_demo_photos() -> None:

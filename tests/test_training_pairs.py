@@ -197,6 +197,7 @@ def test_many_in_a_row_are_no_accident(tmp_path):
         ([("7.mp4", b"x"), ("7.txt", b"b")], "of 3 samples, 1 have no image; the first is 7"),
         ([("7.png", photo(7)), ("7.txt", "é".encode("latin1"))], "1 have a caption that is not UTF-8"),
         ([("7.png", photo(7)), ("8.txt", b"b")], "1 have no caption, 1 have no image"),
+        ([*sample(7), ("0007.jpg", photo(8))], "of 3 samples, 1 have several images; the first is 0007"),
         ([("7.png", photo(7)), ("7.png", photo(7))], "is no whole tar.*duplicate"),
     ],
 )  # fmt: skip
@@ -245,6 +246,49 @@ def test_compressed_shards_and_other_files(tmp_path):
 def test_an_empty_shard(tmp_path):
     with pytest.raises(DataError, match=r"x\.tar holds no sample\. Expected KEY\.jpg and KEY\.txt"):
         ImageTextShards(write(tmp_path / "x.tar", []))
+
+
+def test_hidden_members_and_links_are_named(tmp_path):
+    members = [*sample(1), (".7.png", photo(7)), ("a/._8.png", b"of a Mac"), *sample(2)]
+    shard = write(tmp_path / "x.tar", members)
+    with tarfile.open(shard, "a") as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo(f"9-{kind.decode()}.png")
+            link.type, link.linkname = kind, "0001.png"
+            tar.addfile(link)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert numbers(ImageTextShards(shard)) == [1, 2]
+    assert [str(one.message) for one in caught] == [
+        f"1 left out (a hidden file): {shard}/.7.png",
+        f"2 left out (a link): {shard}/9-1.png, {shard}/9-2.png",
+    ]
+
+
+def test_shards_that_a_folder_holds_besides_are_named(folder):
+    (folder / "deep").mkdir()
+    write(folder / "deep/9.tar", sample(9))
+    (folder / "8.tar.gz").write_bytes(b"")
+    with pytest.warns(
+        UserWarning, match=r"2 left out \(a shard that is compressed or in a folder below.*8.tar.gz"
+    ):
+        assert len(ImageTextShards(folder)) == 10
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere", path)])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "x.tar")
+    with pytest.raises(DataError, match=r"x\.tar cannot be read: (is|No such)"):
+        ImageTextShards(tmp_path)
+
+
+def test_a_captions_byte_order_mark_is_no_part_of_it(tmp_path):
+    members = [("1.png", photo(1)), ("1.txt", "a word".encode("utf-8-sig"))]
+    assert ImageTextShards(write(tmp_path / "x.tar", members)).caption(0) == "a word"
+
+
+def test_braces_that_do_not_close(tmp_path):
+    with pytest.raises(DataError, match="is no list of shards"):
+        find_shards(f"{tmp_path}/{{00..01.tar")
 
 
 # -- shards from labelled photos ---------------------------------------------------------------------

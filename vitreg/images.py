@@ -16,13 +16,12 @@ import glob
 import itertools
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -33,9 +32,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitreg.cpus import usable_cpus
-from vitreg.decoding import decode, photo_extensions, reason
-from vitreg.errors import ImageError, MissingExtraError
+from vitreg.decoding import check_regular, decode, reason
+from vitreg.errors import DataError, ImageError, MissingExtraError
+from vitreg.listing import (
+    FailedImage,
+    is_shard,
+    lines_of,
+    notes_on,
+    photos_else_shards,
+    printable,
+    spelled,
+    walk,
+    warn_of,
+)
 from vitreg.ranks import ALONE, Ranks
+from vitreg.shards import shard_members
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
 
@@ -46,14 +57,6 @@ class HasPreprocess(Protocol):
 
     @property
     def preprocess(self) -> Preprocess | None: ...
-
-
-@dataclass(frozen=True)
-class FailedImage:
-    """An image that could not be read, and why, in one line."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -91,24 +94,24 @@ def read_images(
 ) -> "Images":
     """Find the images of `source` now; decode and preprocess them when the result is iterated.
 
-    `source`, one or several of: a folder (searched recursively, hidden files left out), a file, a glob, a
-    .txt file with a path per line (relative to that file or to the current folder; # starts a comment), .tar
-    shards ("x-{000..003}.tar", or a folder of shards without images), PIL images. Or one float tensor
-    (b, 3, h, w) that is already preprocessed.
+    `source`, one or several of: a folder (searched recursively), a file, a glob, a .txt file with a path per
+    line (relative to that file or to the current folder; # starts a comment), .tar shards
+    ("x-{000..003}.tar", or a folder of shards without images), PIL images. Or one float tensor (b, 3, h, w)
+    that is already preprocessed. What is left out of a folder (hidden files, links to folders that are read
+    already, shards beside photos) is counted and named in a warning.
 
     `preprocess`: a function, or an object with a `.preprocess` such as a Backbone.
     `limit` counts good images. `workers`: processes; by default up to 4, or none for fewer than two batches.
     `strict`: the first unreadable image is an ImageError instead of a FailedImage.
     `progress`: a bar on stderr. `ranks`: the processes that share the images; each gets its own.
 
-    Raises ImageError if there is nothing to read, MissingExtraError for .tar shards without webdataset.
+    Raises ImageError if there is nothing to read, MissingExtraError for braces without webdataset.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
     items = _list_source(source)
-    if shards := any(isinstance(item, str) and is_shard(item) for item in items):
-        require_webdataset()
+    shards = any(isinstance(item, str) and is_shard(item) for item in items)
     if workers is None:
         few = not shards and min(len(items), limit or len(items)) < 2 * batch_size
         in_memory = not any(isinstance(item, str) for item in items)
@@ -262,8 +265,10 @@ def _list_path(path: str) -> list[_Item]:
     if os.path.exists(path):
         return [*_list_text(path)] if path.lower().endswith(".txt") else [path]
     if "{" in path:
-        require_webdataset()
-        from braceexpand import braceexpand
+        try:
+            from braceexpand import braceexpand
+        except ImportError as error:
+            raise MissingExtraError("braceexpand", "webdataset") from error
 
         with contextlib.suppress(ValueError):  # unbalanced: not meant as braces
             if (pieces := list(braceexpand(path))) != [path]:
@@ -275,32 +280,17 @@ def _list_path(path: str) -> list[_Item]:
 
 
 def _list_folder(folder: str) -> list[_Item]:
-    found, unreadable = walk(folder)
-    return [*unreadable, *(_images_or_shards(folder, found) if found or not unreadable else [])]
-
-
-def walk(folder: str) -> tuple[list[str], list[FailedImage]]:
-    """All files below a folder, hidden folders left out, and the folders that cannot be read."""
-    found: list[str] = []
-    unreadable: list[FailedImage] = []
-    seen = set()  # real folders: a link may lead back up
-
-    def note(error: OSError) -> None:
-        unreadable.append(FailedImage(printable(error.filename), reason(error)))
-
-    for where, subfolders, names in os.walk(folder, onerror=note, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [os.path.join(where, name) for name in names]
-    return found, unreadable
+    found = walk(folder)
+    warn_of(notes_on(found.left_out), stacklevel=6)
+    chosen = _images_or_shards(folder, found.paths) if found.paths or not found.unreadable else []
+    return [*found.unreadable, *chosen]
 
 
 def _images_or_shards(where: str, paths: list[str]) -> list[str]:
     """The images among the paths, sorted; the .tar shards if there is no image."""
-    if chosen := sorted(filter(is_image, paths)) or sorted(filter(is_shard, paths)):
+    chosen, left_out = photos_else_shards(paths)
+    warn_of(notes_on(left_out), stacklevel=6)
+    if chosen:
         return chosen
     empty = "is empty" if os.path.isdir(where) else "matches no file"
     what = f"has {len(paths)} files, but none named like an image or .tar shard" if paths else empty
@@ -308,34 +298,19 @@ def _images_or_shards(where: str, paths: list[str]) -> list[str]:
 
 
 def _list_text(path: str) -> list[str]:
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as the system decodes names
-    lines = [line.strip() for line in text.split("\n")]
-    listed = [line for line in lines if line and not line.startswith("#")]
+    try:
+        listed = [line for line in lines_of(Path(path)) if not line.startswith("#")]
+    except DataError as error:
+        raise ImageError(str(error)) from error
     if not listed:
         raise ImageError(f"{printable(path)} lists no image. Expected one path per line.")
-    beside = [os.path.join(os.path.dirname(path), line) for line in listed]
-    pairs = zip(beside, listed, strict=True)
-    return [near if os.path.exists(near) or not os.path.exists(line) else line for near, line in pairs]
+    return [_listed(os.path.dirname(path), line) for line in listed]
 
 
-def is_image(path: str) -> bool:
-    """Whether a file is named like a photo and not hidden."""
-    return os.path.splitext(path)[1].lower() in photo_extensions() and not os.path.basename(path).startswith(
-        "."
-    )
-
-
-def is_shard(path: str) -> bool:
-    """Whether a file is named like a web dataset's shard and not hidden."""
-    return path.lower().endswith((".tar", ".tar.gz", ".tgz")) and not os.path.basename(path).startswith(".")
-
-
-def require_webdataset() -> None:
-    """Raise MissingExtraError without webdataset."""
-    try:
-        import webdataset  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("webdataset", "webdataset") from error
+def _listed(folder: str, line: str) -> str:
+    """Where a line's image lies: beside the list or in the current folder, as it is spelled there."""
+    candidates = [place for name in spelled(line) for place in (os.path.join(folder, name), name)]
+    return next(filter(os.path.exists, candidates), candidates[0])
 
 
 def _find_preprocess(given: Preprocess | HasPreprocess | None) -> Preprocess:
@@ -386,7 +361,7 @@ def read_item(item: _Item, preprocess: Preprocess | None) -> _Outcome:
         return item
     name, content = (printable(item), item) if isinstance(item, str) else item
     try:
-        pixels = content if isinstance(content, Tensor) else _prepare(decode(content), preprocess)
+        pixels = content if isinstance(content, Tensor) else _prepare(decode(content, name=name), preprocess)
         return name, pixels.detach().cpu().float()
     except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, MemoryError
         return FailedImage(name, reason(error))
@@ -407,18 +382,11 @@ def _prepare(image: Image.Image, preprocess: Preprocess | None) -> Tensor:
 
 def _shard_members(path: str) -> Iterator[_Item]:
     try:
+        check_regular(path)
         with open(path, "rb") as stream:
             yield from shard_members(stream, path)
     except Exception as error:
         yield FailedImage(printable(path), f"the shard cannot be read any further: {reason(error)}")
-
-
-def shard_members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """(name/member, bytes) of the photos in a .tar. Raises what the damaged ones make the library raise."""
-    from webdataset.tariterators import tar_file_iterator
-
-    for member in tar_file_iterator(stream, select_files=is_image):
-        yield printable(f"{name}/{member['fname']}"), member["data"]
 
 
 # ---- Back to this process
@@ -500,12 +468,6 @@ def places_of(batch: Batch | Tensor, seen: int) -> range:
     """Of each image among all, those of other processes, too; so many were `seen` where no batch says it."""
     known = batch.places if isinstance(batch, Batch) else None
     return range(seen, seen + len(pixels_of(batch))) if known is None else known
-
-
-def printable(path: str) -> str:
-    """The path with escapes for bytes that are not UTF-8 and for control characters."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @contextlib.contextmanager

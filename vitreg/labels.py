@@ -8,7 +8,7 @@ ImageNet-1k, -12k, -21k and -22k.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitreg.errors import DataError
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
 from vitreg.weights import dense_weight
@@ -63,10 +64,58 @@ def class_names(vit: Backbone) -> list[str]:
 @cache
 def _described(classes: int) -> tuple[str, ...]:
     """The first of WordNet's names for each class of an ImageNet head."""
+    return tuple(names[0] for names in wordnet_names(classes))
+
+
+@cache
+def wordnet_names(classes: int) -> tuple[tuple[str, ...], ...]:
+    """All of WordNet's names for each class of an ImageNet head; empty for another number of classes."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-22k")
-    return tuple(info.label_name_to_description(name).split(",")[0] for name in wordnet_classes(classes))
+    described = (info.label_name_to_description(name) for name in wordnet_classes(classes))
+    return tuple(tuple(name.strip() for name in text.split(",")) for text in described)
+
+
+@cache
+def clip_names(classes: int) -> tuple[tuple[str, ...], ...]:
+    """CLIP's name for each class of ImageNet-1k's head, if open_clip is installed; else empty."""
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError:
+        return ()
+    return tuple((name,) for name in IMAGENET_CLASSNAMES) if classes == len(IMAGENET_CLASSNAMES) else ()
+
+
+def numbers_of_names(names: Sequence[str], of_classes: Sequence[Sequence[str]]) -> dict[str, int] | None:
+    """Which class each name is of, if all are names of classes; None if one is of none.
+
+    `of_classes` are the names of each class. Upper case, "_" and "-" make no difference. Raises DataError for
+    a name of two classes (crane), and for two names of one class.
+    """
+    owners: dict[str, list[int]] = {}
+    for number, called in enumerate(of_classes):
+        for name in {plain(name) for name in called}:
+            owners.setdefault(name, []).append(number)
+    if not all(plain(name) in owners for name in names):
+        return None
+    found: dict[int, str] = {}
+    for name in names:
+        if len(own := owners[plain(name)]) > 1:
+            raise DataError(
+                f"{name!r} is the name of the classes {own[0]} and {own[1]}. Call its folder by the class's"
+                " WordNet id (n01440764), or all folders by their classes' numbers."
+            )
+        if (twin := found.setdefault(own[0], name)) != name:
+            raise DataError(
+                f"{twin!r} and {name!r} are names of the class {own[0]}. Put its photos together."
+            )
+    return {name: number for number, name in found.items()}
+
+
+def plain(name: str) -> str:
+    """In lower case, with a single space for "_" and "-"."""
+    return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
 def class_of(name: str, classes: Mapping[str, int]) -> int | None:

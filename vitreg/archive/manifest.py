@@ -13,7 +13,7 @@ from vitreg.archive.place import Place
 from vitreg.archive.plan import DOCUMENT
 from vitreg.archive.worker import DONE, entry_name
 from vitreg.errors import ArchiveError
-from vitreg.images import FailedImage
+from vitreg.listing import FailedImage
 
 MANIFEST = "manifest.json"
 _SHOWN = 5  # reasons and photos that are printed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitreg.decoding import reason
+from vitreg.decoding import check_regular, reason
 from vitreg.errors import DataError, MissingExtraError, OutputError
 from vitreg.output import check_writable, write_atomically
 
@@ -54,6 +54,8 @@ class Place:
         return f"{self.path.rstrip('/')}/{name}" if name else self.path
 
     def open(self, name: str) -> Any:
+        if self.is_local:
+            check_regular(self.child(name))
         return self.fs.open(self.child(name), "rb")
 
     def read(self, name: str) -> bytes:

@@ -7,14 +7,15 @@ for name, content in items(archive.place, shard): ...
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitreg.archive.place import Place
-from vitreg.decoding import reason
+from vitreg.decoding import reason, why_unread
 from vitreg.errors import DataError
-from vitreg.images import FailedImage, is_image, is_shard, printable, require_webdataset, shard_members, walk
+from vitreg.listing import FailedImage, LeftOut, is_image, is_shard, notes_on, printable, walk, warn_of
+from vitreg.shards import shard_members
 
 Kind = Literal["images", "tar", "parquet"]
 Item = tuple[str, str | bytes] | FailedImage  # a name and either the bytes or a name in the place
@@ -38,11 +39,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Archive:
-    """All files of one kind at a place, sorted: {name below the place: bytes}."""
+    """All files of one kind at a place, sorted: {name below the place: bytes}; and what was left out."""
 
     place: Place
     kind: Kind
     files: dict[str, int]
+    left_out: tuple[LeftOut, ...] = ()
 
     def shards(self, images: int) -> Iterator[Shard]:
         """Shards of `images` photos each; one for each .tar; of Parquet, row groups up to so many rows."""
@@ -61,41 +63,47 @@ class Archive:
 def find_archive(url: str) -> Archive:
     """List a folder, a file or a glob. Of a mixed folder: its photos, else .tar shards, else Parquet files.
 
-    Raises DataError where there is nothing of that kind, where a folder cannot be read (an archive with a
-    hole in it is no archive), and for a place that cannot be reached.
+    The other kinds and what is hidden are left out; a warning counts and names it. Raises DataError where
+    there is nothing of any kind, where a folder cannot be read (an archive with a hole in it is no archive),
+    and for a place that cannot be reached.
     """
     place = Place.at(url)
     try:
-        root, sizes = _find(place)
+        root, sizes, left_out = _find(place)
     except DataError:
         raise
     except Exception as error:  # each driver has its own
         raise DataError(f"{url} cannot be listed: {reason(error)}. Expected a readable folder.") from error
-    chosen = _chosen(sizes)
+    kinds = {kind: sorted(filter(belongs, sizes)) for kind, belongs in _KINDS.items()}
+    chosen = _chosen(kinds)
     if chosen is None:
         found = f"has {len(sizes)} files, but none" if sizes else "is empty or not there: no file is"
         expected = "photos (.jpg, .png, .webp, ...), .tar shards or .parquet files"
         raise DataError(f"{printable(url)} {found} named like an image archive. Expected {expected}.")
-    kind, names = chosen
-    if kind == "tar":
-        require_webdataset()
-    return Archive(root, kind, {name: sizes[name] for name in sorted(names)})
+    others = [name for kind, names in kinds.items() if kind != chosen for name in names]
+    left_out += [LeftOut(printable(name), f"beside {_CALLED[chosen]}, which are read") for name in others]
+    warn_of(notes_on(left_out))
+    return Archive(root, chosen, {name: sizes[name] for name in kinds[chosen]}, tuple(left_out))
 
 
-def _chosen(names: dict[str, int]) -> tuple[Kind, list[str]] | None:
-    kinds: tuple[tuple[Kind, Any], ...] = (("images", is_image), ("tar", is_shard), ("parquet", _is_parquet))
-    for kind, belongs in kinds:
-        if found := [name for name in names if belongs(name)]:
-            return kind, found
-    return None
+def _chosen(names: dict[Kind, list[str]]) -> Kind | None:
+    """The first kind of which there are files; photos only if one is of a format that is read here."""
+    if all(map(why_unread, names["images"])):
+        names = {"tar": names["tar"], "parquet": names["parquet"], "images": names["images"]}
+    return next((kind for kind, found in names.items() if found), None)
 
 
 def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet")
+    return name.lower().endswith(".parquet") and not os.path.basename(name).startswith(".")
 
 
-def _find(place: Place) -> tuple[Place, dict[str, int]]:
-    """The folder and {name below it: bytes}."""
+_KINDS: dict[Kind, Callable[[str], bool]] = {"images": is_image, "tar": is_shard, "parquet": _is_parquet}
+_CALLED = {"images": "photos", "tar": ".tar shards", "parquet": "Parquet files"}
+
+
+def _find(place: Place) -> tuple[Place, dict[str, int], list[LeftOut]]:
+    """The folder, {name below it: bytes}, and what is left out."""
+    left_out: list[LeftOut] = []
     if glob.has_magic(place.path) and not place.fs.exists(place.path):
         root = place.path[: glob.magic_check.search(place.path).start()].rpartition("/")[0]  # type: ignore[attr-defined]
         found = place.fs.glob(place.path, detail=True)
@@ -104,25 +112,36 @@ def _find(place: Place) -> tuple[Place, dict[str, int]]:
         found = {place.path: place.fs.info(place.path)} if place.fs.exists(place.path) else {}
     else:
         root = place.path
-        found = _walk_local(place.path) if place.is_local else place.fs.find(place.path, detail=True)
+        if place.is_local:
+            found, left_out = _walk_local(place.path)
+        else:
+            found = place.fs.find(place.path, detail=True)
     below = {path[len(root) :].lstrip("/"): info for path, info in found.items()}
-    files = {
-        name: int(info.get("size") or 0)
-        for name, info in below.items()
-        if info["type"] != "directory" and not any(part.startswith(".") for part in name.split("/"))
-    }
-    return Place(place.url if root == place.path else root, place.fs, root), files
+    files = {name: int(info.get("size") or 0) for name, info in below.items() if info["type"] != "directory"}
+    hidden = {name: why for name in files if (why := _hidden(name))}
+    left_out += dict.fromkeys(hidden.values())
+    shown = {name: size for name, size in files.items() if name not in hidden}
+    return Place(place.url if root == place.path else root, place.fs, root), shown, left_out
 
 
-def _walk_local(folder: str) -> dict[str, dict[str, Any]]:
+def _hidden(name: str) -> LeftOut | None:
+    """Of a hidden file, or one in a hidden folder: what is left out."""
+    *folders, file = name.split("/")
+    for depth, folder in enumerate(folders, 1):
+        if folder.startswith("."):
+            return LeftOut(printable("/".join(folders[:depth])), "a hidden folder")
+    return LeftOut(printable(name), "a hidden file") if file.startswith(".") else None
+
+
+def _walk_local(folder: str) -> tuple[dict[str, dict[str, Any]], list[LeftOut]]:
     """As read_images walks: links are followed, each folder once."""
-    paths, unreadable = walk(folder)
-    if unreadable:
+    found = walk(folder)
+    if found.unreadable:
         raise DataError(
-            f"{unreadable[0].path} cannot be listed: {unreadable[0].reason}. See to its permissions, or leave"
-            " it out of the archive."
+            f"{found.unreadable[0].path} cannot be listed: {found.unreadable[0].reason}. See to its"
+            " permissions, or leave it out of the archive."
         )
-    return {path: {"type": "file", "size": _size(path)} for path in paths}
+    return {path: {"type": "file", "size": _size(path)} for path in found.paths}, found.left_out
 
 
 def _size(path: str) -> int:
@@ -181,7 +200,7 @@ def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[It
     if column and column not in (known := parquet.schema_arrow.names):
         raise DataError(f"{name} has no column {column!r}, but {', '.join(known)}. Name one of them.")
     chosen = column or image_column(parquet.schema_arrow, name)
-    groups = list(range(shard.first, shard.first + shard.groups))
+    groups = list(range(shard.first, shard.first + (shard.groups or parquet.metadata.num_row_groups)))
     row = shard.row
     for batch in parquet.iter_batches(_ROWS, row_groups=groups, columns=[chosen]):
         for value in batch.column(0).to_pylist():

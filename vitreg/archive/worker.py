@@ -29,7 +29,8 @@ from vitreg.decoding import reason
 from vitreg.errors import ArchiveError
 from vitreg.evals.observer import Observer
 from vitreg.fixes.base import Fix
-from vitreg.images import Batch, FailedImage, printable, read_item, to_batch
+from vitreg.images import Batch, read_item, to_batch
+from vitreg.listing import FailedImage, printable
 from vitreg.models import Backbone
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import by_wordnet
 from vitreg.evals.features import extract_features
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.labels import find_readout
+from vitreg.labels import class_names, find_readout
 from vitreg.models import Backbone
 
 
@@ -25,8 +25,9 @@ class ClassificationConfig(Config):
 def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | None = None) -> Result:
     """Accuracy of the head on the photos of a folder (of its val/, if it has one).
 
-    Labels are WordNet ids in file or folder names, or one folder for each class of the head. Raises DataError
-    for photos without a class, UnsupportedModelError for a model without a head.
+    Labels are WordNet ids in file or folder names, or one folder for each class, called by its name or number
+    (see datasets.classes.by_wordnet; notes say what was guessed). Raises DataError for photos without a
+    class, UnsupportedModelError for a model without a head.
     """
     config = config or ClassificationConfig()
     classes = find_readout(vit).classes
@@ -34,7 +35,7 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
         raise UnsupportedModelError(
             f"{vit.name} has no classification head. Use knn or linear, or zero-shot for a text tower."
         )
-    photos = by_wordnet(data, classes)
+    photos = by_wordnet(data, classes, class_names(vit))
     found = extract_features(vit, photos.paths, ["logits"], config)
     labels = torch.tensor(photos.labels)[list(found.index)]
     best = found["logits"].topk(min(5, classes)).indices == labels[:, None]
@@ -42,6 +43,5 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
         "top-1": Metric.mean(best[:, 0], ".2%"),
         "top-5": Metric.mean(best.any(1), ".2%"),
     }
-    return concluded(
-        "classification", vit, photos.root, metrics, config, notes=found.notes(), photos=photos.paths
-    )
+    notes = (*photos.notes, *found.notes())
+    return concluded("classification", vit, photos.root, metrics, config, notes=notes, photos=photos.paths)

@@ -99,7 +99,13 @@ def evaluate(vit: Backbone, data: str | Path, config: DepthConfig | None = None)
     if outliers:
         metrics["delta1, former outliers"] = Metric(torch.stack(at_outliers).numpy(), ".2%", reduce=ratio)
     baseline = constant_note(depth_metrics(np.array(of_constant), known))
-    notes = (*tokens.found.notes(), *split_notes(splits, pairs.scenes), baseline, *[_UNKNOWN][: not known])
+    notes = (
+        *pairs.notes,
+        *tokens.found.notes(),
+        *split_notes(splits, pairs.scenes),
+        baseline,
+        *[_UNKNOWN][: not known],
+    )
     picture = partial(depth_figure, shown, "m" if known else "medians")
     return concluded(
         "depth", vit, pairs.root, metrics, config, notes=notes, picture=picture, photos=pairs.paths

@@ -20,7 +20,8 @@ from vitreg.errors import DataError, ImageError
 from vitreg.evals.config import Config
 from vitreg.evals.keys import digest, file_key, model_key, preprocess_key
 from vitreg.evals.observer import FEATURES, Observer
-from vitreg.images import FailedImage, Preprocess, printable, read_images
+from vitreg.images import Preprocess, read_images
+from vitreg.listing import FailedImage, printable
 from vitreg.models import Backbone
 from vitreg.output import write_atomically
 from vitreg.ranks import Ranks

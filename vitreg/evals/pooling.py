@@ -87,7 +87,7 @@ def pooled(vit: Backbone, photos: Labelled, names: Sequence[str], config: Config
     the cache. A photo without a test-time register (no token of it was split) has zeros there.
     """
     found = extract_features(vit, photos.paths, sorted(_parts_of(vit)), config)
-    notes = list(found.notes())
+    notes = [*photos.notes, *found.notes()]
     parts = {}
     for part in dict.fromkeys(part for name in names for part in PARTS[name]):
         tokens = found[part]

@@ -23,10 +23,10 @@ from sklearn.preprocessing import StandardScaler
 
 from vitreg.errors import DataError
 from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.features import extract_features
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, ratio
+from vitreg.listing import photos_in
 from vitreg.models import Backbone
 
 Held = tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]]  # rows to fit to, rows to score on

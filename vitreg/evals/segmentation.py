@@ -74,7 +74,7 @@ def evaluate(vit: Backbone, data: str | Path, config: SegmentationConfig | None 
     metrics = segmentation_metrics(torch.stack(confusions))
     if outliers:
         metrics["pixel accuracy, former outliers"] = share_of_pixels(torch.stack(at_outliers))
-    notes = (*tokens.found.notes(), *split_notes(splits, groups))
+    notes = (*photos.notes, *tokens.found.notes(), *split_notes(splits, groups))
     picture = partial(segmentation_figure, shown, val.names)
     return concluded(
         "segmentation", vit, val.root, metrics, config, notes=notes, picture=picture, photos=val.paths

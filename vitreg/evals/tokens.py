@@ -139,8 +139,8 @@ def _tokens(vit: Backbone, report: Diagnosis, photos: Labelled, config: TokensCo
             if part in parts:  # under splitting, NaN in places that no token took
                 kinds[kind] = _one_of(parts[part], ~np.isnan(parts[part][:, 0]), random)
         drawn.append(kinds)
-    labels = np.array(photos.labels)[list(found.index)]
-    return _Tokens(labels, {kind: np.stack([x[kind] for x in drawn]) for kind in drawn[0]}, found.notes())
+    labels, notes = np.array(photos.labels)[list(found.index)], (*photos.notes, *found.notes())
+    return _Tokens(labels, {kind: np.stack([x[kind] for x in drawn]) for kind in drawn[0]}, notes)
 
 
 def _one_of(

@@ -25,11 +25,11 @@ from vitreg.attention import AttentionCall, intercept
 from vitreg.diagnosis import Diagnosis
 from vitreg.errors import UnsupportedModelError
 from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.features import spread
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.images import places_of, read_images
+from vitreg.listing import photos_in
 from vitreg.models import Backbone, load_vlm
 from vitreg.probe import NO_ATTENTION_SEEN, evaluating
 

@@ -64,7 +64,8 @@ def evaluate(vit: Backbone, data: str | Path, config: ZeroShotConfig | None = No
             f"{vit.name} was loaded without a text tower. Load it with"
             " vitreg.evals.zero_shot.load('open_clip:ARCH/TAG')."
         )
-    photos = by_wordnet(data, len(open_clip.IMAGENET_CLASSNAMES))
+    names = open_clip.IMAGENET_CLASSNAMES
+    photos = by_wordnet(data, len(names), names)
     found = extract_features(vit, photos.paths, ["output"], config)
     labels = torch.tensor(photos.labels)[list(found.index)]
     cosines = F.normalize(found["output"], dim=1) @ class_embeddings(vit, config)
@@ -73,7 +74,8 @@ def evaluate(vit: Backbone, data: str | Path, config: ZeroShotConfig | None = No
         "top-1": Metric.mean(best[:, 0], ".2%"),
         "top-5": Metric.mean(best.any(1), ".2%"),
     }
-    return concluded("zero-shot", vit, photos.root, metrics, config, notes=found.notes(), photos=photos.paths)
+    notes = (*photos.notes, *found.notes())
+    return concluded("zero-shot", vit, photos.root, metrics, config, notes=notes, photos=photos.paths)
 
 
 def class_embeddings(vit: TextBackbone, config: ZeroShotConfig) -> Float[Tensor, "k c"]:

@@ -63,7 +63,7 @@ def evaluate(vit: Backbone, data: str | Path, config: HeatmapConfig | None = Non
         "mAP": Metric.mean(precision[:, 0], ".2%"),
         "AP of the foreground": Metric.mean(precision[:, 1], ".2%"),
     }
-    notes = (*found.notes(), _trivial(masks))
+    notes = (*photos.notes, *found.notes(), _trivial(masks))
     picture = partial(_picture, examples, maps[:EXAMPLES], masks[:EXAMPLES])
     return concluded(
         "zero-shot-segmentation",

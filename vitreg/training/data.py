@@ -11,7 +11,8 @@ from torch import Tensor
 from vitreg.decoding import decode, reason
 from vitreg.errors import DataError
 from vitreg.evals.features import spread
-from vitreg.images import printable, read_images
+from vitreg.images import read_images
+from vitreg.listing import printable
 
 Transform = Callable[[PIL.Image.Image], Any]
 
@@ -39,12 +40,13 @@ class Photos:
     def __getitem__(self, index: int) -> Any:
         found = readable(
             iter(range(index, index + IN_A_ROW)),
-            lambda i: self.paths[i % len(self)].read_bytes(),
+            lambda i: str(self.paths[i % len(self)]),
             lambda i: printable(str(self.paths[i % len(self)])),
         )
         if found is None:
             raise DataError(
-                f"ten photos in a row cannot be read, the first of them {self.paths[index]}. See to them."
+                f"ten photos in a row cannot be read, the first of them {printable(str(self.paths[index]))};"
+                " warnings say why. See to them."
             )
         i, image = found
         pixels = self.transform(image)
@@ -52,15 +54,17 @@ class Photos:
 
 
 def readable(
-    places: Iterator[int], read: Callable[[int], bytes], name: Callable[[int], str]
+    places: Iterator[int], read: Callable[[int], str | bytes], name: Callable[[int], str]
 ) -> tuple[int, PIL.Image.Image] | None:
     """The first place whose picture can be decoded, and the picture; warns of those before it by name.
+
+    `read` gives a path or the file's bytes.
 
     An iterator, for a type checker looks into a sequence by drawing on `random`, as the picture will.
     """
     for place in places:
         try:
-            return place, decode(read(place))
+            return place, decode(read(place), name=name(place))
         except Exception as error:  # decoders raise what they like
             warnings.warn(f"{name(place)} is left out: {reason(error)}", stacklevel=3)
     return None

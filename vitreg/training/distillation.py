@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from vitreg.errors import DataError
-from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.framing import normalisation_of
 from vitreg.fixes import Fix, ShiftAverage, load_fix
 from vitreg.images import read_images
 from vitreg.labels import find_readout, logits_of
+from vitreg.listing import photos_in
 from vitreg.models import Backbone, load
 from vitreg.probe import first_tensor
 from vitreg.training.data import Photos, watched

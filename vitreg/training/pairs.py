@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vitreg.decoding import photo_extensions, reason
-from vitreg.errors import DataError, MissingExtraError, OutputError
-from vitreg.evals.datasets.classes import photos_in
+from vitreg.decoding import check_regular, photo_extensions, reason
+from vitreg.errors import DataError, ImageError, MissingExtraError, OutputError
 from vitreg.labels import wordnet_classes
+from vitreg.listing import LeftOut, is_shard, notes_on, photos_in, printable, walk, warn_of
 from vitreg.output import write_atomically
+from vitreg.shards import CheckedHeader, why_left_out
 from vitreg.training.data import IN_A_ROW, readable
 
 try:
@@ -131,7 +132,13 @@ class ImageTextShards(Dataset[tuple[Any, Any, float]]):
 def find_shards(source: str | Path) -> list[Path]:
     """The .tar files of a source, in order (see ImageTextShards). Raises DataError where one is missing."""
     found: list[Path] = []
-    for text in expand_urls(os.path.expanduser(source)):
+    try:
+        parts = expand_urls(os.path.expanduser(source))
+    except ValueError as error:  # braces that do not close
+        raise DataError(
+            f"{source} is no list of shards: {reason(error)}. Expected matching braces."
+        ) from error
+    for text in parts:
         pattern = os.path.join(glob.escape(text), "*.tar") if os.path.isdir(text) else text
         matches = [text] if os.path.isfile(text) else sorted(glob.glob(pattern))
         if not matches:
@@ -140,6 +147,10 @@ def find_shards(source: str | Path) -> list[Path]:
                 " glob, or braces ('{00000..00012}.tar'). vitreg.training.pairs.write_pairs makes shards."
             )
         found += map(Path, matches)
+        if os.path.isdir(text):
+            others = sorted({*filter(is_shard, walk(text).paths)} - {*matches})
+            why = "a shard that is compressed or in a folder below: name it, or unpack it"
+            warn_of(notes_on(LeftOut(printable(path), why) for path in others))
     return found
 
 
@@ -148,7 +159,11 @@ def find_shards(source: str | Path) -> list[Path]:
 
 def _indexed(shard: Path) -> Places:
     """The index of a shard, from the file beside it if the shard is still the same."""
-    stat = shard.stat()
+    try:
+        check_regular(str(shard))
+        stat = shard.stat()
+    except (OSError, ImageError) as error:
+        raise DataError(f"{printable(str(shard))} cannot be read: {reason(error)}.") from error
     place = shard.with_name(f".{shard.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}.index.npy")
     with suppress(OSError, ValueError):  # not there yet
         kept: Places = np.load(place, allow_pickle=False)
@@ -168,8 +183,9 @@ def _index(shard: Path) -> Places:
     problems: dict[str, list[str]] = {}
     try:
         for sample in group_by_keys(_members(shard)):
-            image, text = _image_of(sample), sample.get("txt", sample.get("json"))
-            if problem := _problem(shard, image, text, "txt" not in sample):
+            images, text = _images_of(sample), sample.get("txt", sample.get("json"))
+            image = images[0] if images else None
+            if problem := _problem(shard, images, text, "txt" not in sample):
                 problems.setdefault(problem, []).append(sample["__key__"])
             elif image and text:
                 places.append((*image, *text, "txt" not in sample))
@@ -191,26 +207,29 @@ def _index(shard: Path) -> Places:
 
 def _members(shard: Path) -> Iterator[dict[str, Any]]:
     """The files of a tar as webdataset's grouping takes them, with places instead of contents."""
-    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    left_out: list[LeftOut] = []
+    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedHeader) as tar:
         for member in iter(tar.next, None):
-            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own notes
+            if why := why_left_out(member):
+                left_out.append(LeftOut(printable(f"{shard}/{member.name}"), why))
+            elif member.isreg() and not re.search(r"^__[^/]*__($|/)|(^|/)\.[^/]*$", member.name):
+                # Neither webdataset's own notes nor what is hidden (a Mac's ._0001.jpg).
                 span: Span = (member.offset_data, member.size)
                 yield {"fname": member.name, "data": span, "__url__": str(shard)}
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:  # tarfile ends silently here
-            raise tarfile.ReadError(f"it breaks off, or is damaged, at byte {tar.offset}")
+    warn_of(notes_on(left_out))
 
 
-def _image_of(sample: Mapping[str, Any]) -> Span | None:
-    names = (name for name in sample if f".{name}" in photo_extensions())
-    return next((sample[name] for name in names), None)
+def _images_of(sample: Mapping[str, Any]) -> list[Span]:
+    return [sample[name] for name in sample if f".{name}" in photo_extensions()]
 
 
-def _problem(shard: Path, image: Span | None, text: Span | None, is_json: bool) -> str:
-    """What a sample lacks, or nothing."""
-    if image is None or not image[1]:
+def _problem(shard: Path, images: Sequence[Span], text: Span | None, is_json: bool) -> str:
+    """What is wrong with a sample, or nothing."""
+    if not images or not images[0][1]:
         return "no image"
+    if len(images) > 1:
+        return "several images"
     try:
         return "" if text and _caption(_read(shard, text), is_json) else "no caption"
     except UnicodeDecodeError:
@@ -219,7 +238,7 @@ def _problem(shard: Path, image: Span | None, text: Span | None, is_json: bool) 
 
 def _caption(content: bytes, is_json: bool) -> str:
     """Without space around it; empty where the JSON holds none. Raises UnicodeDecodeError."""
-    text = content.decode()
+    text = content.decode("utf-8-sig")
     if is_json:
         try:
             text = json.loads(text)["caption"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals import knn
-from vitreg.evals.datasets.classes import photos_in, splits
+from vitreg.evals.datasets.classes import splits
+from vitreg.listing import photos_in
 from vitreg.models import wrap
 from vitreg.training.centring import DinoLoss, IbotLoss, balanced, health
 from vitreg.training.data import Photos, watched

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vitreg.errors import DataError
 from vitreg.evals.datasets.classes import by_wordnet, splits
 from vitreg.images import read_images
-from vitreg.labels import find_readout
+from vitreg.labels import class_names, find_readout
+from vitreg.listing import warn_of
 from vitreg.models import load, wrap
 from vitreg.training.data import Photos, watched
 from vitreg.training.objective import Objective
@@ -73,7 +74,8 @@ class SupervisedObjective(Objective):
         self.vit = self._model()
         if self.before is not None and self.classes != (own := find_readout(self.before).classes):
             # Its head has other classes, ImageNet's 1000 perhaps: what the photos are called there.
-            self.classes, train = own or 0, by_wordnet(Path(recipe.data) / "train", own or 0)
+            names = class_names(self.before)
+            self.classes, train = own or 0, by_wordnet(Path(recipe.data) / "train", own or 0, names)
         data = resolve_model_data_config(self.vit) | {"input_size": (3, recipe.image_size, recipe.image_size)}
         transform = create_transform(
             **data,
@@ -83,6 +85,7 @@ class SupervisedObjective(Objective):
             train_crop_mode=recipe.crop,
             scale=(recipe.crop_scale, 1.0),
         )
+        warn_of({**dict.fromkeys(train.notes), **dict.fromkeys(val.notes)})
         self.dataset = Photos(train.paths, transform, train.labels)
         self.preprocess: Any = create_transform(**data, is_training=False)
         self.photos = watched(val.paths, self.preprocess)

@@ -9,7 +9,6 @@ open_clip does (Cherti et al., Reproducible Scaling Laws for Contrastive Languag
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.datasets.classes import Labelled, by_wordnet, photos_in
-from vitreg.images import printable, read_images
+from vitreg.evals.datasets.classes import Labelled, by_folder
+from vitreg.images import read_images
+from vitreg.listing import printable, warn_of
 from vitreg.models import load
 from vitreg.probe import evaluating
 from vitreg.training.data import watched
@@ -199,7 +199,6 @@ def _clip_loss() -> nn.Module:
 
 def _labelled(folder: str) -> Labelled:
     """The photos of a folder with a folder for each class. Raises DataError where there are none."""
-    classes = {path.parent.name for path in photos_in(Path(folder))}
-    if len(classes) < 2:
-        raise DataError(f"{folder} holds one class only: there is nothing to tell apart.")
-    return by_wordnet(folder, len(classes))
+    labelled = by_folder(folder)
+    warn_of(labelled.notes)
+    return labelled

@@ -6,20 +6,36 @@ photos.boxes[0]                                                   # (k, 4), xyxy
 """
 
 import contextlib
-import io
+import math
+import os
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import ExifTags, Image
-from pycocotools.coco import COCO
 from torch import Tensor
 
+from vitreg.decoding import upright_size
 from vitreg.errors import DataError
+from vitreg.evals.datasets.coco import Coco, read_coco
+from vitreg.evals.datasets.paired import files_called, listed_names
+from vitreg.listing import (
+    LeftOut,
+    counted,
+    is_image,
+    lines_of,
+    notes_on,
+    once_each,
+    printable,
+    spelled,
+    walk,
+)
 
-_SLACK = 1.0  # pixels that VOC's boxes may reach beyond the photo: some count from 0
+_SLACK = 1.0  # pixels that boxes may reach beyond the photo: some of VOC's count from 0
+_CUT = "are cut at the edge of their photo"
+Size = tuple[int, int]
+Corners = tuple[float, ...] | None  # left, top, right, bottom in pixels; None where they are not four numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +43,19 @@ class Boxed:
     """Photos, the (height, width) of each in pixels, and its boxes (k, 4), k > 0.
 
     Boxes are (left, top, right, bottom) in pixels from the photo's corner, right and bottom excluded.
-    `root` is how the data are called in results, `notes` say what was left out.
+    `root` is how the data are called in results, `notes` say what was guessed, and left out (`left_out`).
     """
 
     root: str
     paths: tuple[Path, ...]
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     boxes: tuple[Tensor, ...]
-    notes: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.guesses, *notes_on(self.left_out))
 
 
 def boxed_photos(source: str | Path, split: str | None = None, names: str | None = None) -> Boxed:
@@ -42,7 +63,10 @@ def boxed_photos(source: str | Path, split: str | None = None, names: str | None
 
     `split` is VOC's list in ImageSets/Main (default trainval), or COCO's name in
     annotations/instances_NAME.json (default train2014), whose photos lie in NAME/ or images/NAME/. `names`
-    is a text file with the file names of some of COCO's photos. Raises DataError for what does not hold
+    is a text file with the file names of some of COCO's photos.
+
+    Photos without an object and boxes that are none are left out, and counted and named in the notes. A
+    photo's size is its own where the annotation states none. Raises DataError for what does not hold
     together.
     """
     root = Path(source)
@@ -55,9 +79,18 @@ def boxed_photos(source: str | Path, split: str | None = None, names: str | None
     if (root / "annotations").is_dir():
         return _coco(root, split or "train2014", names)
     raise DataError(
-        f"{root} has neither Annotations/ (VOC: beside JPEGImages/ and ImageSets/Main/) nor annotations/"
-        " (COCO: with instances_train2014.json, beside train2014/)."
+        f"{printable(str(root))} has neither Annotations/ (VOC: beside JPEGImages/ and ImageSets/Main/) nor"
+        " annotations/ (COCO: with instances_train2014.json, beside train2014/)."
     )
+
+
+@dataclass(frozen=True)
+class _Annotated:
+    """A photo, the size that its annotation states, and its boxes, each with what it is called in notes."""
+
+    photo: Path
+    size: Size | None
+    boxes: list[tuple[str, Corners]]
 
 
 # -- VOC ---------------------------------------------------------------------------------------------
@@ -65,54 +98,54 @@ def boxed_photos(source: str | Path, split: str | None = None, names: str | None
 
 def _voc(root: Path, split: str) -> Boxed:
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    numbers = [line.split()[0] for line in _text(listed).splitlines() if line.strip()]
-    if not numbers:
-        raise DataError(f"{listed} names no photo.")
-    paths, sizes, boxes = [], [], []
-    for number in numbers:
-        annotation, photo = root / "Annotations" / f"{number}.xml", root / "JPEGImages" / f"{number}.jpg"
+    names, left_out = listed_names(listed)
+    photos = files_called(root / "JPEGImages", names, listed)
+    annotations = [root / "Annotations" / f"{photo.stem}.xml" for photo in photos]
+    for name, annotation in zip(names, annotations, strict=True):
         if not annotation.is_file():
-            raise DataError(f"{listed} names {number}, but there is no {annotation}.")
-        if not photo.is_file():
-            raise DataError(f"{annotation} has no photo: there is no {photo}.")
-        size, found = _voc_boxes(annotation)
-        _check_size(photo, size)
-        paths.append(photo)
-        sizes.append(size)
-        boxes.append(found)
-    return Boxed(str(root), tuple(paths), tuple(sizes), tuple(boxes))
+            raise DataError(
+                f"{printable(str(listed))} names {printable(name)}, but there is no"
+                f" {printable(str(annotation))}."
+            )
+    annotated = (_voc_annotation(*both) for both in zip(annotations, photos, strict=True))
+    return _boxed(str(root), annotated, left_out)
 
 
-def _voc_boxes(path: Path) -> tuple[tuple[int, int], Tensor]:
-    """(height, width) and boxes (k, 4). VOC counts pixels from 1 and includes the last."""
+def _voc_annotation(path: Path, photo: Path) -> _Annotated:
+    """VOC counts pixels from 1 and includes the last."""
+    named = printable(str(path))
     try:
         tree = ET.fromstring(path.read_bytes())
-    except ET.ParseError as error:
-        raise DataError(f"{path} is no valid XML: {error}.") from error
-    height, width = (int(_number(path, tree, f"size/{side}")) for side in ("height", "width"))
-    objects = tree.findall("object")
-    if not objects:
-        raise DataError(
-            f"{path} has no box: expected <object> with <bndbox>. Leave the photo out of the split."
-        )
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    boxes = torch.tensor([[_number(path, item, f"bndbox/{name}") for name in corners] for item in objects])
-    boxes[:, :2] -= 1
-    if (wrong := _misplaced(boxes, (height, width))) is not None:
-        shown = ", ".join(f"{value:g}" for value in (boxes[wrong] + torch.tensor([1.0, 1, 0, 0])).tolist())
-        raise DataError(
-            f"{path}: the box ({shown}) of object {wrong + 1} has no area or is not inside the photo of"
-            f" {width}x{height} pixels (width x height)."
-        )
-    return (height, width), _clipped(boxes, (height, width))
+    except (ET.ParseError, ValueError, LookupError) as error:  # no XML, or in an encoding that it is not
+        raise DataError(f"{named} is no valid XML: {error}.") from error
+    sides = [_number(tree.findtext(f"size/{side}")) for side in ("height", "width")]
+    boxes: list[tuple[str, Corners]] = []
+    for i, item in enumerate(tree.findall("object"), 1):
+        corners = [_number(item.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax")]
+        known = [value for value in corners if value is not None]
+        boxes.append((f"{named}, object {i}", _from_one(known) if len(known) == 4 else None))
+    return _Annotated(photo, _size(*sides), boxes)
 
 
-def _number(path: Path, tree: ET.Element, place: str) -> float:
-    text = tree.findtext(place)
+def _from_one(corners: list[float]) -> Corners:
+    left, top, right, bottom = corners
+    return left - 1, top - 1, right, bottom
+
+
+def _number(value: object) -> float | None:
+    """A finite number, also as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
-        return float(text or "")
-    except ValueError:
-        raise DataError(f"{path}: expected a number in <{tree.tag}> at {place}, found {text!r}.") from None
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _size(height: float | None, width: float | None) -> Size | None:
+    """None where it is not stated, or as 0."""
+    return (int(height), int(width)) if height and width and height >= 1 and width >= 1 else None
 
 
 # -- COCO --------------------------------------------------------------------------------------------
@@ -122,84 +155,122 @@ def _coco(root: Path, split: str, names: str | None) -> Boxed:
     path = root / "annotations" / f"instances_{split}.json"
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
     if folder is None:
-        raise DataError(f"there is no folder {root / split}, nor {root / 'images' / split}: expected photos.")
-    coco, by_name = _opened(path)
-    wanted = sorted(by_name) if names is None else _text(Path(names)).split()
-    paths, sizes, boxes = [], [], []
-    flat = 0
-    for name in wanted:
-        if name not in by_name:
-            raise DataError(f"{names} names {name}, which is not in {path}.")
-        if not (folder / name).is_file():
-            raise DataError(f"{path} names {name}, but there is no {folder / name}.")
-        size, found, without_area = _coco_boxes(coco, by_name[name])
-        _check_size(folder / name, size)
-        flat += without_area
-        if len(found):
-            paths.append(folder / name)
-            sizes.append(size)
-            boxes.append(found)
-    if not paths:
-        raise DataError(f"none of {len(wanted)} photos of {path} has a box that is not a crowd's.")
-    counted = {"photos without a box (crowds aside)": len(wanted) - len(paths), "boxes without an area": flat}
-    notes = tuple(f"left out: {count} {what}" for what, count in counted.items() if count)
-    return Boxed(str(root), tuple(paths), tuple(sizes), tuple(boxes), notes)
+        raise DataError(
+            f"there is no folder {printable(str(root / split))}, nor"
+            f" {printable(str(root / 'images' / split))}: expected photos."
+        )
+    coco = read_coco(path)
+    wanted, left_out = _wanted(coco, path, names)
+    annotated = [_coco_annotation(coco, folder, path, name) for name in wanted]
+    if names is None:
+        left_out += coco.left_out + _unnamed(folder, coco, path)
+    return _boxed(str(root), annotated, left_out)
 
 
-def _coco_boxes(coco: COCO, image: dict[str, Any]) -> tuple[tuple[int, int], Tensor, int]:
-    """(height, width), boxes (k, 4) without the crowds', and how many more have no area (COCO has some)."""
-    size = (int(image["height"]), int(image["width"]))
-    found = coco.loadAnns(coco.getAnnIds(imgIds=image["id"], iscrowd=False))
-    boxes = torch.tensor([item["bbox"] for item in found], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = _clipped(boxes, size)
-    has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return size, boxes[has_area], int((~has_area).sum())
+def _wanted(coco: Coco, path: Path, names: str | None) -> tuple[list[str], list[LeftOut]]:
+    """The file names of the photos that were asked for."""
+    if names is None:
+        return sorted(coco.photos), []
+    listed = Path(names)
+    given, repeated = once_each(lines_of(listed), listed)
+    spellings = {name: [one for one in spelled(name) if one in coco.photos] for name in given}
+    for name, known in spellings.items():
+        if not known:
+            raise DataError(f"{names} names {printable(name)}, which is not in {printable(str(path))}.")
+    if not given:
+        raise DataError(f"{names} names no photo.")
+    return [known[0] for known in spellings.values()], repeated
 
 
-def _opened(path: Path) -> tuple[COCO, dict[str, Any]]:
-    """COCO's index, and its images by file name."""
-    if not path.is_file():
-        raise DataError(f"there is no file {path}.")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-            coco = COCO(str(path))
-        images = coco.loadImgs(coco.getImgIds())
-        return coco, {image["file_name"]: image for image in images if image["height"] and image["width"]}
-    except (ValueError, KeyError, AssertionError, TypeError) as error:
-        raise DataError(f"{path} is not COCO's JSON of instances ({error!r}).") from error
+def _coco_annotation(coco: Coco, folder: Path, path: Path, name: str) -> _Annotated:
+    photo, entry = folder / name, coco.photos[name]
+    if not os.path.isfile(photo):
+        raise DataError(
+            f"{printable(str(path))} names {printable(name)}, but there is no {printable(str(photo))}."
+        )
+    boxes = [(called, _from_sides(bbox)) for called, bbox in entry.boxes]
+    return _Annotated(photo, _size(_number(entry.height), _number(entry.width)), boxes)
+
+
+def _from_sides(bbox: object) -> Corners:
+    """Of COCO's left, top, width, height."""
+    values = [_number(value) for value in bbox] if isinstance(bbox, list) else []
+    known = [value for value in values if value is not None]
+    if len(values) != 4 or len(known) != 4:
+        return None
+    left, top, width, height = known
+    return left, top, left + width, top + height
+
+
+def _unnamed(folder: Path, coco: Coco, path: Path) -> list[LeftOut]:
+    """The photos in the folder that the JSON does not name, and what a folder's reader leaves out."""
+    found, named = walk(str(folder)), {str(folder / name) for name in coco.photos}
+    strange = [file for file in found.paths if is_image(file) and file not in named]
+    return [*found.left_out, *(LeftOut(printable(file), f"not in {path.name}") for file in strange)]
 
 
 # -- both --------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. Expected a name per line.") from error
+def _boxed(root: str, annotated: Iterable[_Annotated], left_out: Iterable[LeftOut]) -> Boxed:
+    """The photos that have boxes, each box inside its photo."""
+    out, unsized, cut = [*left_out], [], []
+    found: list[tuple[Path, Size, Tensor]] = []
+    for one in annotated:
+        photo = printable(str(one.photo))
+        if (size := _checked_size(one)) is None:
+            out.append(LeftOut(photo, "its size is not stated, nor can it be read"))
+            continue
+        kept = []
+        for called, corners in one.boxes:
+            inside, why = _inside(corners, size)
+            if inside is None:
+                out.append(LeftOut(called, why))
+            else:
+                kept.append(inside)
+                cut += [called] if why else []
+        if kept:
+            found.append((one.photo, size, torch.tensor(kept)))
+            unsized += [photo] if one.size is None else []
+        else:
+            out.append(LeftOut(photo, "no usable box" if one.boxes else "no object"))
+    if not found:
+        raise DataError(
+            f"no photo of {root} has a box. {' '.join(f'{note}.' for note in notes_on(out))}".strip()
+        )
+    guesses = {
+        "photos are of their files' size, for their annotations state none": unsized,
+        f"boxes {_CUT}": cut,
+    }
+    paths, sizes, boxes = zip(*found, strict=True)
+    said = tuple(counted(what, names) for what, names in guesses.items() if names)
+    return Boxed(root, paths, sizes, boxes, said, tuple(out))
 
 
-def _check_size(photo: Path, size: tuple[int, int]) -> None:
-    """Raise DataError for a photo that is not of the size that its boxes are for; not if it is unreadable."""
-    with contextlib.suppress(OSError), Image.open(photo) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        found = image.size if turned else image.size[::-1]
-        if found != size:
-            raise DataError(
-                f"{photo} is of {found[1]}x{found[0]} pixels (width x height), but its annotation says"
-                f" {size[1]}x{size[0]}."
-            )
+def _checked_size(one: _Annotated) -> Size | None:
+    """The photo's size, stated or its own. Raises DataError for a photo that is not of the size that its
+    boxes are for; not if it is unreadable."""
+    own: Size | None = None
+    with contextlib.suppress(Exception):  # decoders raise what they like
+        own = upright_size(str(one.photo))
+    if own and one.size and own != one.size:
+        raise DataError(
+            f"{printable(str(one.photo))} is of {own[1]}x{own[0]} pixels (width x height), but its annotation"
+            f" says {one.size[1]}x{one.size[0]}."
+        )
+    return one.size or own
 
 
-def _misplaced(boxes: Tensor, size: tuple[int, int]) -> int | None:
-    """The first box without an area, or that reaches beyond the photo by more than rounding."""
-    flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)
-    outside = (boxes - _clipped(boxes, size)).abs().amax(1) > _SLACK
-    wrong = (flat | outside).nonzero()
-    return int(wrong[0]) if len(wrong) else None
-
-
-def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _inside(corners: Corners, size: Size) -> tuple[Corners, str]:
+    """The part of a box that lies in its photo, or None; and what to say of the box, if anything."""
+    if corners is None:
+        return None, "a box that is not four numbers"
     height, width = size
-    return boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=boxes.dtype))
+    inside = tuple(
+        min(max(value, 0.0), side) for value, side in zip(corners, (width, height) * 2, strict=True)
+    )
+    left, top, right, bottom = inside
+    if left >= right or top >= bottom:
+        return None, "a box without an area in its photo"
+    beyond = max(abs(a - b) for a, b in zip(corners, inside, strict=True))
+    return inside, _CUT if beyond > _SLACK else ""

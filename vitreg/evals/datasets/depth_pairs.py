@@ -4,6 +4,7 @@ train, val = train_and_val("nyu/")
 metres = val.depth(0) / 1000              # (h, w), 0 where there is no value
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 
+from vitreg.decoding import opened, reason
 from vitreg.errors import DataError
 from vitreg.evals.datasets.classes import Source
-from vitreg.evals.datasets.masks import paired, photo_size
+from vitreg.evals.datasets.ids import photo_size
+from vitreg.evals.datasets.paired import paired
 from vitreg.evals.features import spread
+from vitreg.listing import LeftOut, notes_on, numbered_lines, printable, spelled
 
 # (top, bottom, left, right): the part of NYUd's 480 x 640 pixels that is tested (Eigen et al. 2014). Beyond
 # it photos have a white border and the projected depth few values, so heads are trained on it too.
@@ -25,13 +28,18 @@ EIGEN_CROP = (45, 471, 41, 601)
 
 @dataclass(frozen=True)
 class DepthPairs:
-    """Photos, and the file with each one's depth. `layout` is "nyu" or "folder"."""
+    """Photos, and the file with each one's depth. `layout` is "nyu" or "folder"; notes: what is left out."""
 
     root: str
     paths: tuple[Path, ...]
     depths: tuple[Path, ...]
     layout: str
     crop: tuple[int, int, int, int] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return notes_on(self.left_out)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,7 +62,12 @@ class DepthPairs:
         """The other's photos, then these, as one data set."""
         if other is None:
             return self
-        return replace(self, paths=other.paths + self.paths, depths=other.depths + self.depths)
+        return replace(
+            self,
+            paths=other.paths + self.paths,
+            depths=other.depths + self.depths,
+            left_out=other.left_out + self.left_out,
+        )
 
     @property
     def scenes(self) -> tuple[str, ...]:
@@ -92,16 +105,19 @@ def read_depth(path: Path) -> Float[np.ndarray, "h w"]:
 
     Raises DataError for 8 bits, which cannot hold millimetres, and for a file that cannot be read.
     """
+    named = printable(str(path))
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("I;16", "I;16B", "I", "F"):
+        with opened(str(path)) as image:
+            if image.mode != "F" and not image.mode.startswith("I"):
                 raise DataError(
-                    f"{path} is an 8-bit picture ({image.mode}), perhaps a rendering of the depth. Expected a"
-                    " greyscale PNG of 16 bits."
+                    f"{named} is an 8-bit picture ({image.mode}), perhaps a rendering of the depth."
+                    " Expected a greyscale PNG of 16 bits."
                 )
             values = np.array(image).astype(np.float32)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(f"the depth map {path} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise what they like
+        raise DataError(f"the depth map {named} cannot be read: {reason(error)}.") from error
     return np.where(np.isfinite(values) & (values > 0), values, np.float32(0))
 
 
@@ -143,24 +159,32 @@ def nyu(root: Source, split: str) -> DepthPairs:
     """
     root = Path(root)
     listed = root / f"nyu_{split}.txt"
-    paths: list[Path] = []
-    depths: list[Path] = []
-    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    pairs: list[tuple[Path, ...]] = []
+    repeated: list[LeftOut] = []
+    seen: set[tuple[Path, ...]] = set()
+    for number, line in numbered_lines(listed):
+        where = f"{printable(str(listed))}, line {number}"
         if len(names := line.split()) not in (2, 3):
-            raise DataError(
-                f"{listed}, line {number}: expected a photo, its depth map and perhaps a focal length."
-            )
-        for name, files in zip(names[:2], (paths, depths), strict=True):
-            path = root / name.lstrip("/")
-            if not path.exists():
-                raise DataError(f"{listed}, line {number} names {name}, but there is no {path}.")
-            files.append(path)
-    if not paths:
-        raise DataError(f"{listed} is empty.")
-    return DepthPairs(str(root), tuple(paths), tuple(depths), "nyu", EIGEN_CROP)
+            raise DataError(f"{where}: expected a photo, its depth map and perhaps a focal length.")
+        pair = tuple(_listed(root, name, where) for name in names[:2])
+        if pair in seen:
+            repeated.append(LeftOut(where, "listed before"))
+        else:
+            seen.add(pair)
+            pairs.append(pair)
+    if not pairs:
+        raise DataError(f"{printable(str(listed))} is empty.")
+    paths, depths = zip(*pairs, strict=True)
+    return DepthPairs(str(root), paths, depths, "nyu", EIGEN_CROP, tuple(repeated))
+
+
+def _listed(root: Path, name: str, where: str) -> Path:
+    candidates = [root / spelling.lstrip("/") for spelling in spelled(name)]
+    if path := next(filter(os.path.exists, candidates), None):
+        return path
+    raise DataError(f"{where} names {printable(name)}, but there is no {printable(str(candidates[0]))}.")
 
 
 def _of_folder(root: Path, place: Path) -> DepthPairs:
-    return DepthPairs(str(root), *paired(place / "images", place / "depth", "depth map"), "folder")
+    pairs = paired(place / "images", place / "depth", "depth map")
+    return DepthPairs(str(root), pairs.photos, pairs.others, "folder", left_out=pairs.left_out)

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vitreg.decoding import check_regular, reason
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals.datasets.classes import Source
-from vitreg.evals.datasets.masks import VOID, Masked, paired, train_and_val
+from vitreg.evals.datasets.masks import VOID, Masked, train_and_val
+from vitreg.evals.datasets.paired import paired
 from vitreg.evals.keys import digest
+from vitreg.listing import printable
 from vitreg.output import write_atomically
 
 
@@ -69,15 +72,16 @@ def _imagenet(mat: Path, folder: Path) -> Masked:
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     try:
+        check_regular(str(mat))
         with h5py.File(mat) as file:
             _unpack(file, folder)
-    except (OSError, KeyError) as error:
+    except Exception as error:  # h5py and damaged arrays raise what they like
         raise DataError(
-            f"{mat} is not laid out as gtsegs_ijcv.mat: {' '.join(str(error).split())}. Expected an HDF5 file"
-            " (MATLAB 7.3) with value/img and value/gt."
+            f"{printable(str(mat))} is not laid out as gtsegs_ijcv.mat: {reason(error)}. Expected an HDF5"
+            " file (MATLAB 7.3) with value/img and value/gt."
         ) from error
-    paths, masks = paired(folder / "images", folder / "masks", "mask")
-    return Masked(str(mat), paths, masks, ("background", "foreground"), (VOID,), "all")
+    pairs = paired(folder / "images", folder / "masks", "mask")
+    return Masked(str(mat), pairs.photos, pairs.others, ("background", "foreground"), (VOID,), "all")
 
 
 def _unpack(file: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Photos with a segmentation mask each: VOC, ADE20k, or folders images/ and masks/.
+"""Photos with a segmentation mask each: VOC, ADE20k, or folders of photos and of masks.
 
 train, val = train_and_val("VOCdevkit/VOC2012")
 ids = val.mask(0)                      # (h, w), -1 where the pixel has no class
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vitreg.errors import DataError
-from vitreg.evals.datasets.classes import Source, photos_in
+from vitreg.evals.datasets.classes import Source
+from vitreg.evals.datasets.ids import Colour, Stored, photo_size, read_mask, read_stored
+from vitreg.evals.datasets.paired import Pairs, files_called, listed_names, paired
 from vitreg.evals.features import spread
+from vitreg.listing import LeftOut, notes_on, printable
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -22,13 +24,16 @@ VOC_CLASSES = (
     "tvmonitor",
 )  # fmt: skip
 VOID = 255  # in VOC, and by custom elsewhere: the pixel has no class
+_MOST_CLASSES = 4096  # ADE20k in full has 3,688
+FOREGROUND = 255  # in masks that hold it and 0 only
 
 
 @dataclass(frozen=True)
 class Masked:
     """Photos, the file with each one's mask, and what the masks' ids are called.
 
-    Ids are 0 to len(classes) - 1 or one of `ignore`, which may lie in that range too (ADE20k's 0).
+    A pixel's id is one of `ids` (of each class in turn; if empty, 0 to len(classes) - 1) or one of `ignore`,
+    which may lie among those too (ADE20k's 0). `notes` say how ids were read, and what was left out.
     """
 
     root: str
@@ -37,6 +42,9 @@ class Masked:
     classes: tuple[str, ...]
     ignore: tuple[int, ...]
     split: str
+    ids: tuple[int, ...] = ()
+    guesses: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -50,78 +58,74 @@ class Masked:
         """The other's photos, then these, as one data set of the same classes."""
         if other is None:
             return self
-        return replace(self, paths=other.paths + self.paths, masks=other.masks + self.masks)
+        return replace(
+            self,
+            paths=other.paths + self.paths,
+            masks=other.masks + self.masks,
+            guesses=tuple(dict.fromkeys(other.guesses + self.guesses)),
+            left_out=other.left_out + self.left_out,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.guesses, *notes_on(self.left_out))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The classes that count: all but the ignored ids. `mask` numbers them in this order."""
-        return tuple(name for i, name in enumerate(self.classes) if i not in self.ignore)
+        return tuple(name for i, name in zip(self._ids, self.classes, strict=True) if i not in self.ignore)
+
+    @property
+    def _ids(self) -> tuple[int, ...]:
+        return self.ids or tuple(range(len(self.classes)))
 
     def mask(self, i: int) -> Int[np.ndarray, "h w"]:
         """The i-th mask in its own size: positions in `names`, -1 for ignored pixels.
 
         Raises DataError if it has another size than its photo, or an id that is no class.
         """
-        ids = read_mask(self.masks[i])
+        return self._numbered(i, read_stored(self.masks[i]))
+
+    def _numbered(self, i: int, stored: Stored) -> Int[np.ndarray, "h w"]:
+        ids, named = stored.ids, printable(str(self.masks[i]))
         if ids.shape != (found := photo_size(self.paths[i])):
             raise DataError(
-                f"{self.masks[i]} is {ids.shape[1]} x {ids.shape[0]} pixels, but its photo is"
+                f"{named} is {ids.shape[1]} x {ids.shape[0]} pixels, but its photo is"
                 f" {found[1]} x {found[0]}. Expected one id for each pixel of the photo."
             )
-        odd = set(np.unique(ids).tolist()) - set(range(len(self.classes))) - set(self.ignore)
-        if odd:
+        present = np.unique(ids)
+        if odd := set(present.tolist()) - set(self._ids) - set(self.ignore):
             raise DataError(
-                f"{self.masks[i]} has the id {min(odd)}, but {self.root} has {len(self.classes)} classes"
-                f" (0 to {len(self.classes) - 1}) and ignores {list(self.ignore)}."
+                f"{named} has the id {min(odd)}, but {self.root} has {len(self.classes)} classes"
+                f" ({min(self._ids)} to {max(self._ids)}) and ignores {list(self.ignore)}."
                 " Set the number of classes, or which id to ignore."
             )
-        return _renumbering(len(self.classes), self.ignore)[ids]
+        numbers = {one: k for k, one in enumerate(one for one in self._ids if one not in self.ignore)}
+        table = np.full(present[-1] - present[0] + 1, -1)
+        for one in present.tolist():
+            table[one - present[0]] = numbers.get(one, -1)
+        return table[ids - present[0]]
 
     def check(self) -> None:
-        """Read all masks. Raises DataError for the first bad one, and where all are of one class."""
+        """Read all masks. Raises DataError for the first bad one, where all are of one class, and where an id
+        has other colours in other masks: then it stands for other things."""
         seen: set[int] = set()
-        for i in range(len(self)):
-            seen |= set(np.unique(self.mask(i)).tolist())
+        colours: dict[int, tuple[Colour, Path]] = {}
+        for i, path in enumerate(self.masks):
+            stored = read_stored(path)
+            seen |= set(np.unique(self._numbered(i, stored)).tolist())
+            for one, colour in stored.colours.items():
+                known, where = colours.setdefault(one, (colour, path))
+                if known != colour and one not in self.ignore:
+                    raise DataError(
+                        f"the id {one} is of the colour {colour} in {printable(str(path))}, but {known} in"
+                        f" {printable(str(where))}. Expected one palette, so that an id is one class."
+                    )
         seen.discard(-1)
         if len(seen) < 2:
             what = f"one class only ({self.names[min(seen)]})" if seen else "no class at all"
-            raise DataError(f"the {len(self)} masks of {self.root} ({self.split}) hold {what}.")
-
-
-def _renumbering(classes: int, ignore: Sequence[int]) -> Int[np.ndarray, " ids"]:
-    table = np.full(max(classes, *ignore, 0) + 1, -1)
-    kept = [i for i in range(classes) if i not in ignore]
-    table[kept] = range(len(kept))
-    return table
-
-
-def read_mask(path: Path) -> Int[np.ndarray, "h w"]:
-    """The ids in a mask, (h, w): a palette's indices or grey values, of 8 or 16 bits.
-
-    Raises DataError for a colour picture and for a file that cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise DataError(
-                    f"{path} is a colour picture ({image.mode}), not a mask. Expected one id per pixel:"
-                    " a palette or greyscale PNG."
-                )
-            return np.array(image).astype(np.int64)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(f"the mask {path} cannot be read: {error}") from error
-
-
-def photo_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a photo once it is upright, from its header."""
-    try:
-        with Image.open(path) as image:
-            # Not a PNG's EXIF, to find which Pillow decodes the whole picture.
-            exif = image.getexif() if image.format != "PNG" else {}
-            lying = exif.get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if lying else (image.height, image.width)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"the photo {path} cannot be read: {error}") from error
+            said = "".join(f" {guess}" for guess in self.guesses)
+            raise DataError(f"the {len(self)} masks of {self.root} ({self.split}) hold {what}.{said}")
 
 
 # -- layouts -----------------------------------------------------------------------------------------
@@ -132,11 +136,13 @@ def train_and_val(
 ) -> tuple[Masked | None, Masked]:
     """The training and the validation photos of a data set in a layout that is known here.
 
-    Without a split of its own, all its photos are the second and the first is None. For images/ and masks/,
-    `classes` says how many there are and `ignore` which id is none, besides 255. `limit`: so many
-    of each, evenly spread. Raises DataError for another layout, a photo or a mask without the other, or masks
-    that `Masked.check` refuses.
+    Without a split of its own, all its photos are the second and the first is None. `classes` says how many
+    there are (default: VOC's 21, ADE20k's 150, elsewhere as many as the masks hold) and `ignore` which id is
+    none, besides 255; a note says how ids were read. `limit`: so many of each, evenly spread. Raises
+    DataError for another layout, a photo or a mask without the other, or masks that `Masked.check` refuses.
     """
+    if classes is not None and classes < 2:
+        raise DataError(f"classes={classes}: expected at least 2.")
     train, val = _recognised(Path(source), classes, ignore)
     val = val.some(spread(len(val), limit))
     val.check()
@@ -150,21 +156,22 @@ def _recognised(root: Path, classes: int | None, ignore: int | None) -> tuple[Ma
     if (root / "SegmentationClass").is_dir():
         lists = root / "ImageSets" / "Segmentation"
         if (lists / "train.txt").exists() and (lists / "val.txt").exists():
-            return voc(root, "train"), voc(root, "val")
-        return None, voc(root, "trainval")
+            return voc(root, "train", classes, ignore), voc(root, "val", classes, ignore)
+        return None, voc(root, "trainval", classes, ignore)
     if (root / "annotations" / "training").is_dir():
-        return ade20k(root)
+        return ade20k(root, classes, ignore)
     if (root / "images").is_dir():
-        return None, _of_folder(root, root, "all", classes, ignore)
+        return None, _of_folders(root, {"all": (root / "images", root / "masks")}, classes, ignore)[0]
     if (root / "train").is_dir() and (root / "val").is_dir():
         return folder(root, classes, ignore)
     raise DataError(
-        f"{root} has no layout that is known here. Expected VOC (SegmentationClass/, ImageSets/), ADE20k"
-        " (images/training/, annotations/training/), or images/ and masks/, perhaps in train/ and val/."
+        f"{printable(str(root))} has no layout that is known here. Expected VOC (SegmentationClass/,"
+        " ImageSets/), images/training/ and annotations/training/ (ADE20k, mmsegmentation), or images/ and"
+        " masks/, perhaps in train/ and val/."
     )
 
 
-def voc(root: Source, split: str) -> Masked:
+def voc(root: Source, split: str, classes: int | None = None, ignore: int | None = None) -> Masked:
     """PASCAL VOC: 21 classes with the background, 255 (object borders) ignored.
 
     `split` names a list in ImageSets/Segmentation. Raises DataError where it names a missing file.
@@ -172,63 +179,99 @@ def voc(root: Source, split: str) -> Masked:
     root = Path(root)
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.exists():
-        raise DataError(f"there is no {listed}. Expected the names of {split}'s photos, one per line.")
-    names = listed.read_text(encoding="utf-8").split()
-    if not names:
-        raise DataError(f"{listed} is empty.")
-    paths = [root / "JPEGImages" / f"{name}.jpg" for name in names]
-    masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
-    for path in [*paths, *masks]:
-        if not path.exists():
-            raise DataError(f"{listed} names {path.stem}, but there is no {path}.")
-    return Masked(str(root), tuple(paths), tuple(masks), VOC_CLASSES, (VOID,), split)
+        raise DataError(
+            f"there is no {printable(str(listed))}. Expected the names of {split}'s photos, one per line."
+        )
+    names, left_out = listed_names(listed)
+    folders = (root / "JPEGImages", root / "SegmentationClass")
+    paths, masks = (files_called(place, names, listed) for place in folders)
+    called = VOC_CLASSES if classes in (None, len(VOC_CLASSES)) else _called(range(classes or 0))
+    return Masked(str(root), paths, masks, called, _ignored(ignore), split, left_out=left_out)
 
 
-def ade20k(root: Source) -> tuple[Masked, Masked]:
-    """ADE20k as in the scene parsing challenge of 2016: 150 classes, numbered from 1; 0 is ignored."""
+def ade20k(root: Source, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
+    """images/ and annotations/ with training/ and validation/, as ADE20k and mmsegmentation have them.
+
+    ADE20k itself is known by its masks' names (ADE_...): 150 classes, numbered from 1; 0 is ignored. Of
+    others, ids are read as everywhere.
+    """
     root = Path(root)
-    classes = ("other", *(f"class {i}" for i in range(1, 151)))
-    parts = []
-    for split in ("training", "validation"):
-        paths, masks = paired(root / "images" / split, root / "annotations" / split, "mask")
-        parts.append(Masked(str(root), paths, masks, classes, (0,), split))
-    return parts[0], parts[1]
+    splits = {
+        split: (root / "images" / split, root / "annotations" / split) for split in ("training", "validation")
+    }
+    if classes is not None or ignore is not None:
+        return _two(_of_folders(root, splits, classes, ignore))
+    pairs = {split: paired(*places, "mask") for split, places in splits.items()}
+    if not all(mask.name.startswith("ADE_") for pair in pairs.values() for mask in pair.others):
+        return _two(_of_folders(root, splits, None, None))
+    called = ("other", *_called(range(1, 151)))
+    guess = "The masks are called as ADE20k's: ids 1 to 150 are its classes, 0 is none."
+    return _two([_masked(root, split, pair, called, (0,), (), guess) for split, pair in pairs.items()])
 
 
 def folder(root: Source, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
     """train/images, train/masks, val/images, val/masks. Without `classes`: as many as the masks have."""
     root = Path(root)
-    train, val = (_of_folder(root, root / split, split, classes, ignore) for split in ("train", "val"))
-    most = max(train.classes, val.classes, key=len)
-    return replace(train, classes=most), replace(val, classes=most)
+    splits = {split: (root / split / "images", root / split / "masks") for split in ("train", "val")}
+    return _two(_of_folders(root, splits, classes, ignore))
 
 
-def _of_folder(root: Path, place: Path, split: str, classes: int | None, ignore: int | None) -> Masked:
-    paths, masks = paired(place / "images", place / "masks", "mask")
-    ignored = (VOID,) if ignore is None else tuple(sorted({VOID, ignore}))
-    if classes is None:
-        classes = 1 + max(_largest_id(mask, ignored) for mask in masks)
-    return Masked(str(root), paths, masks, tuple(f"class {i}" for i in range(classes)), ignored, split)
+def _two(parts: Sequence[Masked]) -> tuple[Masked, Masked]:
+    train, val = parts
+    return train, val
 
 
-def _largest_id(mask: Path, ignored: Sequence[int]) -> int:
-    ids = read_mask(mask)
-    return int(ids[~np.isin(ids, ignored)].max(initial=-1))
+def _of_folders(
+    root: Path, splits: dict[str, tuple[Path, Path]], classes: int | None, ignore: int | None
+) -> list[Masked]:
+    """Each split's photos and masks, from its two folders; ids mean the same in all."""
+    pairs = {split: paired(*places, "mask") for split, places in splits.items()}
+    masks = [mask for pair in pairs.values() for mask in pair.others]
+    ignored, binary = _ignored(ignore), False
+    if classes in (None, 2):
+        present = _ids_in(masks)
+        binary = ignore is None and present == {0, FOREGROUND}
+        classes = classes or _number_of_classes(root, present - set(ignored))
+    assert classes is not None
+    guess = f"Ids 0 to {classes - 1} of the masks are classes, {' and '.join(map(str, ignored))} none."
+    called, ids = _called(range(classes)), tuple[int, ...]()
+    if binary:
+        guess = "The masks hold 0 and 255 only: 255 is the foreground. Set ignore=255 if it is no class."
+        called, ids, ignored = ("background", "foreground"), (0, FOREGROUND), ()
+    return [_masked(root, split, pair, called, ignored, ids, guess) for split, pair in pairs.items()]
 
 
-def paired(images: Path, others: Path, what: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Photos and their annotations: files of one name in two folders, whatever their extensions.
+def _masked(
+    root: Path,
+    split: str,
+    pairs: Pairs,
+    called: tuple[str, ...],
+    ignored: tuple[int, ...],
+    ids: tuple[int, ...],
+    guess: str,
+) -> Masked:
+    return Masked(
+        str(root), pairs.photos, pairs.others, called, ignored, split, ids, (guess,), pairs.left_out
+    )
 
-    Raises DataError for one without the other; `what` is the annotation's name.
-    """
-    photos, annotations = (_by_name(folder) for folder in (images, others))
-    for name in sorted(photos.keys() - annotations.keys()):
-        raise DataError(f"{photos[name]} has no {what}. Expected a file called {name} in {others}.")
-    for name in sorted(annotations.keys() - photos.keys()):
-        raise DataError(f"{annotations[name]} has no photo. Expected a file called {name} in {images}.")
-    names = sorted(photos)
-    return tuple(photos[name] for name in names), tuple(annotations[name] for name in names)
+
+def _number_of_classes(root: Path, ids: set[int]) -> int:
+    largest = max(ids, default=0)
+    if largest > _MOST_CLASSES:
+        raise DataError(
+            f"the masks of {printable(str(root))} have ids up to {largest}: objects rather than classes, or"
+            " colours. Expected ids from 0; set the number of classes if they are meant."
+        )
+    return max(largest, 0) + 1
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
-    return {str(path.relative_to(folder).with_suffix("")): path for path in photos_in(folder)}
+def _called(numbers: range) -> tuple[str, ...]:
+    return tuple(f"class {i}" for i in numbers)
+
+
+def _ignored(ignore: int | None) -> tuple[int, ...]:
+    return tuple(sorted({VOID, VOID if ignore is None else ignore}))
+
+
+def _ids_in(masks: Sequence[Path]) -> set[int]:
+    return {int(one) for mask in masks for one in np.unique(read_mask(mask))}

@@ -14,7 +14,6 @@ from typing import Any
 from vitreg.diagnosis import diagnose
 from vitreg.errors import DataError, VitregError
 from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.datasets.depth_pairs import nyu
 from vitreg.evals.datasets.foreground import foreground
 from vitreg.evals.features import spread
@@ -27,6 +26,7 @@ from vitreg.fixes import Fix
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.images import read_images
+from vitreg.listing import photos_in
 from vitreg.models import Backbone
 from vitreg.neurons import find_register_neurons
 from vitreg.settings import with_settings
