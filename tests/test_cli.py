@@ -207,7 +207,7 @@ def test_size_that_cuts_patches(run, model, photos):
     fails(
         run("diagnose", model, photos, "--size", "50"),
         "50x50 is not a multiple of the patch of 8x8",
-        "48 or 56",
+        "48x48 or 56x56",
     )
 
 

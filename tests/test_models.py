@@ -282,7 +282,7 @@ def test_nan_weights_name_the_parameter(timm_folder):
 
 def test_size_that_cuts_patches():
     said = message("timm:vit_tiny_patch16_224", size=225, random_weights=True)
-    assert "225x225 is not a multiple of the patch of 16x16 pixels; use 224 or 240" in said
+    assert "225x225 is not a multiple of the patch of 16x16 pixels; use 224x224 or 240x240" in said
 
 
 def test_device_and_dtype_that_do_not_exist(timm_folder):
