@@ -48,10 +48,7 @@ class KeyMismatch:
         if any(wrong):
             raise ModelLoadError(self._says(wrong))
         lacks, has = _named("keys", [*self.missing]), _named("keys", self.unexpected)
-        said = [
-            f"lacks {lacks}, which are random" if lacks else "",
-            f"has {has}, which are left out" if has else "",
-        ]
+        said = [f"lacks {lacks}, now random" if lacks else "", f"has {has} too many, left out" if has else ""]
         return f"the checkpoint {' and '.join(filter(None, said))}; blocks, embeddings and final norm fit."
 
     def refuse(self) -> None:

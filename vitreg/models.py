@@ -112,9 +112,9 @@ def wrap(
     """A Backbone around a model that the caller holds, which may be an encoder inside a larger model.
 
     `forward` runs `module` on (b, 3, h, w) images where `module(images)` does not. `image_size` is
-    (height, width) or one side in pixels; without it, what the preprocess makes of photos, or what the
-    model's own configuration says, or 224. Where they disagree, a ModelWarning says so. `anatomy` overrides
-    what would be found. Raises UnsupportedModelError with the reason for a model that is not a plain Vision
+    (height, width) or one side in pixels; without it, what the model's own configuration says, or 224. Where
+    `preprocess` gives photos another size, that is used, and a ModelWarning says so. `anatomy` overrides what
+    would be found. Raises UnsupportedModelError with the reason for a model that is not a plain Vision
     Transformer.
     """
     size = _agreed(name or type(module).__name__, module, preprocess, image_size)
@@ -125,16 +125,13 @@ def wrap(
 
 
 def _agreed(name: str, module: nn.Module, preprocess: Preprocess | None, asked: Size | None) -> Pair:
-    """The image size as asked for, as photos arrive, or as configured; a warning where these disagree."""
+    """The size at which photos arrive, else what was asked for or configured; a warning if they disagree."""
     arriving, configured = size_of_photos(preprocess), native_size(module)
-    if asked is None:
-        size, source = arriving or configured or FALLBACK, "its configuration says"
-    else:
-        size, configured, source = pair(asked), pair(asked), "the image_size that was asked for is"
-    if arriving and configured and arriving != configured:
-        gives = f"its preprocessing gives {written(arriving)}"
-        _say(name, f"{source} {written(configured)} pixels, and {gives}: read at {written(size)}.")
-    return size
+    said, source = (configured, "its configuration says") if asked is None else (pair(asked), "asked for is")
+    if arriving and said and arriving != said:
+        gives = f"its preprocessing gives {written(arriving)}, which is used"
+        _say(name, f"{source} {written(said)} pixels, and {gives}.")
+    return arriving or said or FALLBACK
 
 
 def _say(name: str, what: str) -> None:

@@ -67,6 +67,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         self._attended = False  # by the block that is running
         self._stack = ExitStack()
         self.layout = vit.layout  # of the latest pass
+        self._from_images = False  # whether the model was given images that say it
         self._blocks = vit.anatomy.block_modules(vit.model)
         self._inner: dict[int, TokenLayout] = {}  # per layer, where it is not `layout`
         self._layer = 0  # that runs, or ran last
@@ -122,6 +123,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         given = list(tensors_of((args, kwargs)))
         images = [x for x in given if x.dim() == 4 and x.shape[1] == 3]
         tables = [x for x in given if x.dim() == 2 and x.shape[1] == 2 and not x.is_floating_point()]
+        self._from_images = bool(images)
         if images:
             self.layout = self._vit.anatomy.layout((images[0].shape[2], images[0].shape[3]))
         elif tables:
@@ -167,10 +169,21 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         if not self._ours():
             return
         if output.dim() == 4:
-            self.layout = replace(self.layout, grid=(output.shape[2], output.shape[3]))
+            self._check_grid((output.shape[2], output.shape[3]))
             output = output.flatten(2).transpose(1, 2)
         if self._on_embedding:
             self._on_embedding(output.detach())
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        """Whoever reads images takes their layout by the patch size: it must be that of the pass."""
+        if self._from_images and grid != self.layout.grid:
+            high, wide = self._vit.anatomy.patch_size
+            raise UnsupportedModelError(
+                f"the images have {grid[0]}x{grid[1]} patches, but their size makes"
+                f" {self.layout.grid[0]}x{self.layout.grid[1]} of {high}x{wide} pixels. Use images of a"
+                " multiple of the patch, or wrap the model with the image_size of these."
+            )
+        self.layout = replace(self.layout, grid=grid)
 
     def _attention(self, call: AttentionCall) -> None:
         if self._inside is not None and self._ours() and self._on_attention:
