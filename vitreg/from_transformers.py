@@ -14,9 +14,8 @@ from vitreg.checkpoint_keys import KeyMismatch
 from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError
 from vitreg.preprocessing import hf_preprocess, plain_preprocess
 from vitreg.probe import Forward
-from vitreg.sizes import FALLBACK, Pair, Preprocess, native_size
+from vitreg.sizes import FALLBACK, VISION_CONFIGS, Pair, Preprocess, native_size
 
-_VISION = ("vision_config", "vision_encoder_config", "backbone_config", "encoder")  # nested, in any depth
 _TEXT = ("input_ids", "decoder_input_ids")
 
 
@@ -56,18 +55,25 @@ def build_vlm(name: str, size: Pair | None, random_weights: bool, trust_remote_c
 def vision_towers(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a (perhaps multimodal) model that take pixels and no text, the outermost first.
 
-    A part with a head comes before what it is built on. Raises UnsupportedModelError where there is none.
+    A part with a head comes before what it is built on. Without any, it is the model itself if that takes no
+    text. Raises UnsupportedModelError where it does.
     """
-    found = False
-    for part in module.modules():
-        parameters = list(inspect.signature(part.forward).parameters) if hasattr(part, "config") else []
-        if parameters[:1] == ["pixel_values"] and not set(_TEXT) & set(parameters):
-            found = True
-            yield part
-    if not found:
+    towers = [
+        part
+        for part in module.modules()
+        if hasattr(part, "config") and _arguments(part)[:1] == ["pixel_values"]
+    ]
+    without_text = [tower for tower in towers if not set(_TEXT) & set(_arguments(tower))]
+    if not without_text and set(_TEXT) & set(_arguments(module)):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no part that takes pixel_values first: no vision encoder."
+            f"{type(module).__name__} takes text, and has no part that takes pixel_values alone: no vision"
+            " encoder that vitreg can run. (Encoders of patches in a row are not supported.)"
         )
+    yield from without_text or [module]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def forward_of(module: nn.Module) -> Forward | None:
@@ -140,7 +146,7 @@ def _auto_class(config: Any) -> str:
 
 def _random_tower(transformers: Any, config: Any, trust_remote_code: bool) -> nn.Module:
     """Of a composite configuration, the vision model alone: the rest may be large."""
-    inner = next((found for name in _VISION if (found := getattr(config, name, None))), None)
+    inner = next((found for name in VISION_CONFIGS if (found := getattr(config, name, None))), None)
     if inner is not None:
         return _random_tower(transformers, inner, trust_remote_code)
     module: nn.Module = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)

@@ -275,10 +275,10 @@ def _folder_builder(folder: Path, trust_remote_code: bool) -> Builder:
         config = {}
     except ValueError as error:
         raise ModelLoadError(f"{folder}/config.json is not valid JSON ({error}).") from error
+    if "model_type" in config:  # transformers' wrapper of a timm model names its architecture, too
+        return partial(build_hf, str(folder), trust_remote_code=trust_remote_code)
     if "architecture" in config:
         return partial(_build_timm, f"local-dir:{folder}")
-    if "model_type" in config:
-        return partial(build_hf, str(folder), trust_remote_code=trust_remote_code)
     raise ModelLoadError(
         f"folder {folder} holds no model: expected a config.json with 'architecture' (timm) or 'model_type'"
         " (transformers), and weights beside it."

@@ -7,9 +7,12 @@ each photo, and a note says which.
 from typing import Any
 
 import PIL.Image
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.sizes import FALLBACK, Pair, Preprocess, size_of_photos, written
+
+Colours = tuple[float, ...]  # one number per colour
 
 _HALF = (0.5, 0.5, 0.5)
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
@@ -46,8 +49,9 @@ class HfPreprocess:
         self.processor, self.overrides = processor, overrides
 
     def __call__(self, image: PIL.Image.Image) -> Tensor:
-        pixels: Tensor = self.processor(image, return_tensors="pt", **self.overrides)["pixel_values"][0]
-        return pixels
+        """(3, h, w), or more dimensions where the processor makes several pictures of one."""
+        pixels: Tensor = self.processor(image, return_tensors="pt", **self.overrides)["pixel_values"]
+        return pixels[0] if len(pixels) == 1 else pixels
 
 
 def hf_preprocess(processor: Any, size: Pair | None, native: Pair | None) -> tuple[Preprocess, str]:
@@ -60,52 +64,72 @@ def hf_preprocess(processor: Any, size: Pair | None, native: Pair | None) -> tup
     given = size_of_photos(own)
     if given and size in (None, given):
         return own, ""
-    target = size or native or FALLBACK
-    tiles = _cuts_tiles(processor)
-    mean, std = _normalisation(processor)
+    target, tiles = size or native or FALLBACK, _cuts_tiles(processor)
+    colours = _normalisation(processor)
     resample = _INTERPOLATIONS.get(int(getattr(processor, "resample", None) or 3), "bicubic")
-    view = plain_preprocess(target, mean, std, resample, whole=tiles)
+    view = plain_preprocess(target, *(colours or (_HALF, _HALF)), resample, whole=tiles)
     if hasattr(processor, "max_num_patches") and not tiles:  # SigLIP 2: cut into patches, not into views
         return view, ""
-    does = "cuts a photo into several pictures" if tiles else "does not give one picture of one size"
-    if given:
-        does = f"gives {written(given)} whatever is asked for"
+    does = f"gives no picture of {written(size)}" if size else "gives no picture of one size"
+    does = "cuts a photo into several pictures" if tiles else does
     which = "the whole photo, squeezed to" if tiles else "the photo's centre, scaled to"
-    guessed = "" if size or native else " (a guess: its configuration names no size)"
-    return (
-        view,
-        f"its {type(processor).__name__} {does}; one view is read: {which} {written(target)}{guessed}.",
-    )
+    guesses = [] if size or native else ["the size"]
+    guesses += [] if colours else ["the normalisation"]
+    guessed = f" ({' and '.join(guesses)} guessed: no file says it)" if guesses else ""
+    name = type(processor).__name__
+    return view, f"its {name} {does}; one view is read: {which} {written(target)}{guessed}."
 
 
 def _sized(processor: Any, size: Pair) -> dict[str, Any]:
     """Arguments that make a processor yield `size`, keeping its ratio of resize to crop."""
     exact = {"height": size[0], "width": size[1]}
-    crop = getattr(processor, "crop_size", None)
-    if not (getattr(processor, "do_center_crop", False) and crop):
+    cropped = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
+    if not cropped or not cropped["height"]:
         return {"size": exact}
     resized = getattr(processor, "size", None) or {}
-    shortest = resized.get("shortest_edge") or resized.get("height") or crop["height"]
+    shortest = resized.get("shortest_edge") or resized.get("height") or cropped["height"]
     # The resized photo must cover the crop in both directions, whatever its own ratio.
-    return {"size": {"shortest_edge": round(max(size) * shortest / crop["height"])}, "crop_size": exact}
+    return {"size": {"shortest_edge": round(max(size) * shortest / cropped["height"])}, "crop_size": exact}
 
 
 def _cuts_tiles(processor: Any) -> bool:
-    """Whether a photo becomes several pictures (n, 3, h, w)."""
+    """Whether a large photo becomes several pictures (n, 3, h, w)."""
     try:
-        pixels = processor(PIL.Image.new("RGB", (640, 320)), return_tensors="pt")["pixel_values"][0]
+        pixels = HfPreprocess(processor, {})(PIL.Image.new("RGB", (1800, 1200)))
     except Exception:
         return False
     return pixels.dim() > 3 and pixels.shape[-3] == 3
 
 
-def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that make of pixels in 0..1 what the processor makes of those in 0..255."""
+def _normalisation(processor: Any) -> tuple[Colours, Colours] | None:
+    """Mean and standard deviation that make of pixels in 0..1 what the processor makes of those in 0..255; None
+    where neither its settings nor its pixels say them."""
     mean, std = (0.0,) * 3, (1.0,) * 3
     if getattr(processor, "do_normalize", True):
-        mean = tuple(getattr(processor, "image_mean", None) or _HALF)
-        std = tuple(getattr(processor, "image_std", None) or _HALF)
+        if getattr(processor, "image_mean", None) is None:
+            return _measured_normalisation(processor)
+        mean, std = _of_colours(processor.image_mean), _of_colours(processor.image_std)
     largest = 255.0
     if getattr(processor, "do_rescale", True):
         largest *= getattr(processor, "rescale_factor", None) or 1 / 255
     return tuple(x / largest for x in mean), tuple(x / largest for x in std)
+
+
+def _measured_normalisation(processor: Any) -> tuple[Colours, Colours] | None:
+    """The same of a processor that does not say it, by what it makes of a black and a white picture."""
+    try:
+        black, white = (_middle(processor, colour) for colour in ("black", "white"))
+    except Exception:  # a processor that wants more than a photo
+        return None
+    return tuple((black / (black - white)).tolist()), tuple((1 / (white - black)).tolist())
+
+
+def _middle(processor: Any, colour: str) -> Float[Tensor, "3"]:
+    """The median of each channel, which no padding changes."""
+    pixels = HfPreprocess(processor, {})(PIL.Image.new("RGB", (512, 512), colour))
+    return pixels.movedim(-3, 0).flatten(1).median(1).values
+
+
+def _of_colours(values: Any) -> Colours:
+    """One value per colour; some processors have one for all."""
+    return (float(values),) * 3 if isinstance(values, int | float) else tuple(values)

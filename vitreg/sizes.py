@@ -19,8 +19,8 @@ Size = int | tuple[int, int]
 Pair = tuple[int, int]  # (height, width) in pixels
 
 FALLBACK = (224, 224)
-_PHOTOS = ((320, 200), (200, 320))  # (width, height): a wide photo and a tall one
-_NESTED = ("vision_config", "backbone_config", "encoder", "encoder_config", "vision_encoder_config")
+_PHOTOS = ((1800, 1200), (1200, 1800))  # (width, height): a wide photo and a tall one, large enough for tiles
+VISION_CONFIGS = ("vision_config", "backbone_config", "encoder", "encoder_config", "vision_encoder_config")
 
 
 def pair(size: Any) -> Pair:
@@ -59,27 +59,45 @@ def native_size(module: nn.Module) -> Pair | None:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration, and those of the vision models nested in it, outermost first."""
-    level = [config] if config is not None else []
-    while level:
-        yield from level
-        level = [inner for outer in level for name in _NESTED if (inner := getattr(outer, name, None))]
+    """The configurations of vision models nested in one, and itself as the last: inner ones made a tower."""
+    if config is not None:
+        for name in VISION_CONFIGS:
+            yield from _configs(getattr(config, name, None))
+        yield config
 
 
 def size_of_photos(preprocess: Preprocess | None) -> Pair | None:
     """(height, width) of what a preprocess makes of every photo; None where that depends on the photo, or is
-    no picture (3, h, w)."""
-    sizes = set()
-    for photo in _PHOTOS:
-        try:
-            with torch.random.fork_rng(devices=[]):  # a random crop must not change the caller's numbers
-                pixels = preprocess(PIL.Image.new("RGB", photo)) if preprocess else None
-        except Exception:  # whoever reads photos with it will name it
-            return None
-        if not isinstance(pixels, Tensor) or pixels.dim() != 3 or len(pixels) != 3:
-            return None
-        sizes.add((pixels.shape[1], pixels.shape[2]))
-    return sizes.pop() if len(sizes) == 1 else None
+    no picture (3, h, w) of it: several, or its patches in a row."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # a random crop must not change the caller's numbers
+            made = [preprocess(photo) for photo in (_ramps(), *map(_grey, _PHOTOS))] if preprocess else []
+    except Exception:  # whoever reads photos with it will name it
+        return None
+    if not all(isinstance(pixels, Tensor) and pixels.dim() == 3 and len(pixels) == 3 for pixels in made):
+        return None
+    sizes = {(pixels.shape[1], pixels.shape[2]) for pixels in made}
+    return sizes.pop() if len(sizes) == 1 and _shows_ramps(made[0]) else None
+
+
+def _grey(size: Pair) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", size, "grey")
+
+
+def _ramps() -> PIL.Image.Image:
+    """Red grows to the right, green to the bottom."""
+    upright = PIL.Image.linear_gradient("L")
+    return PIL.Image.merge("RGB", (upright.rotate(90), upright, PIL.Image.new("L", upright.size)))
+
+
+def _shows_ramps(pixels: Tensor) -> bool:
+    """Whether red still changes steadily from left to right and green from top to bottom."""
+    return _steady(pixels[0].float().mean(0)) and _steady(pixels[1].float().mean(1))
+
+
+def _steady(profile: Tensor) -> bool:
+    places = torch.arange(len(profile), dtype=torch.float32)
+    return bool(torch.corrcoef(torch.stack([profile, places]))[0, 1].abs() > 0.5)  # a picture may be mirrored
 
 
 def refuse_partial_patches(module: nn.Module, size: Pair, native: Pair | None) -> None:
