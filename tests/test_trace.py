@@ -189,7 +189,10 @@ def test_images_of_several_grids_in_one_batch_are_refused() -> None:
     vit = CATALOG["hf siglip2"].backbone()
     grids = torch.tensor([[3, 6], [6, 3]])
     mask = torch.ones(2, 18, dtype=torch.long)
-    with vitreg.trace(vit), pytest.raises(UnsupportedModelError, match="images of 2 patch grids in one batch"):
+    with (
+        vitreg.trace(vit),
+        pytest.raises(UnsupportedModelError, match="images of 2 patch grids in one batch"),
+    ):
         vit.model(pixel_values=torch.rand(2, 18, 192), pixel_attention_mask=mask, spatial_shapes=grids)
 
 

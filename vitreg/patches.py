@@ -4,13 +4,13 @@
     patches.grid                        # (rows, columns) of the images that the probe used
     patches.size, patches.padding       # of any images: grid = (image + padding) // size
 
-A convolution's output is the grid. Where no part of the model has such an output, one pixel row and one pixel
-column of an image are changed: the tokens that change with them are the first row and column of the grid.
+A convolution's output is the grid. Where no part of the model has such an output, rows and columns of pixels
+are changed one by one: the tokens that change with the first ones are the first row and column of the grid.
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from vitreg.probe import Feature, Forward, Probe, _equal_tokens
 
@@ -36,10 +36,8 @@ def measure_patches(probe: Probe, forward: Forward) -> Patches:
     maps = [feature for feature in probe.features if len(feature.shape) == 4]
     of_grid = [feature for feature in maps if feature.grid[0] * feature.grid[1] == count]
     if of_grid:
-        grid = of_grid[-1].grid
-        first = next((feature for feature in of_grid if _cuts_images(feature.module)), None)
-        return Patches(of_grid[-1].name, grid, *_sides(probe, grid, first))
-    rows_of_patches = [feature for feature in probe.features if feature.shape[1:-1] == (count,)]
+        return Patches(of_grid[-1].name, of_grid[-1].grid, *_sides_of_maps(probe, of_grid))
+    rows_of_patches = [feature.name for feature in probe.features if feature.shape[1:-1] == (count,)]
     if maps and not rows_of_patches and count < maps[-1].grid[0] * maps[-1].grid[1]:
         rows, columns = maps[-1].grid
         raise probe._unsupported(
@@ -47,27 +45,63 @@ def measure_patches(probe: Probe, forward: Forward) -> Patches:
             " Token dropping and merging are not supported: switch them off"
         )
     grid = _grid_by_touch(probe, forward, count)
-    linear = rows_of_patches[-1] if rows_of_patches else None
-    return Patches(linear and linear.name, grid, *_sides(probe, grid, linear))
+    name = rows_of_patches[-1] if rows_of_patches else None
+    return Patches(name, grid, *_sides_by_touch(probe, forward, grid))
 
 
-def _cuts_images(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.in_channels == 3
+# -- where a map shows the grid ----------------------------------------------------------------------
 
 
-# -- the grid, where no part of the model shows it ---------------------------------------------------
+def _sides_of_maps(probe: Probe, of_grid: list[Feature]) -> tuple[Pair, Pair]:
+    """Size and padding of patches, each (vertical, horizontal), by the convolution that cuts images.
+
+    After a stem of several layers, only a size that the grid divides shows them.
+    """
+    grid = of_grid[-1].grid
+    cutting = next(
+        (f for f in of_grid if isinstance(f.module, nn.Conv2d) and f.module.in_channels == 3), None
+    )
+    sides = []
+    for axis in (0, 1):
+        length, cells = probe.image_size[axis], grid[axis]
+        side = _of_convolution(cutting.module, axis, cutting.entering[axis], length) if cutting else None
+        if side is None or (length + side[1]) // side[0] != cells:
+            side = (length // cells, 0)
+            if length % cells:
+                (height, width), (rows, columns) = probe.image_size, grid
+                near = f"{round(height / rows) * rows}x{round(width / columns) * columns}"
+                raise probe._unsupported(
+                    f"{rows}x{columns} patches of {height}x{width} pixels do not say how large a patch is",
+                    f"Use a size that the grid divides, such as {near}.",
+                )
+        sides.append(side)
+    (high, below), (wide, beside) = sides
+    return (high, wide), (below, beside)
+
+
+def _of_convolution(conv: nn.Module, axis: int, entering: int, length: int) -> Pair | None:
+    """Size and padding along one axis of patches that a convolution makes of images.
+
+    A model may bring the image to whole patches before: larger ones are padded, smaller ones are cut.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    stride, kernel = conv.stride[axis], conv.kernel_size[axis]
+    margin = 0 if isinstance(conv.padding, str) else conv.padding[axis]  # "same" has stride 1: no patches
+    if entering == length:
+        return stride, 2 * margin - conv.dilation[axis] * (kernel - 1) - 1 + stride
+    if entering == -(-length // stride) * stride:
+        return stride, stride - 1
+    return (stride, 0) if entering == length // stride * stride else None
+
+
+# -- where no part of the model shows it ---------------------------------------------------------------
 
 
 def _grid_by_touch(probe: Probe, forward: Forward, count: int) -> Pair:
     """The grid of `count` patches, by the tokens that the first row and the first column of pixels reach."""
-    images = probe._noise()[:1].repeat(3, 1, 1, 1)
-    images[1, :, 0] += CONTRAST
-    images[2, :, :, 0] += CONTRAST
-    stream = probe.entering(forward, images)
-    start = probe.constant_tokens()
-    row, column = (_changed(stream, other) for other in (1, 2))
-    rows, columns = len(column), len(row)
-    in_order = row == list(range(start, start + columns)) and column == [
+    row, column = _tokens_reached(probe, forward, [(0, 0), (1, 0)])
+    rows, columns, start = len(column), len(row), probe.constant_tokens()
+    in_order = row == [start + i for i in range(columns)] and column == [
         start + i * columns for i in range(rows)
     ]
     if rows * columns != count or not in_order:
@@ -81,72 +115,24 @@ def _grid_by_touch(probe: Probe, forward: Forward, count: int) -> Pair:
     return rows, columns
 
 
-def _changed(stream: Tensor, other: int) -> list[int]:
-    return (~_equal_tokens(stream[0], stream[other])).nonzero().flatten().tolist()
+def _sides_by_touch(probe: Probe, forward: Forward, grid: Pair) -> tuple[Pair, Pair]:
+    """Size and padding of patches, by how many rows and columns of pixels reach the first patch."""
+    sides = []
+    for axis in (0, 1):
+        length, cells = probe.image_size[axis], grid[axis]
+        possible = [side for side in range(1, length + 1) if cells in (length // side, -(-length // side))]
+        reached = _tokens_reached(probe, forward, [(axis, side - 1) for side in possible])
+        first = probe.constant_tokens()
+        side = max(side for side, tokens in zip(possible, reached, strict=True) if first in tokens)
+        sides.append((side, 0 if length // side == cells else side - 1))
+    (high, below), (wide, beside) = sides
+    return (high, wide), (below, beside)
 
 
-# -- the size of a patch, which says what the grid of other images is ---------------------------------
-
-
-def _sides(probe: Probe, grid: Pair, feature: Feature | None) -> tuple[Pair, Pair]:
-    """Size and padding of patches, each (vertical, horizontal)."""
-    module = feature.module if feature else None
-    if isinstance(module, nn.Conv2d) and feature and _cuts_images(module):
-        sides = [
-            _of_convolution(module, axis, feature.entering[axis], probe.image_size[axis]) for axis in (0, 1)
-        ]
-    elif isinstance(module, nn.Linear):
-        sides = _of_linear(module, probe.image_size, grid)
-    else:
-        sides = [None, None]
-    fitting = [
-        side if side and (length + side[1]) // side[0] == cells else _even(length, cells)
-        for side, length, cells in zip(sides, probe.image_size, grid, strict=True)
-    ]
-    vertical, horizontal = fitting
-    if vertical is None or horizontal is None:
-        (height, width), (rows, columns) = probe.image_size, grid
-        raise probe._unsupported(
-            f"{rows}x{columns} patches of {height}x{width} pixels do not say how large a patch is",
-            f"Use a size that the grid divides, such as {_near(height, rows)}x{_near(width, columns)}.",
-        )
-    return (vertical[0], horizontal[0]), (vertical[1], horizontal[1])
-
-
-def _near(length: int, cells: int) -> int:
-    return round(length / cells) * cells
-
-
-def _even(length: int, cells: int) -> Pair | None:
-    return None if length % cells else (length // cells, 0)
-
-
-def _of_convolution(conv: nn.Conv2d, axis: int, entering: int, length: int) -> Pair | None:
-    """Size and padding along one axis of patches that a convolution makes of images.
-
-    A model may bring the image to whole patches before: larger ones are padded, smaller ones are cut.
-    """
-    stride, kernel, margin = conv.stride[axis], conv.kernel_size[axis], conv.padding
-    if isinstance(margin, str):
-        return None
-    if entering == length:
-        return stride, 2 * margin[axis] - conv.dilation[axis] * (kernel - 1) - 1 + stride
-    if entering == -(-length // stride) * stride:
-        return stride, stride - 1
-    return (stride, 0) if entering == length // stride * stride else None
-
-
-def _of_linear(linear: nn.Linear, image: Pair, grid: Pair) -> list[Pair | None]:
-    """Of patches that a linear layer embeds, three colours of each pixel: the one shape of so many pixels
-    with which the image has this grid, cut or padded."""
-    pixels, rest = divmod(linear.in_features, 3)
-    fitting = {
-        ((high, padded * (high - 1)), (wide, padded * (wide - 1)))
-        for high in range(1, pixels + 1)
-        for wide in ([pixels // high] if pixels % high == 0 and not rest else [])
-        for padded in (0, 1)
-        if (image[0] + padded * (high - 1)) // high == grid[0]
-        and (image[1] + padded * (wide - 1)) // wide == grid[1]
-    }
-    cut = [sides for sides in fitting if sides[0][1] == sides[1][1] == 0] or list(fitting)
-    return list(cut[0]) if len(cut) == 1 else [None, None]
+def _tokens_reached(probe: Probe, forward: Forward, lines: list[Pair]) -> list[list[int]]:
+    """The tokens that change with each line of pixels, (0, row) or (1, column)."""
+    images = probe._noise()[:1].repeat(len(lines) + 1, 1, 1, 1)
+    for image, (axis, place) in zip(images[1:], lines, strict=True):
+        image.select(axis + 1, place).add_(CONTRAST)
+    stream = probe.entering(forward, images)
+    return [(~_equal_tokens(stream[0], changed)).nonzero().flatten().tolist() for changed in stream[1:]]

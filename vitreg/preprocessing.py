@@ -102,8 +102,10 @@ def _cuts_tiles(processor: Any) -> bool:
 
 
 def _normalisation(processor: Any) -> tuple[Colours, Colours] | None:
-    """Mean and standard deviation that make of pixels in 0..1 what the processor makes of those in 0..255; None
-    where neither its settings nor its pixels say them."""
+    """Mean and standard deviation that make of pixels in 0..1 what the processor makes of those in 0..255.
+
+    None where neither its settings nor its pixels say them.
+    """
     mean, std = (0.0,) * 3, (1.0,) * 3
     if getattr(processor, "do_normalize", True):
         if getattr(processor, "image_mean", None) is None:
