@@ -17,7 +17,7 @@ import vitreg
 from vitreg.archive.run import features_of
 from vitreg.errors import ModelWarning, UnsupportedModelError
 from vitreg.evals.observer import Observer
-from vitreg.sizes import parse_size, size_of_photos
+from vitreg.sizes import parse_size, shows_photos, size_of_photos
 
 PATCHES = ((8, 8), (8, 4))
 SIZES = ((32, 32), (24, 48), (36, 45), (30, 61))  # square, oblong, and two that patches do not divide
@@ -239,9 +239,6 @@ PREPROCESSES = {
     "random": (lambda image: to_tensor(image.resize((40, 24))) * torch.rand(1), (24, 40)),
     "keeps the ratio": (lambda image: to_tensor(image.resize((image.width // 4, image.height // 4))), None),
     "several": (lambda image: to_tensor(image.resize((32, 32))).expand(2, -1, -1, -1), None),
-    "patches in a row": (
-        lambda image: to_tensor(image.resize((64, 64))).unfold(1, 8, 8).permute(0, 3, 1, 2).flatten(2), None,
-    ),
     "raises": (lambda image: to_tensor(image)[5], None),
     "grey": (lambda image: to_tensor(image)[:1], None),
 }  # fmt: skip
@@ -252,6 +249,21 @@ def test_what_a_preprocess_gives(preprocess: Any, size: Any):
     before = torch.get_rng_state()
     assert size_of_photos(preprocess) == size
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_pictures_and_patches_in_a_row(mirrored: bool):
+    def in_a_row(image: PIL.Image.Image) -> Tensor:
+        cells = to_tensor(image.resize((64, 64))).unfold(1, 8, 8).unfold(2, 8, 8)  # (3, 8, 8, high, wide)
+        return cells.permute(0, 3, 1, 2, 4).flatten(2)
+
+    def picture(image: PIL.Image.Image) -> Tensor:
+        pixels = to_tensor(image.resize((40, 24)))
+        return pixels.flip(2) if mirrored else pixels
+
+    assert shows_photos(picture)
+    assert size_of_photos(in_a_row) == (8, 512)
+    assert not shows_photos(in_a_row)
 
 
 def test_a_preprocess_of_another_size_than_asked_for_wins_and_is_named():

@@ -204,7 +204,7 @@ def load_vlm(
     build = partial(build_vlm, place, trust_remote_code=trust_remote_code)
     built = _built(name, build, size, random_weights)
     if built.keys:
-        built.keys.refuse()
+        built.keys.refuse_missing()
     try:
         processor = processor_of(place, trust_remote_code)
     except Exception as error:

@@ -10,7 +10,7 @@ import PIL.Image
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.sizes import FALLBACK, Pair, Preprocess, size_of_photos, written
+from vitreg.sizes import FALLBACK, Pair, Preprocess, shows_photos, size_of_photos, written
 
 Colours = tuple[float, ...]  # one number per colour
 
@@ -62,7 +62,7 @@ def hf_preprocess(processor: Any, size: Pair | None, native: Pair | None) -> tup
     """
     own = HfPreprocess(processor, _sized(processor, size) if size else {})
     given = size_of_photos(own)
-    if given and size in (None, given):
+    if given and size in (None, given) and shows_photos(own):
         return own, ""
     target, tiles = size or native or FALLBACK, _cuts_tiles(processor)
     colours = _normalisation(processor)

@@ -68,20 +68,29 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def size_of_photos(preprocess: Preprocess | None) -> Pair | None:
     """(height, width) of what a preprocess makes of every photo; None where that depends on the photo, or is
-    no picture (3, h, w) of it: several, or its patches in a row."""
+    no picture (3, h, w)."""
+    made = _made(preprocess, [PIL.Image.new("RGB", size, "grey") for size in _PHOTOS])
+    sizes = {(pixels.shape[1], pixels.shape[2]) for pixels in made}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def shows_photos(preprocess: Preprocess) -> bool:
+    """Whether what it gives is a picture of the photo, and not, say, its patches in a row."""
+    return all(
+        _steady(pixels[0].float().mean(0)) and _steady(pixels[1].float().mean(1))
+        for pixels in _made(preprocess, [_ramps()])
+    )
+
+
+def _made(preprocess: Preprocess | None, photos: list[PIL.Image.Image]) -> list[Tensor]:
+    """What a preprocess makes of photos; nothing where that is not a picture (3, h, w) of each."""
     try:
         with torch.random.fork_rng(devices=[]):  # a random crop must not change the caller's numbers
-            made = [preprocess(photo) for photo in (_ramps(), *map(_grey, _PHOTOS))] if preprocess else []
+            made = [preprocess(photo) for photo in photos] if preprocess else []
     except Exception:  # whoever reads photos with it will name it
-        return None
-    if not all(isinstance(pixels, Tensor) and pixels.dim() == 3 and len(pixels) == 3 for pixels in made):
-        return None
-    sizes = {(pixels.shape[1], pixels.shape[2]) for pixels in made}
-    return sizes.pop() if len(sizes) == 1 and _shows_ramps(made[0]) else None
-
-
-def _grey(size: Pair) -> PIL.Image.Image:
-    return PIL.Image.new("RGB", size, "grey")
+        return []
+    good = all(isinstance(pixels, Tensor) and pixels.dim() == 3 and len(pixels) == 3 for pixels in made)
+    return made if good else []
 
 
 def _ramps() -> PIL.Image.Image:
@@ -90,14 +99,10 @@ def _ramps() -> PIL.Image.Image:
     return PIL.Image.merge("RGB", (upright.rotate(90), upright, PIL.Image.new("L", upright.size)))
 
 
-def _shows_ramps(pixels: Tensor) -> bool:
-    """Whether red still changes steadily from left to right and green from top to bottom."""
-    return _steady(pixels[0].float().mean(0)) and _steady(pixels[1].float().mean(1))
-
-
 def _steady(profile: Tensor) -> bool:
+    """Whether it rises (or falls) all along."""
     places = torch.arange(len(profile), dtype=torch.float32)
-    return bool(torch.corrcoef(torch.stack([profile, places]))[0, 1].abs() > 0.5)  # a picture may be mirrored
+    return bool(torch.corrcoef(torch.stack([profile, places]))[0, 1].abs() > 0.5)
 
 
 def refuse_partial_patches(module: nn.Module, size: Pair, native: Pair | None) -> None:
