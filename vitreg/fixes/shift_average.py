@@ -137,7 +137,7 @@ class _RunViews(BlockEdit):
     def __init__(self, carry: Carry[Tensor], vit: Backbone, shifts: list[Shift]) -> None:
         self.carry, self.twin, self.shifts = carry, _Twin(vit), shifts
         self.last = vit.anatomy.depth - 1
-        self.anatomy = vit.anatomy
+        self.patch_size, self.padding = vit.anatomy.patch_size, vit.anatomy.padding
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if getattr(block, "_is_replica", False):
@@ -152,8 +152,9 @@ class _RunViews(BlockEdit):
     def _view(self, images: Float[Tensor, "b 3 h w"], shift: Shift) -> Float[Tensor, "b p d"]:
         """The patches of one view, each back at the place of its content."""
         down, right, flipped = shift
-        grid = self.anatomy.layout((images.shape[2], images.shape[3])).grid
-        covered = self.anatomy.pixels(grid)
+        (height, width), (below, beside) = self.patch_size, self.padding
+        grid = ((images.shape[2] + below) // height, (images.shape[3] + beside) // width)  # Anatomy.layout
+        covered = (grid[0] * height, grid[1] * width)
         view = _fitted(images, covered)  # what lies beyond the patches must not come in on the other side
         height, width = self.anatomy.patch_size
         view = view.roll((down * height, right * width), (2, 3))
