@@ -106,7 +106,8 @@ def _normalisation(processor: Any) -> tuple[Colours, Colours] | None:
 
     None where neither its settings nor its pixels say them.
     """
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean: Colours = (0.0,) * 3
+    std: Colours = (1.0,) * 3
     if getattr(processor, "do_normalize", True):
         if getattr(processor, "image_mean", None) is None:
             return _measured_normalisation(processor)

@@ -156,7 +156,6 @@ class _RunViews(BlockEdit):
         grid = ((images.shape[2] + below) // height, (images.shape[3] + beside) // width)  # Anatomy.layout
         covered = (grid[0] * height, grid[1] * width)
         view = _fitted(images, covered)  # what lies beyond the patches must not come in on the other side
-        height, width = self.anatomy.patch_size
         view = view.roll((down * height, right * width), (2, 3))
         view = view.flip(3) if flipped else view
         view = _fitted(view, (max(covered[0], images.shape[2]), max(covered[1], images.shape[3])))
