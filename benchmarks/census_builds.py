@@ -146,7 +146,7 @@ def build_transformers(name: str, config: Any) -> nn.Module:
     """The model of this class, or of its vision part alone where the whole is too large."""
     import transformers
 
-    from vitreg.models import _hf_vision_tower
+    from vitreg.from_transformers import vision_towers
 
     cls = getattr(transformers, name)
     try:
@@ -156,7 +156,7 @@ def build_transformers(name: str, config: Any) -> nn.Module:
         if not hasattr(config, "vision_config"):
             raise
         whole = transformers.AutoModel.from_config(config.vision_config)
-    return _hf_vision_tower(whole)
+    return next(vision_towers(whole))
 
 
 NAMES = {"timm": timm_names, "transformers": transformers_names}

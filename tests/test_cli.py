@@ -1,22 +1,25 @@
 """The command line: results on stdout, one line and exit code 1 for our own errors, nothing half-written."""
 
+import inspect
 import json
 import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_models import tiny_timm
 from test_phantom import crops
 from timm.models._hub import save_for_hf
 
 import vitreg
-from vitreg.cli import main
+from vitreg.cli import Size, TrustRemoteCode, app, main
 from vitreg.images import demo_photos
 
 EXPECTED_KEYS = {
@@ -207,8 +210,48 @@ def test_size_that_cuts_patches(run, model, photos):
     fails(
         run("diagnose", model, photos, "--size", "50"),
         "50x50 is not a multiple of the patch of 8x8",
-        "48 or 56",
+        "48x48 or 56x56",
     )
+
+
+@pytest.mark.parametrize(("size", "grid"), [("48", [6, 6]), ("32x48", [4, 6]), ("40x24", [5, 3])])
+def test_size_of_one_side_or_two(run, model, photos, tmp_path, size, grid):
+    code, _, err = run("diagnose", model, photos, "--size", size, "--json", tmp_path / "d.json")
+    assert (code, err.count("Warning")) == (0, 0)
+    assert json.loads((tmp_path / "d.json").read_text())["grid"] == grid
+
+
+@pytest.mark.parametrize("size", ["0", "32x", "32x0", "wide"])
+def test_words_that_are_no_size(run, model, photos, size):
+    code, _, err = run("diagnose", model, photos, "--size", size)
+    assert code == 2
+    assert "HEIGHTxWIDTH" in err
+
+
+def test_every_command_with_a_model_has_the_same_options_for_it():
+    for command in app.registered_commands:
+        parameters = inspect.get_annotations(command.callback)
+        if "size" in parameters:
+            assert parameters["size"] is Size
+            assert parameters["trust_remote_code"] is TrustRemoteCode
+
+
+def test_what_is_said_of_a_model_is_one_line(run, photos, tmp_path):
+    """Its configuration says 28 pixels, its processor 14."""
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    side = {"height": 14, "width": 14}
+    transformers.ViTImageProcessor(size=side).save_pretrained(tmp_path / "dinov2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", vitreg.ModelWarning)
+        code, _, err = run("diagnose", tmp_path / "dinov2", photos, "--json", tmp_path / "d.json")
+    assert code == 0
+    lines = [line for line in err.splitlines() if "28x28" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("vitreg: ")
+    assert json.loads((tmp_path / "d.json").read_text())["grid"] == [2, 2]
 
 
 def test_not_a_vision_transformer(run, photos):

@@ -110,7 +110,6 @@ def test_layers_out_of_range_are_named(vit: vitreg.Backbone, layers: list[int], 
     ("rows", "reason"),
     [
         ("patches", "attention='patches': expected 'cls', 'registers', 'full' or patch numbers"),
-        ([0, 20], r"patches \[20\]: expected some of 0 to 19"),
         ([-1], r"patches \[-1\]: expected some of 0 to 19"),
         ([], r"patches \[\]: expected some of 0 to 19"),
     ],
@@ -168,13 +167,33 @@ def test_the_layout_follows_the_images(name: str, size: tuple[int, int]) -> None
     torch.testing.assert_close(t.attention, full.attention[..., rows, :])
 
 
-def test_another_size_is_refused_where_the_grid_cannot_be_seen() -> None:
+@pytest.mark.usefixtures("unchecked")
+def test_how_many_patches_there_are_is_known_in_the_pass(vit: vitreg.Backbone) -> None:
+    with (
+        vitreg.trace(vit, attention=[0, 20]),
+        pytest.raises(ValueError, match=r"patches \[20\]: expected some of 0 to 19"),
+    ):
+        vit(images(vit))
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 48), (48, 24), (16, 72)], ids=str)
+def test_the_layout_follows_the_images_where_no_map_shows_the_grid(size: tuple[int, int]) -> None:
+    """SigLIP 2 is given patches, and a table with the grid of each image; three sizes have 18 patches."""
     vit = CATALOG["hf siglip2"].backbone()
+    with vitreg.trace(vit) as t:
+        vit(torch.rand(1, 3, *size))
+    assert t.layout.grid == (size[0] // 8, size[1] // 8)
+
+
+def test_images_of_several_grids_in_one_batch_are_refused() -> None:
+    vit = CATALOG["hf siglip2"].backbone()
+    grids = torch.tensor([[3, 6], [6, 3]])
+    mask = torch.ones(2, 18, dtype=torch.long)
     with (
         vitreg.trace(vit),
-        pytest.raises(UnsupportedModelError, match=r"wrap the model with that image_size"),
+        pytest.raises(UnsupportedModelError, match="images of 2 patch grids in one batch"),
     ):
-        vit(torch.rand(1, 3, 48, 48))
+        vit.model(pixel_values=torch.rand(2, 18, 192), pixel_attention_mask=mask, spatial_shapes=grids)
 
 
 def test_packed_patches_are_refused() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
+from vitreg.patches import measure_patches
 from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
 from vitreg.weights import inputs_of, is_ordinary, outputs_of
 
@@ -76,7 +77,8 @@ class Anatomy:
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
     are given must agree with it. `masked`, also measured, says whether attention has a mask or a positional
-    bias.
+    bias. `padding` (height, width): pixels that the model adds to an image before it cuts patches; without
+    it, what does not fill a patch is left out.
     """
 
     blocks: str
@@ -90,6 +92,7 @@ class Anatomy:
     neurons: int = 0
     heads: int = 0
     masked: bool = False
+    padding: tuple[int, int] = (0, 0)
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
@@ -100,11 +103,11 @@ class Anatomy:
 
     def layout(self, image_size: tuple[int, int]) -> TokenLayout:
         """The token layout of a forward pass on images of (height, width) pixels."""
-        grid = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
-        return TokenLayout(self.prefix, self.registers, grid)
+        (height, width), (high, wide), (below, beside) = image_size, self.patch_size, self.padding
+        return TokenLayout(self.prefix, self.registers, ((height + below) // high, (width + beside) // wide))
 
     def pixels(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the images whose patches fill a grid."""
+        """(height, width) of the images that a grid of patches covers, without any rest."""
         return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
 
 
@@ -129,15 +132,21 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     probe.run(forward)
     probe.check_stream()
     heads = probe.heads()
-    anatomy = given or Anatomy(
+    return _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+
+
+def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:
+    registers = _count_registers(model, probe.constant_tokens())
+    patches = measure_patches(probe, forward)
+    return Anatomy(
         blocks=stack,
         down_projection=probe.down_projection(),
-        prefix=probe.constant_tokens() - (registers := _count_registers(model, probe.constant_tokens())),
+        prefix=probe.constant_tokens() - registers,
         registers=registers,
-        patch_size=probe.patch_size(),
-        patch_embedding=probe.patch_embedding(),
+        patch_size=patches.size,
+        patch_embedding=patches.embedding,
+        padding=patches.padding,
     )
-    return _measured(anatomy, model, probe, heads)
 
 
 def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> Anatomy:
@@ -203,20 +212,22 @@ def _refuse_non_finite(model: nn.Module) -> None:
 
 
 def _find_block_stack(model: nn.Module) -> str:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and _is_stack(module):
-            return name
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    for least in (2, 1):  # one block alone is rare, and many things are lists of one
+        for name, module in lists:
+            if _is_stack(module, least):
+                return name
     raise UnsupportedModelError(
         f"found no stack of transformer blocks in {type(model).__name__}: no ModuleList or Sequential of"
-        f" at least 2 modules of one class with at least 2 linear layers each. {PASS_AN_ANATOMY}"
+        f" modules of one class with at least 2 linear layers each. {PASS_AN_ANATOMY}"
     )
 
 
-def _is_stack(module: nn.Module) -> bool:
+def _is_stack(module: nn.Module, least: int) -> bool:
     children = list(module.children())
     # By name: of blocks of one class, FSDP or a fix may have given some a subclass of that name.
     one_class = len({type(child).__name__ for child in children}) == 1
-    return len(children) >= 2 and one_class and all(count_linears(child) >= 2 for child in children)
+    return len(children) >= least and one_class and all(count_linears(child) >= 2 for child in children)
 
 
 def _count_registers(model: nn.Module, constant_tokens: int) -> int:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -55,16 +55,33 @@ def _root(
         raise typer.Exit
 
 
+def _size(text: str) -> tuple[int, int]:
+    from vitreg.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 # Options that several commands share.
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
 Report = Annotated[Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")]
-Size = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Image side; positions are resampled.")]
+Size = Annotated[
+    Any,
+    typer.Option(
+        metavar="PX", parser=_size, help="Image side, or HEIGHTxWIDTH; positions are resampled accordingly."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N readable images.")]
 Spread = Annotated[int | None, typer.Option(metavar="N", min=1, help="So many images, evenly spread.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1)]
 Workers = Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")]
 Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")]
 Dtype = Annotated[str, typer.Option(metavar="D", help="float32, bfloat16 or float16.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="Run Python code that comes with a checkpoint of transformers.")
+]
 RandomWeights = Annotated[bool, typer.Option(help="Build without a download, to try things out.")]
 Strict = Annotated[bool, typer.Option(help="Stop at the first image that cannot be read.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{SCHEMES}.")]
@@ -94,6 +111,7 @@ def diagnose(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
     strict: Strict = False,
 ) -> None:
     """Does a model have attention artifacts? Where, from which layer on, and what do they do?"""
@@ -105,7 +123,7 @@ def diagnose(
         loaded = vitreg.load_fix(fix) if fix else None
         found: list[Diagnosis] = []
         for model in models:
-            vit = _load(model, size, random_weights, device, dtype)
+            vit = _load(model, size, random_weights, device, dtype, trust_remote_code)
             if loaded:
                 loaded.apply(vit)
                 vit = replace(vit, name=f"{vit.name}, fixed ({loaded.type})")
@@ -145,6 +163,7 @@ def fix(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
     strict: Strict = False,
 ) -> None:
     """Find what makes the artifacts, build the fix that suits the model, verify and save it."""
@@ -154,7 +173,7 @@ def fix(
     with joined() as ranks:
         _check_writable(json_path, report)
         check_target(out)
-        vit = _load(model, size, random_weights, device, dtype)
+        vit = _load(model, size, random_weights, device, dtype, trust_remote_code)
         photos = vitreg.read_images(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True,
             ranks=ranks,
@@ -193,6 +212,7 @@ def verify(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
     strict: Strict = False,
 ) -> None:
     """Does a fix help? The same images before and after, against controls."""
@@ -201,7 +221,7 @@ def verify(
     with joined() as ranks:
         _check_writable(json_path, report)
         loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
-        vit = _load(model, size, random_weights, device, dtype)
+        vit = _load(model, size, random_weights, device, dtype, trust_remote_code)
         loaded.check(vit)
         photos = vitreg.read_images(
             images, vit, batch_size=batch_size, limit=limit, workers=workers, strict=strict, progress=True,
@@ -245,6 +265,7 @@ def eval_(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model, with or without a fix, on one of the papers' tasks."""
     from vitreg.evals.command import run
@@ -253,7 +274,7 @@ def eval_(
     with joined() as ranks:
         run(
             task,
-            lambda builder: _load(model, size, random_weights, device, dtype, builder),
+            lambda builder: _load(model, size, random_weights, device, dtype, trust_remote_code, builder),
             data,
             fix=fix,
             compared=compare,
@@ -297,7 +318,7 @@ def papers(
     run_table(
         run,
         data,
-        lambda row, builder: _load(row.model, row.size, False, device, dtype, builder),
+        lambda row, builder: _load(row.model, row.size, False, device, dtype, False, builder),
         again=again,
         batch_size=batch_size,
         workers=workers,
@@ -343,13 +364,15 @@ def features(
         str | None, typer.Option(metavar="C", help="The Parquet column with image bytes.")
     ] = None,
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the features of a whole archive as Parquet and safetensors, on Ray. The same command goes on."""
     import vitreg
 
     chosen = _numbers(layers)
     loaded = vitreg.load_fix(fix) if fix else None
-    vit = _load(model, size, random_weights, "cpu", precision)  # workers move it to their device
+    # Workers move it to their device.
+    vit = _load(model, size, random_weights, "cpu", precision, trust_remote_code)
     if loaded:
         loaded.apply(vit)
     found = vitreg.extract_archive(
@@ -388,13 +411,14 @@ def registers(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What do registers learn? Where each of them looks, and how alike they are."""
     import vitreg
 
     _check_writable(json_path, figure)
     loaded = vitreg.load_fix(fix) if fix else None
-    vit = _load(model, size, random_weights, device, dtype)
+    vit = _load(model, size, random_weights, device, dtype, trust_remote_code)
     if loaded:
         loaded.apply(vit)
     photos = vitreg.read_images(
@@ -488,6 +512,7 @@ def explorer(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
     host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines, too.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=65535, help="Default: the first free one from 7860.")
@@ -497,7 +522,13 @@ def explorer(
     """Explore a model on a local page: norms, attention, neurons, objects, before and after a fix."""
     from vitreg.app import launch
 
-    options = {"size": size, "device": device, "dtype": dtype, "random_weights": random_weights}
+    options = {
+        "size": size,
+        "device": device,
+        "dtype": dtype,
+        "random_weights": random_weights,
+        "trust_remote_code": trust_remote_code,
+    }
     if model is None and (images or fix):
         raise typer.BadParameter("the bundled example has its own photos and fix: name a MODEL.")
     with Console(stderr=True).status("loading and diagnosing") as status:
@@ -536,17 +567,25 @@ def demo(
 
 def _load(
     model: str,
-    size: int | None,
+    size: "Size | None",
     random_weights: bool,
     device: str,
     dtype: str,
+    trust_remote_code: bool,
     builder: "Callable[..., Backbone] | None" = None,
 ) -> "Backbone":
     import vitreg
 
     build = builder or vitreg.load
     with Console(stderr=True).status(f"loading {model}"):
-        return build(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        return build(
+            model,
+            size=size,
+            random_weights=random_weights,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -600,6 +639,11 @@ def _write_figure(result: "Diagnosis | Emergence | RegisterStudy", path: Path | 
         typer.echo(f"figure: {path}")
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """One line, as errors are; where in the code a warning arose is nothing to a user of the command."""
+    sys.stderr.write(f"vitreg: {' '.join(str(message).split())}\n")
+
+
 def main() -> None:
     """The `vitreg` command."""
     warnings.filterwarnings("ignore", module=r"(timm|transformers|open_clip|torch|huggingface_hub)(\..*)?")
@@ -608,6 +652,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # What libraries log (a hub's retries, say) would bury our one line; what matters comes as an error.
     logging.disable(logging.ERROR)
+    show, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         app()
     except VitregError as error:
@@ -617,6 +662,7 @@ def main() -> None:
         sys.stderr.write("vitreg: interrupted\n")
         sys.exit(130)
     finally:
+        warnings.showwarning = show
         logging.disable(logging.NOTSET)
 
 

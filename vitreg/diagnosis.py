@@ -268,6 +268,7 @@ class Collected:
     """What one pass over the images gave: sums, for norms and for each other kind, and the first images."""
 
     layout: TokenLayout
+    image_size: tuple[int, int]
     statistics: Statistics
     meters: tuple[Meter, ...]
     examples: list[Example]
@@ -276,13 +277,14 @@ class Collected:
 def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples: int) -> Collected:
     """The sums over all images in one pass, their token layout, and the first few as examples."""
     collector: Collector | None = None
+    size: tuple[int, int] | None = None
     kept: list[tuple[int, Example]] = []  # with the images' places
     with ExitStack() as stack:
         stack.enter_context(evaluating(vit.model))
         for batch in images:
             pixels, names = pixels_of(batch), getattr(batch, "names", ())
             if collector is None:
-                layout = vit.layout_for(pixels)
+                layout, size = vit.layout_for(pixels), (pixels.shape[2], pixels.shape[3])
                 collector = _collector(vit, layout)
                 stack.enter_context(collector.watching())
             elif vit.layout_for(pixels) != collector.layout:
@@ -294,7 +296,7 @@ def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples:
             if len(kept) < examples:
                 start = places_of(batch, len(kept)).start
                 kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
-    return _together(vit, collector, kept, examples, ranks_of(images))
+    return _together(vit, collector, size, kept, examples, ranks_of(images))
 
 
 def _collector(vit: Backbone, layout: TokenLayout) -> Collector:
@@ -305,6 +307,7 @@ def _collector(vit: Backbone, layout: TokenLayout) -> Collector:
 def _together(
     vit: Backbone,
     collector: Collector | None,
+    size: tuple[int, int] | None,
     kept: list[tuple[int, Example]],
     examples: int,
     ranks: Ranks,
@@ -320,8 +323,13 @@ def _together(
     for meter in mine.meters:
         meter.all_reduce(ranks)
     first = sorted(itertools.chain(*ranks.gather(kept)), key=lambda pair: pair[0])[:examples]
+    image_size = next(filter(None, ranks.gather(size)))
     return Collected(
-        layouts[0], mine.statistics.together(ranks), tuple(mine.meters), [example for _, example in first]
+        layouts[0],
+        image_size,
+        mine.statistics.together(ranks),
+        tuple(mine.meters),
+        [example for _, example in first],
     )
 
 
@@ -372,7 +380,7 @@ def _conclude(vit: Backbone, seen: Collected, failed: list[dict[str, str]]) -> D
         planted=vit.planted,
         images=s.images,
         failed_images=failed,
-        image_size=vit.anatomy.pixels(layout.grid),
+        image_size=seen.image_size,
         grid=layout.grid,
         prefix_tokens=layout.prefix,
         register_tokens=layout.registers,

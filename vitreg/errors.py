@@ -13,7 +13,8 @@
     └── MissingExtraError       an optional library that is not installed
 
     UserWarning
-    └── FixWarning              a fix that was made for other weights, or saved with more than is known here
+    ├── FixWarning              a fix that was made for other weights, or saved with more than is known here
+    └── ModelWarning            a model that is read otherwise than its files say
 
 Each message says what was found, what was expected, and what to do.
 The command line turns a VitregError into one line and exit code 1; anything else is a bug.
@@ -70,3 +71,8 @@ class MissingExtraError(VitregError):
 
 class FixWarning(UserWarning):
     """A fix was made for other weights, or its saved folder holds what this version does not know."""
+
+
+class ModelWarning(UserWarning):
+    """A model is read otherwise than its files say: at another size, by one view of each photo, or without
+    keys that do not matter."""

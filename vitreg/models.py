@@ -3,47 +3,62 @@
     vit = load("timm:vit_large_patch14_dinov2.lvd142m")     # or hf:ID, open_clip:ARCH/TAG, a folder
     vit = wrap(my_model, preprocess)                         # a model already at hand
 
-This is the only file that knows libraries.
+Only this file and those that it is made of know libraries: from_transformers.py, preprocessing.py, sizes.py.
 """
 
 import difflib
-import inspect
 import json
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import Anatomy, TokenLayout, find_anatomy
-from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError, VitregError
+from vitreg.built import Built
+from vitreg.errors import (
+    MissingExtraError,
+    ModelLoadError,
+    ModelWarning,
+    UnsupportedModelError,
+    VitregError,
+)
+from vitreg.from_transformers import build_hf, build_vlm, forward_of, processor_of
 from vitreg.placement import device_of, dtype_of
+from vitreg.preprocessing import timm_preprocess
 from vitreg.probe import Forward
+from vitreg.sizes import (
+    FALLBACK,
+    Pair,
+    Preprocess,
+    Size,
+    native_size,
+    pair,
+    refuse_partial_patches,
+    size_of_photos,
+    written,
+)
 
-Preprocess = Callable[[PIL.Image.Image], Tensor]
-Size = int | tuple[int, int]
 Tokenize = Callable[[list[str]], Tensor]  # texts -> token ids (texts, length)
-Built = tuple[nn.Module, Preprocess | None, tuple[int, int]]
-Builder = Callable[[tuple[int, int] | None, bool], Built]
+Builder = Callable[[Pair | None, bool], Built]
 
 SCHEMES = (
     "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format"
 )
 PLANTED = "_vitreg_planted"  # an attribute of a module, and its copies, whose artifacts were planted
-_HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A Vision Transformer that vitreg can read. Call it on (b, 3, h, w) images as one would the model.
 
-    `model` is the module as its library made it, unchanged. `image_size` is (height, width) in pixels.
+    `model` is the module as its library made it, unchanged. `image_size` (height, width) in pixels is what
+    its preprocess gives of a photo; images of other sizes may come, and `layout_for` knows their tokens.
     `planted` says that its artifacts were (vitreg.plant): it is called a phantom wherever it is shown.
     """
 
@@ -80,13 +95,13 @@ class Backbone:
 
     def with_model(self, model: nn.Module, name: str) -> "Backbone":
         """The same backbone around another instance of the same model (a copy with other weights)."""
-        if self.forward is not None and _forward_of(self.model) is None:
+        if self.forward is not None and forward_of(self.model) is None:
             raise UnsupportedModelError(
                 "this backbone was wrapped with a `forward` of its own, which would still run the old model."
                 " Wrap the copy with wrap(copy, forward=...)."
             )
         # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
-        forward = _forward_of(model)
+        forward = forward_of(model)
         return Backbone(
             model, name, self.anatomy, self.image_size, self.preprocess, forward, planted=self.planted
         )
@@ -104,17 +119,31 @@ def wrap(
     """A Backbone around a model that the caller holds, which may be an encoder inside a larger model.
 
     `forward` runs `module` on (b, 3, h, w) images where `module(images)` does not. `image_size` is
-    (height, width) or one side in pixels; without it, what the model's own configuration says, or 224.
-    `anatomy` overrides what would be found. Raises UnsupportedModelError with the reason for a model
-    that is not a plain Vision Transformer.
+    (height, width) or one side in pixels; without it, what the model's own configuration says, or 224. Where
+    `preprocess` gives photos another size, that is used, and a ModelWarning says so. `anatomy` overrides what
+    would be found. Raises UnsupportedModelError with the reason for a model that is not a plain Vision
+    Transformer.
     """
-    size = _pair(image_size) if image_size is not None else _native_size(module)
-    _refuse_partial_patches(module, size)
-    forward = forward or _forward_of(module)
+    size = _agreed(name or type(module).__name__, module, preprocess, image_size)
+    forward = forward or forward_of(module)
     found = find_anatomy(module, forward or module, size, anatomy)
-    preprocess = preprocess or _timm_preprocess(module, size)
+    preprocess = preprocess or timm_preprocess(module, size)
     named, planted = name or type(module).__name__, getattr(module, PLANTED, False)
     return Backbone(module, named, found, size, preprocess, forward, planted=planted)
+
+
+def _agreed(name: str, module: nn.Module, preprocess: Preprocess | None, asked: Size | None) -> Pair:
+    """The size at which photos arrive, else what was asked for or configured; a warning if they disagree."""
+    arriving, configured = size_of_photos(preprocess), native_size(module)
+    said, source = (configured, "its configuration says") if asked is None else (pair(asked), "asked for is")
+    if arriving and said and arriving != said:
+        gives = f"its preprocessing gives {written(arriving)}, which is used"
+        _say(name, f"{source} {written(said)} pixels, and {gives}.")
+    return arriving or said or FALLBACK
+
+
+def _say(name: str, what: str) -> None:
+    warnings.warn(f"{name}: {what}", ModelWarning, stacklevel=4)
 
 
 def load(
@@ -124,16 +153,23 @@ def load(
     random_weights: bool = False,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> Backbone:
     """Build a pretrained model with its own preprocessing.
 
     `name` is `timm:NAME`, `timm:hf-hub:ID`, `hf:ID`, `open_clip:ARCH/TAG`, or a folder in timm's or
-    transformers' own format. `size` (pixels) re-interpolates the positions as that library does.
+    transformers' own format. Of a composite model (a vision-language model, say) it is the vision tower.
+    `size`, one side or (height, width) in pixels, re-interpolates the positions as that library does.
     `random_weights` builds the same architecture without a download (`hf:` then also takes a model type
-    such as `hf:dinov2`). Raises ModelLoadError, or UnsupportedModelError for what is no plain ViT.
+    such as `hf:dinov2`). `trust_remote_code` runs Python code that comes with a transformers checkpoint.
+
+    Warns (ModelWarning) where configuration and preprocessing disagree on the size, where the preprocess
+    gives one view of a photo that the library would cut into several, and where keys of the checkpoint do not
+    fit outside of blocks, embeddings and final norm. Raises ModelLoadError, or UnsupportedModelError for what
+    is no plain ViT.
     """
-    module, preprocess, pair = _built(name, _builder(name), size, random_weights, device, dtype)
-    return wrap(module, preprocess, image_size=pair, name=name)
+    built = _built(name, _builder(name, trust_remote_code), size, random_weights)
+    return _backbone(built, name, size, _device(device), _dtype(dtype))
 
 
 def load_clip(
@@ -143,22 +179,22 @@ def load_clip(
     random_weights: bool = False,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> tuple[Backbone, nn.Module, Tokenize]:
     """An `open_clip:ARCH/TAG` with its text tower: the vision tower as `load` gives it, the whole model,
     and its tokenizer. Raises as `load` does, and ModelLoadError for any other kind of name."""
     scheme, _, rest = name.partition(":")
     if scheme != "open_clip" or not rest:
         raise ModelLoadError(f"{name} has no text tower: expected open_clip:ARCH/TAG.")
-    clip, preprocess, pair = _built(
-        name, partial(_build_whole_clip, rest), size, random_weights, device, dtype
-    )
+    built = _built(name, partial(_build_open_clip, rest), size, random_weights)
     import open_clip
 
     try:
         tokenize: Tokenize = open_clip.get_tokenizer(rest.partition("/")[0])
     except Exception as error:  # a tokenizer from a hub
         raise ModelLoadError(_explain(name, error)) from error
-    return wrap(_visual(clip), preprocess, image_size=pair, name=name), clip, tokenize
+    clip = built.whole.to(_device(device), _dtype(dtype)).eval()
+    return _backbone(built, name, size, _device(device), _dtype(dtype)), clip, tokenize
 
 
 def load_vlm(
@@ -168,75 +204,89 @@ def load_vlm(
     random_weights: bool = False,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> tuple[Backbone, nn.Module, Any]:
     """A vision-language model of transformers, `hf:ID` or a folder: its vision tower, the whole model, and
     its processor (None for random weights without a tokenizer). Raises as `load` does."""
     place = name.removeprefix("hf:")
-    whole, preprocess, pair = _built(name, partial(_build_vlm, place), size, random_weights, device, dtype)
-    import transformers
-
+    build = partial(build_vlm, place, trust_remote_code=trust_remote_code)
+    built = _built(name, build, size, random_weights)
+    if built.keys:
+        built.keys.refuse_missing()
     try:
-        processor = transformers.AutoProcessor.from_pretrained(place)
+        processor = processor_of(place, trust_remote_code)
     except Exception as error:
         if not random_weights:
             raise ModelLoadError(_explain(name, error)) from error
         processor = None
-    return wrap(_hf_vision_tower(whole), preprocess, image_size=pair, name=name), whole, processor
+    whole = built.whole.to(_device(device), _dtype(dtype)).eval()
+    return _backbone(built, name, size, _device(device), _dtype(dtype)), whole, processor
 
 
-def _built(
-    name: str,
-    build: Builder,
-    size: Size | None,
-    random_weights: bool,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-) -> Built:
-    """What a builder makes, on its device, with every error in one line."""
-    torch_device, torch_dtype = _device(device), _dtype(dtype)
-    pair = _pair(size) if size is not None else None
+def _built(name: str, build: Builder, size: Size | None, random_weights: bool) -> Built:
+    """What a builder makes, with every error in one line."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            module, preprocess, built_size = build(pair, random_weights)
+            return build(None if size is None else pair(size), random_weights)
         except (VitregError, KeyboardInterrupt):
             raise
         except Exception as error:  # each library has its own; all become one line with the cause
             raise ModelLoadError(_explain(name, error)) from error
-    return module.to(torch_device, torch_dtype).eval(), preprocess, pair or built_size
+
+
+def _backbone(
+    built: Built, name: str, size: Size | None, device: torch.device, dtype: torch.dtype
+) -> Backbone:
+    """The outermost of the towers that can be read. What is to be said of the checkpoint is said here."""
+    refused: UnsupportedModelError | None = None
+    for tower in built.towers:
+        if size is not None:
+            refuse_partial_patches(tower, pair(size), built.native)
+        try:
+            vit = wrap(tower.to(device, dtype).eval(), built.preprocess, image_size=size, name=name)
+        except UnsupportedModelError as error:
+            refused = refused or error
+            continue
+        for note in (built.note, built.keys.judge(vit) if built.keys else ""):
+            if note:
+                _say(name, note)
+        return vit
+    assert refused is not None, "a builder finds at least one tower"
+    raise refused
 
 
 # -- names -> builders -----------------------------------------------------------------------------
 
 
-def _builder(name: str) -> Builder:
+def _builder(name: str, trust_remote_code: bool) -> Builder:
     scheme, _, rest = name.partition(":")
     builders: dict[str, Callable[..., Built]] = {
         "timm": _build_timm,
-        "hf": _build_hf,
+        "hf": partial(build_hf, trust_remote_code=trust_remote_code),
         "open_clip": _build_open_clip,
     }
     if scheme in builders and rest:
         return partial(builders[scheme], rest)
     folder = Path(name)
     if folder.is_dir():
-        return _folder_builder(folder)
+        return _folder_builder(folder, trust_remote_code)
     if folder.exists():
         raise ModelLoadError(f"{name} is a file; expected {SCHEMES}.")
     raise ModelLoadError(f"no model {name!r}: it is no folder, and a name is {SCHEMES}.")
 
 
-def _folder_builder(folder: Path) -> Builder:
+def _folder_builder(folder: Path, trust_remote_code: bool) -> Builder:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         config = {}
     except ValueError as error:
         raise ModelLoadError(f"{folder}/config.json is not valid JSON ({error}).") from error
+    if "model_type" in config:  # transformers' wrapper of a timm model names its architecture, too
+        return partial(build_hf, str(folder), trust_remote_code=trust_remote_code)
     if "architecture" in config:
         return partial(_build_timm, f"local-dir:{folder}")
-    if "model_type" in config:
-        return partial(_build_hf, str(folder))
     raise ModelLoadError(
         f"folder {folder} holds no model: expected a config.json with 'architecture' (timm) or 'model_type'"
         " (transformers), and weights beside it."
@@ -250,6 +300,11 @@ def _explain(name: str, error: Exception) -> str:
         return f"the checkpoint of {name} does not fit its architecture: {text[:400]}"
     if "Unknown model" in text and name.startswith("timm:"):
         return f"timm has no model {name[5:]!r}.{_did_you_mean(name[5:])}"
+    if "trust_remote_code" in text:
+        return (
+            f"{name} comes with Python code of its own, which is not run. If you trust its authors, allow it"
+            " with --trust-remote-code (trust_remote_code=True)."
+        )
     offline = any(
         word in text.lower() for word in ("connect", "offline", "resolve", "max retries", "network")
     )
@@ -270,7 +325,7 @@ def _did_you_mean(name: str) -> str:
 # -- timm ------------------------------------------------------------------------------------------
 
 
-def _build_timm(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
+def _build_timm(name: str, size: Pair | None, random_weights: bool) -> Built:
     import timm
 
     sized: dict[str, Any] = {"img_size": size} if size else {}
@@ -284,8 +339,8 @@ def _build_timm(name: str, size: tuple[int, int] | None, random_weights: bool) -
         if size and "img_size" in str(error):
             raise ModelLoadError(f"timm:{name} has one fixed size; leave out --size.") from error
         raise
-    native = size or _native_size(module)
-    return module, _timm_preprocess(module, native), native
+    preprocess = timm_preprocess(module, size or native_size(module) or FALLBACK)
+    return Built(module, [module], preprocess, native=pair(module.pretrained_cfg["input_size"][1:]))
 
 
 def build_timm(name: str, **options: Any) -> nn.Module:
@@ -299,175 +354,10 @@ def build_timm(name: str, **options: Any) -> nn.Module:
     return module
 
 
-def _timm_preprocess(module: nn.Module, size: tuple[int, int]) -> Preprocess | None:
-    """The evaluation transform that a timm model's own configuration describes."""
-    if not hasattr(module, "pretrained_cfg"):
-        return None
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(module) | {"input_size": (3, *size)}
-    transform: Preprocess = create_transform(**config, is_training=False)
-    return transform
-
-
-# -- transformers ----------------------------------------------------------------------------------
-
-
-def _build_hf(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
-    transformers = _transformers()
-    if random_weights and "/" not in name:
-        config = transformers.AutoConfig.for_model(name)
-    else:
-        config = transformers.AutoConfig.from_pretrained(name)
-    if random_weights:
-        module = _hf_vision_tower(
-            transformers.AutoModel.from_config(getattr(config, "vision_config", config))
-        )
-    else:
-        module = _hf_vision_tower(_hf_pretrained(transformers, name, config))
-    native = size or _native_size(module)
-    return module, _hf_preprocess(transformers, name, size, native, random_weights), native
-
-
-def _build_vlm(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
-    transformers = _transformers()
-    if size:
-        raise ModelLoadError(
-            f"hf:{name} has one size, which its image tokens are made for: leave out --size."
-        )
-    config = transformers.AutoConfig.from_pretrained(name)
-    if random_weights:
-        whole = transformers.AutoModelForImageTextToText.from_config(config)
-    else:
-        whole = _hf_pretrained(transformers, name, config)
-    native = _native_size(_hf_vision_tower(whole))
-    return whole, _hf_preprocess(transformers, name, None, native, random_weights), native
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
-    return transformers
-
-
-def _hf_pretrained(transformers: Any, name: str, config: Any) -> nn.Module:
-    """The class that the checkpoint was saved from, with every key accounted for.
-
-    transformers fills missing weights with random ones and only warns; here that is an error.
-    """
-    architecture = (config.architectures or [None])[0]
-    cls = getattr(transformers, architecture or "AutoModel", transformers.AutoModel)
-    module, info = cls.from_pretrained(name, output_loading_info=True)
-    wrong = {
-        what: sorted(str(key) for key in info[what])
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(what)
-    }
-    if wrong:
-        found = "; ".join(
-            f"{len(keys)} {what.replace('_', ' ')} ({', '.join(keys[:3])}, ...)"
-            for what, keys in wrong.items()
-        )
-        raise ModelLoadError(f"the checkpoint of hf:{name} does not fit {type(module).__name__}: {found}.")
-    return module
-
-
-def _hf_vision_tower(module: nn.Module) -> nn.Module:
-    """The part of a (perhaps multimodal) model that takes pixels."""
-    for part in module.modules():
-        if (
-            hasattr(part, "config")
-            and next(iter(inspect.signature(part.forward).parameters), "") == "pixel_values"
-        ):
-            return part
-    raise UnsupportedModelError(
-        f"{type(module).__name__} has no part that takes pixel_values first: no vision encoder."
-    )
-
-
-class _HfPreprocess:
-    """A transformers image processor as a function of one image (a class: workers unpickle it)."""
-
-    def __init__(self, processor: Any, overrides: dict[str, Any]) -> None:
-        self.processor, self.overrides = processor, overrides
-
-    def __call__(self, image: PIL.Image.Image) -> Tensor:
-        pixels: Tensor = self.processor(image, return_tensors="pt", **self.overrides)["pixel_values"][0]
-        return pixels
-
-
-def _hf_preprocess(
-    transformers: Any, name: str, size: tuple[int, int] | None, native: tuple[int, int], random_weights: bool
-) -> Preprocess | None:
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-    except Exception:  # no preprocessor_config.json, or no such repository
-        return _plain_preprocess(native) if random_weights else None
-    if hasattr(processor, "max_num_patches"):  # SigLIP 2 cuts patches itself; `_run_on_patches` wants images
-        return _plain_preprocess(native, processor.image_mean, processor.image_std)
-    return _HfPreprocess(processor, _hf_size(processor, size) if size else {})
-
-
-def _hf_size(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Arguments that make a processor yield `size`, keeping its ratio of resize to crop."""
-    exact = {"height": size[0], "width": size[1]}
-    crop = getattr(processor, "crop_size", None)
-    if not (getattr(processor, "do_center_crop", False) and crop):
-        return {"size": exact}
-    shortest = processor.size.get("shortest_edge", processor.size.get("height", crop["height"]))
-    return {"size": {"shortest_edge": round(min(size) * shortest / crop["height"])}, "crop_size": exact}
-
-
-def _plain_preprocess(size: tuple[int, int], mean: Any = _HALF, std: Any = _HALF) -> Preprocess:
-    """Resize, crop the centre, normalise."""
-    from timm.data import create_transform
-
-    transform: Preprocess = create_transform(
-        (3, *size), is_training=False, mean=mean, std=std, crop_pct=1.0, interpolation="bicubic"
-    )
-    return transform
-
-
-def _forward_of(module: nn.Module) -> Forward | None:
-    """How to run a module on images where `module(images)` would not do."""
-    parameters = inspect.signature(module.forward).parameters
-    if "spatial_shapes" in parameters:
-        return partial(_run_on_patches, module)
-    if "interpolate_pos_encoding" in parameters:
-        return partial(module, interpolate_pos_encoding=True)
-    return None
-
-
-def _run_on_patches(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
-    """SigLIP 2 (NaFlex) takes flattened patches, their mask and the grid of each image."""
-    config: Any = module.config
-    patch: int = getattr(config, "vision_config", config).patch_size
-    b, _, h, w = images.shape
-    rows, columns = h // patch, w // patch
-    cells = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (b, 3, rows, columns, patch, patch)
-    pixels = cells.permute(0, 2, 3, 4, 5, 1).reshape(b, rows * columns, -1)
-    mask = torch.ones(b, rows * columns, dtype=torch.long, device=images.device)
-    shapes = torch.tensor([[rows, columns]] * b, device=images.device)
-    return module(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes)
-
-
 # -- open_clip -------------------------------------------------------------------------------------
 
 
-def _build_open_clip(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
-    clip, preprocess, built_size = _build_whole_clip(name, size, random_weights)
-    return _visual(clip), preprocess, built_size
-
-
-def _visual(clip: nn.Module) -> nn.Module:
-    visual = clip.visual
-    assert isinstance(visual, nn.Module)
-    return visual
-
-
-def _build_whole_clip(name: str, size: tuple[int, int] | None, random_weights: bool) -> Built:
+def _build_open_clip(name: str, size: Pair | None, random_weights: bool) -> Built:
     try:
         import open_clip
     except ImportError as error:
@@ -486,46 +376,11 @@ def _build_whole_clip(name: str, size: tuple[int, int] | None, random_weights: b
     model, _, transform = open_clip.create_model_and_transforms(
         architecture, pretrained=None if random_weights else tag, force_image_size=size
     )
-    return model, transform, size or _pair(model.visual.image_size)
+    native = pair(open_clip.get_model_config(architecture)["vision_cfg"]["image_size"])
+    return Built(model, [model.visual], transform, native=native)
 
 
-# -- sizes, devices --------------------------------------------------------------------------------
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (int(size), int(size)) if isinstance(size, int | float) else (int(size[0]), int(size[1]))
-
-
-def _native_size(module: nn.Module) -> tuple[int, int]:
-    """The image size that a model's own configuration names, or 224."""
-    for part in module.modules():
-        timm_size = getattr(getattr(part, "patch_embed", None), "img_size", None)
-        if timm_size:
-            return _pair(timm_size)
-    if getattr(module, "pretrained_cfg", None):
-        return _pair(module.pretrained_cfg["input_size"][1:])  # type: ignore[index]
-    config: Any = getattr(module, "config", None)
-    for owner in (config, module):
-        size = getattr(owner, "image_size", None)
-        if isinstance(size, int | tuple | list):
-            return _pair(size)
-    if hasattr(config, "num_patches"):  # SigLIP 2 takes any size; its own is the square of its positions
-        return _pair(config.patch_size * math.isqrt(config.num_patches))
-    return (224, 224)
-
-
-def _refuse_partial_patches(module: nn.Module, size: tuple[int, int]) -> None:
-    """Sizes that are no multiple of the patch would be cropped, padded or refused, by library."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d) and part.kernel_size == part.stride and part.stride[0] > 4:
-            rows, columns = part.stride
-            if size[0] % rows or size[1] % columns:
-                near = " or ".join(str(rows * k) for k in (size[0] // rows, size[0] // rows + 1) if k)
-                raise ModelLoadError(
-                    f"size {size[0]}x{size[1]} is not a multiple of the patch of {rows}x{columns} pixels;"
-                    f" use {near}."
-                )
-            return
+# -- devices --------------------------------------------------------------------------------------
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -6,7 +6,7 @@ layer that leads back to the width is the MLP's down-projection.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,20 @@ def count_linears(module: nn.Module) -> int:
     return sum(map(is_linear, module.modules()))
 
 
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors of what enters or leaves a module, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_of(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_of(item)
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor of what enters or leaves a block: the residual stream, by every library's habit."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        return next((found for item in value if (found := first_tensor(item)) is not None), None)
-    return None
+    return next(tensors_of(value), None)
 
 
 @contextmanager
@@ -63,6 +68,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+class Feature(NamedTuple):
+    """What a layer made before block 0: the shape of its output, and the sides of the map that entered it."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    entering: tuple[int, ...]  # (height, width), or (0, 0) where no map entered
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of a map (b, c, rows, columns)."""
+        return self.shape[2], self.shape[3]
 
 
 class Probe:
@@ -80,7 +99,7 @@ class Probe:
         self.outputs: list[Tensor | None] = []
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
         self.called: list[Call] = []  # of the modules within block 0, in order
-        self.features: list[tuple[str, tuple[int, ...]]] = []  # outputs before block 0, in order
+        self.features: list[Feature] = []  # outputs before block 0, in order
         self.masked = False  # attention in the blocks has a mask or positional bias
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
         self._inside: int | None = None
@@ -107,6 +126,24 @@ class Probe:
                 if len(self.outputs) < self.depth:
                     raise
                 # Past the blocks: a head that wants more than images does not concern us.
+
+    def entering(self, forward: Forward, images: Tensor) -> Tensor:
+        """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
+        streams: list[Tensor | None] = []
+        hook = self.blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: streams.append(first_tensor((args, kwargs))), with_kwargs=True
+        )
+        try:
+            with evaluating(self.model):
+                forward(images)
+        except Exception:
+            if not streams:
+                raise
+        finally:
+            hook.remove()
+        stream = streams[0]
+        assert stream is not None
+        return stream
 
     def _noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -148,7 +185,9 @@ class Probe:
     def _saw_feature(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not self.inputs and (found := first_tensor(output)) is not None:
-                self.features.append((name, tuple(found.shape)))
+                entering = first_tensor(args)
+                sides = (0, 0) if entering is None or entering.dim() != 4 else tuple(entering.shape[2:])
+                self.features.append(Feature(name, module, tuple(found.shape), sides))
 
         return hook
 
@@ -270,47 +309,18 @@ class Probe:
             if not f"{name}.".startswith(f"{call.name}.")
         )
 
-    def patch_size(self) -> tuple[int, int]:
-        height, width = self.image_size
-        rows, columns = self._grid()[1]
-        return height // rows, width // columns
-
-    def patch_embedding(self) -> str | None:
-        return self._grid()[0]
-
     def check_embedding(self, path: str | None, grid: tuple[int, int]) -> None:
         """What an Anatomy says of the patch embedding must be what the probe saw of it."""
         if path is None:
             return
         part(self.model, path)
-        seen = [shape[2:] if len(shape) == 4 else shape[1:2] for name, shape in self.features if name == path]
+        shapes = [feature.shape for feature in self.features if feature.name == path]
+        seen = [shape[2:] if len(shape) == 4 else shape[1:2] for shape in shapes]
         if grid not in seen and (grid[0] * grid[1],) not in seen:
             raise UnsupportedModelError(
                 f"expected {path!r} to embed {grid[0]}x{grid[1]} patches before block 0, found"
                 f" {seen[-1] if seen else 'no call of it'}. Correct the Anatomy."
             )
-
-    def _grid(self) -> tuple[str | None, tuple[int, int]]:
-        """The last feature map before block 0 with as many cells as there are patches, and its grid."""
-        patches = self.tokens - self.constant_tokens()
-        maps = [(name, (s[2], s[3])) for name, s in self.features if len(s) == 4]
-        fitting = [(name, grid) for name, grid in maps if grid[0] * grid[1] == patches]
-        if fitting:
-            return fitting[-1]
-        height, width = self.image_size
-        flat = [name for name, s in self.features if len(s) == 3 and s[1] == patches]
-        if maps and not flat and patches < maps[-1][1][0] * maps[-1][1][1]:
-            rows, columns = maps[-1][1]
-            raise self._unsupported(
-                f"of the {rows}x{columns} cells of {maps[-1][0]!r} only {patches} enter them as patch tokens."
-                " Token dropping and merging are not supported: switch them off"
-            )
-        rows = round((patches * height / width) ** 0.5)
-        if rows * (patches // max(rows, 1)) != patches:
-            raise self._unsupported(
-                f"{patches} patch tokens do not fill a grid over an image of {height}x{width} pixels"
-            )
-        return (flat[-1] if flat else None), (rows, patches // rows)
 
     def heads(self) -> int:
         """Heads of the one attention that each block must compute over all tokens."""

@@ -27,7 +27,7 @@ from vitreg.attention import AttentionCall, intercept
 from vitreg.carry import edits_of
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
-from vitreg.probe import NO_ATTENTION_SEEN, first_tensor
+from vitreg.probe import NO_ATTENTION_SEEN, first_tensor, tensors_of
 
 AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
 
@@ -67,6 +67,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         self._attended = False  # by the block that is running
         self._stack = ExitStack()
         self.layout = vit.layout  # of the latest pass
+        self._from_images = False  # whether the model was given images that say it
         self._blocks = vit.anatomy.block_modules(vit.model)
         self._inner: dict[int, TokenLayout] = {}  # per layer, where it is not `layout`
         self._layer = 0  # that runs, or ran last
@@ -94,7 +95,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         model, anatomy = self._vit.model, self._vit.anatomy
         refuse_compiled(model)
         downs = anatomy.down_projections(model)
-        hooks: list[Any] = []
+        hooks: list[Any] = [model.register_forward_pre_hook(self._given, with_kwargs=True)]
         for layer, block in enumerate(self._blocks):
             hooks.append(block.register_forward_pre_hook(partial(self._entered, layer)))
             hooks.append(block.register_forward_hook(partial(self._left, layer)))
@@ -117,6 +118,19 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         # No graph task: not inside a backward pass.
         return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
 
+    def _given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the model is given says the grid: images do, and so does a table of grids beside patches."""
+        if not self._ours():
+            return
+        given = list(tensors_of((args, kwargs)))
+        images = [x for x in given if x.dim() == 4 and x.shape[1] == 3]
+        tables = [x for x in given if x.dim() == 2 and x.shape[1] == 2 and not x.is_floating_point()]
+        self._from_images = bool(images)
+        if images:
+            self.layout = self._vit.anatomy.layout((images[0].shape[2], images[0].shape[3]))
+        elif tables:
+            self.layout = replace(self.layout, grid=_one_grid(tables[0]))
+
     def _entered(self, layer: int, module: nn.Module, args: Any) -> None:
         if self._ours():
             self._inside, self._attended, self._layer = layer, False, layer
@@ -138,7 +152,6 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
             raise UnsupportedModelError(
                 f"found {tokens} tokens after block {layer}, but {self.layout} makes {self.layout.tokens}."
                 " Token dropping, merging and packing are not supported: switch them off (model.eval())."
-                " For images of another size, wrap the model with that image_size."
             )
         if self._on_attention and not self._attended:
             raise UnsupportedModelError(f"block {layer} {NO_ATTENTION_SEEN}.")
@@ -158,10 +171,21 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         if not self._ours():
             return
         if output.dim() == 4:
-            self.layout = replace(self.layout, grid=(output.shape[2], output.shape[3]))
+            self._check_grid((output.shape[2], output.shape[3]))
             output = output.flatten(2).transpose(1, 2)
         if self._on_embedding:
             self._on_embedding(output.detach())
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        """Whoever reads images takes their layout by the patch size: it must be that of the pass."""
+        if self._from_images and grid != self.layout.grid:
+            high, wide = self._vit.anatomy.patch_size
+            raise UnsupportedModelError(
+                f"the images have {grid[0]}x{grid[1]} patches, but their size makes"
+                f" {self.layout.grid[0]}x{self.layout.grid[1]} of {high}x{wide} pixels. Use images of a"
+                " multiple of the patch, or wrap the model with the image_size of these."
+            )
+        self.layout = replace(self.layout, grid=grid)
 
     def _attention(self, call: AttentionCall) -> None:
         if self._inside is not None and self._ours() and self._on_attention:
@@ -170,6 +194,17 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
             self._saw_tokens(self._inside, call.tokens)
             with torch.no_grad():
                 self._on_attention(self._inside, call)
+
+
+def _one_grid(table: Tensor) -> tuple[int, int]:
+    """The (rows, columns) that all images of a batch have."""
+    grids = {(int(rows), int(columns)) for rows, columns in table.tolist()}
+    if len(grids) > 1:
+        raise UnsupportedModelError(
+            f"found images of {len(grids)} patch grids in one batch, such as {sorted(grids)[:2]}: expected"
+            " one. Pass images of each size by themselves."
+        )
+    return grids.pop()
 
 
 class trace:  # noqa: N801 - used as a verb, like torch.no_grad
@@ -214,8 +249,10 @@ class trace:  # noqa: N801 - used as a verb, like torch.no_grad
             on_neurons=self._keep_neurons if neurons else None,
             on_attention=self._attention if attention is not None or qkv else None,
         )
-        if attention is not None and not (attention == "registers" and self._watch.edited):
-            _query_index(attention, vit.layout)  # a wrong request is an error before the forward pass
+        # A wrong request is an error before the forward pass; how many patches there are, only that can say.
+        of_the_pass = (attention == "registers" and self._watch.edited) or _are_patches(attention)
+        if attention is not None and not of_the_pass:
+            _query_index(attention, vit.layout)
 
     def __enter__(self) -> "trace":
         self._watch.__enter__()
@@ -296,6 +333,10 @@ def _checked_layers(layers: Iterable[int] | None, anatomy: Anatomy) -> list[int]
     if wrong or not chosen:
         raise ValueError(f"layers {wrong or chosen}: expected one or more of 0 to {anatomy.depth - 1}.")
     return chosen
+
+
+def _are_patches(rows: AttentionRows | None) -> bool:
+    return rows is not None and not isinstance(rows, str) and len(rows) > 0 and min(rows) >= 0
 
 
 def _query_index(rows: AttentionRows, layout: TokenLayout) -> Tensor | slice:

@@ -137,7 +137,7 @@ def _norms(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
 
 
 def _attention(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
-    rows, columns = explorer.vit.layout.grid
+    rows, columns = explorer.report.grid
     with gr.Tab("Attention", id="attention") as tab:
         text = gr.Markdown(elem_id="attention-text")
         with gr.Row():
@@ -157,7 +157,7 @@ def _attention(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
 
 
 def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
-    rows, columns = explorer.vit.layout.grid
+    rows, columns = explorer.report.grid
     with gr.Tab("Neuron switch", id="neurons") as tab:
         text = gr.Markdown(elem_id="neurons-text")
         with gr.Row():
@@ -322,7 +322,7 @@ def _click(
     """A click on a photo chooses the patch there."""
 
     def choose(image: Any, event: gr.SelectData) -> tuple[Any, ...]:
-        (rows, columns), (x, y) = explorer.vit.layout.grid, event.index
+        (rows, columns), (x, y) = explorer.report.grid, event.index
         row, column = int(y * rows / image.height), int(x * columns / image.width)
         return then((min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)))
 

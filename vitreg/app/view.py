@@ -104,7 +104,7 @@ class View:
     def of(said: Mapping[str, str], explorer: Explorer) -> "View":
         """The view that an address asks for."""
         first = View.first(explorer)
-        depth, (rows, columns) = explorer.vit.anatomy.depth, explorer.vit.layout.grid
+        depth, (rows, columns) = explorer.vit.anatomy.depth, explorer.report.grid
         known = [name_of((n.layer, n.index)) for n in explorer.candidates]
         heads = [MEAN, *map(str, range(explorer.vit.anatomy.heads))]
 

@@ -26,7 +26,7 @@ from vitreg.archive.plan import read_shard
 from vitreg.archive.sources import Item, Kind, items
 from vitreg.archive.stopwatch import Stopwatch
 from vitreg.decoding import reason
-from vitreg.errors import ArchiveError
+from vitreg.errors import ArchiveError, ImageError
 from vitreg.evals.observer import Observer
 from vitreg.fixes.base import Fix
 from vitreg.images import Batch, read_item, to_batch
@@ -117,6 +117,7 @@ class ShardWorker:
             batches = _batches(images, job.batch_size)
             with closing(_one_ahead(batches, ahead) if self._gains_by_threads else batches) as upcoming:
                 for batch in _timed(upcoming, watch):
+                    _check_grid(job.vit, batch)
                     with watch("forward"):
                         seen = self._observe(batch.pixels)
                     rows = {feature: seen[feature] for feature in job.features}
@@ -182,6 +183,16 @@ class ShardWorker:
 def _batches(images: Iterator[tuple[str, Tensor]], size: int) -> Generator[Batch, None, None]:
     while some := list(islice(images, size)):
         yield to_batch(some)
+
+
+def _check_grid(vit: Backbone, batch: Batch) -> None:
+    """All maps of an archive have one shape."""
+    grid = vit.layout_for(batch.pixels).grid
+    if grid != vit.layout.grid:
+        raise ImageError(
+            f"the preprocess gave {tuple(batch.pixels.shape[1:])} for {batch.names[0]}, which is a grid"
+            f" of {grid} patches, not of {vit.layout.grid}. Crop to one size in the preprocess."
+        )
 
 
 def _one_ahead(found: Iterator[T], pool: ThreadPoolExecutor) -> Generator[T, None, None]:

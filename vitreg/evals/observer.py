@@ -75,10 +75,10 @@ class Observer:
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        layout, last = self._vit.layout_for(pixels), self._vit.anatomy.depth - 1
+        last = self._vit.anatomy.depth - 1
 
         def block(layer: int, residual: Tensor) -> None:
-            wanted = self._wanted.get(layer, {})
+            wanted, layout = self._wanted.get(layer, {}), seen.layout
             if "norms" in wanted:
                 found[wanted["norms"]] = token_norms(residual[:, layout.patch_slice])
             if wanted.keys() & {"cls", "mean", "patches", "registers"}:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -136,7 +137,7 @@ class _RunViews(BlockEdit):
     def __init__(self, carry: Carry[Tensor], vit: Backbone, shifts: list[Shift]) -> None:
         self.carry, self.twin, self.shifts = carry, _Twin(vit), shifts
         self.last = vit.anatomy.depth - 1
-        self.patch_size = vit.anatomy.patch_size
+        self.patch_size, self.padding = vit.anatomy.patch_size, vit.anatomy.padding
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if getattr(block, "_is_replica", False):
@@ -151,12 +152,21 @@ class _RunViews(BlockEdit):
     def _view(self, images: Float[Tensor, "b 3 h w"], shift: Shift) -> Float[Tensor, "b p d"]:
         """The patches of one view, each back at the place of its content."""
         down, right, flipped = shift
-        height, width = self.patch_size
-        grid = (images.shape[2] // height, images.shape[3] // width)
-        view = images.roll((down * height, right * width), (2, 3))
-        patches = self.twin.patches(view.flip(3) if flipped else view).unflatten(1, grid)
+        (height, width), (below, beside) = self.patch_size, self.padding
+        grid = ((images.shape[2] + below) // height, (images.shape[3] + beside) // width)  # Anatomy.layout
+        covered = (grid[0] * height, grid[1] * width)
+        view = _fitted(images, covered)  # what lies beyond the patches must not come in on the other side
+        view = view.roll((down * height, right * width), (2, 3))
+        view = view.flip(3) if flipped else view
+        view = _fitted(view, (max(covered[0], images.shape[2]), max(covered[1], images.shape[3])))
+        patches = self.twin.patches(view).unflatten(1, grid)
         patches = patches.flip(2) if flipped else patches
         return patches.roll((-down, -right), (1, 2)).flatten(1, 2)
+
+
+def _fitted(images: Float[Tensor, "b 3 _ _"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+    """Cut or padded with zeros, at the right and the bottom, to (height, width)."""
+    return F.pad(images, (0, size[1] - images.shape[3], 0, size[0] - images.shape[2]))
 
 
 class _Combine(BlockEdit):
