@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+from vitreg.stream import Stream
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
 
@@ -74,8 +75,9 @@ class Anatomy:
     MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
-    are given must agree with it. `masked`, also measured, says whether attention has a mask or a positional
-    bias.
+    are given must agree with it. Also measured: `masked`, whether attention has a mask or a positional bias;
+    `stream`, where the blocks' calls and outputs hold the residual stream; `head_error`, what the model raises
+    after its last block when it is given images alone ("" if nothing).
     """
 
     blocks: str
@@ -89,6 +91,8 @@ class Anatomy:
     neurons: int = 0
     heads: int = 0
     masked: bool = False
+    stream: Stream = Stream()
+    head_error: str = ""
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
@@ -157,7 +161,14 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> A
     probe.check_embedding(anatomy.patch_embedding, layout.grid)
     neurons = anatomy.down_projections(model)[0].in_features
     measured = replace(
-        anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads, masked=probe.masked
+        anatomy,
+        depth=probe.depth,
+        width=probe.width,
+        neurons=neurons,
+        heads=heads,
+        masked=probe.masked,
+        stream=probe.place(anatomy.down_projection),
+        head_error=probe.head_error,
     )
     for name in ("depth", "width", "neurons", "heads"):
         stated, found = getattr(anatomy, name), getattr(measured, name)

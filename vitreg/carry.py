@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.stream import Stream, first_argument
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 T = TypeVar("T")
@@ -27,17 +27,19 @@ T = TypeVar("T")
 class BlockEdit(ABC):
     """What a fix does to one block. Threads share it, so it holds nothing of any one pass.
 
-    `inserted` counts the tokens that it puts before the patches while the block runs.
+    `inserted` counts the tokens that it puts before the patches while the block runs. `stream` says where the
+    block's calls and outputs hold the residual stream; without it, it is the first tensor of both.
     """
 
     inserted: int = 0
+    stream: Stream | None = None
 
     @abstractmethod
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """The residual stream (b, n, d) after the block, given the one before it.
 
         `inner(x, args, kwargs)` runs the block as it was without this edit; `args` and `kwargs` are what
-        the model passes along with the stream.
+        the model passes, with None in the place of the stream.
         """
 
 
@@ -166,14 +168,16 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
 @cache
 def _editable(base: Any) -> Any:
     """The subclass of a block's class that runs its edits."""
-    stream = next(name for name in signature(base.forward).parameters if name != "self")
+    first = first_argument(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x, args = (args[0], args[1:]) if args else (kwargs.pop(stream), ())
-        beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
+        edits = edits_of(self)
+        if not edits:  # somebody kept this method beyond the undo
+            return base.forward(self, *args, **kwargs)
+        stream = edits[0].stream or first
+        outputs: list[Any] = []  # of the block itself, with what it returns beside the stream
 
         def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-            edits = edits_of(self)  # none where somebody kept this method beyond the undo
             if depth < len(edits):
 
                 def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -181,15 +185,13 @@ def _editable(base: Any) -> Any:
 
                 y: Tensor = edits[depth].run(self, inner, x, args, kwargs)
                 return y
-            output = base.forward(self, x, *args, **kwargs)
-            if isinstance(output, Tensor):
-                return output
-            beside.append(output[1:])
-            first: Tensor = output[0]
-            return first
+            args, kwargs = stream.in_call(x, args, kwargs)
+            outputs[:] = [base.forward(self, *args, **kwargs)]
+            return stream.of_output(outputs[0])
 
-        y = run(0, x, args, kwargs)
-        return (y, *beside[0]) if beside else y
+        x = stream.of_call(args, kwargs)
+        y = run(0, x, *stream.in_call(None, args, kwargs))
+        return stream.in_output(y, outputs[0])
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _restore, (base,), self.__dict__

@@ -27,7 +27,7 @@ from vitreg.attention import AttentionCall, intercept
 from vitreg.carry import edits_of
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
-from vitreg.probe import NO_ATTENTION_SEEN, first_tensor
+from vitreg.probe import NO_ATTENTION_SEEN
 
 AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
 
@@ -123,9 +123,9 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
                 self._on_start()
 
     def _left(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        residual = first_tensor(output)
-        if not self._ours() or residual is None:
+        if not self._ours():
             return
+        residual = self._vit.anatomy.stream.of_output(output)
         self._inside = None
         self._check(layer, residual.shape[1])
         if self._on_block:
@@ -143,7 +143,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _neurons(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._ours() and self._on_neurons:
-            activation = in_order(args[0].detach())
+            activation = in_order(self._vit.anatomy.stream.neurons(args[0].detach()))
             self._saw_tokens(layer, activation.shape[1])
             self._on_neurons(layer, activation)
 

@@ -156,6 +156,8 @@ class Applied:
         blocks = list(self._stack.children())
         for layer in edits:
             refuse_own_forward(blocks[layer])
+        for edit in edits.values():
+            edit.stream = vit.anatomy.stream
 
     @property
     def carried(self) -> Any:

@@ -25,7 +25,7 @@ from vitreg.fixes.inside import Inside, given_mask
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.probe import evaluating, first_tensor
+from vitreg.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class RegisterEdit(BlockEdit):
         self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
         self.masked = vit.anatomy.masked
+        self.stream = vit.anatomy.stream
         self.neurons = fix.neurons.tensors(layer)
         # Neurons are dealt out through all layers, so that no register is left without.
         self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
@@ -178,6 +179,7 @@ class RegisterEdit(BlockEdit):
             y = inner(x, args, kwargs)
         else:
             edit = None if self.neurons is None else partial(self._move, self.neurons, patches)
+            edit = edit and self.stream.on_neurons(edit)
             with Inside(block, self.down, edit, self.own, stop - self.own if masked else 0):
                 y = inner(x, args, kwargs)
         if not self.inserted:
@@ -256,14 +258,14 @@ def _initial_value(fix: TestTimeRegisters, vit: Backbone) -> Float[Tensor, "r d"
 def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
     """The module whose output enters block 0 and is normalised: CLIP's norm before its blocks."""
     made: list[tuple[nn.Module, Tensor]] = []
-    entered: list[Tensor | None] = []
+    entered: list[Tensor] = []
 
     def saw(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not entered:
             made.append((module, output))
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(first_tensor((args, kwargs)))
+        entered.append(vit.anatomy.stream.of_call(args, kwargs))
 
     hooks = [
         module.register_forward_hook(saw)
@@ -277,6 +279,5 @@ def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
     finally:
         for hook in hooks:
             hook.remove()
-    stream = entered[0]
-    assert stream is not None
-    return next((module for module, output in made if output.data_ptr() == stream.data_ptr()), None)
+    start = entered[0].data_ptr()
+    return next((module for module, output in made if output.data_ptr() == start), None)

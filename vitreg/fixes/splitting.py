@@ -30,7 +30,7 @@ from vitreg.attention import AttentionCall, MultiheadCall, SdpaCall
 from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside
+from vitreg.fixes.inside import Inside, NeuronEdit
 from vitreg.fixes.marks import measure_marks
 from vitreg.images import Batch
 from vitreg.models import Backbone
@@ -129,6 +129,7 @@ class _Edit(BlockEdit):
         self.first = layer == min(fix.neurons.by_layer)
         self.down, self.heads = vit.anatomy.down_projection, vit.anatomy.heads
         self.neurons = fix.neurons.tensors(layer)
+        self.stream = vit.anatomy.stream
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         fork = None if self.first else self.carry.take(self.layer, x)
@@ -147,9 +148,10 @@ class _Edit(BlockEdit):
         return grid
 
     def _inside(self, block: nn.Module, marker: "_Marker | None", fork: "Fork | None", n: int) -> Inside:
+        edit = None if marker is None else self.stream.on_neurons(marker)
         if fork is None:
-            return Inside(block, self.down, marker)
-        return _Forked(block, self.down, marker, fork, self.start, n)
+            return Inside(block, self.down, edit)
+        return _Forked(block, self.down, edit, fork, self.start, n)
 
     def _next(
         self, block: nn.Module, tokens: Tensor, marker: "_Marker | None", fork: "Fork | None"
@@ -234,9 +236,9 @@ class _Forked(Inside):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
     def __init__(
-        self, block: nn.Module, down: str, marker: _Marker | None, fork: Fork, start: int, n: int
+        self, block: nn.Module, down: str, edit: NeuronEdit | None, fork: Fork, start: int, n: int
     ) -> None:
-        super().__init__(block, down, marker)
+        super().__init__(block, down, edit)
         self._fork, self._start, self._tokens = fork, start, n
         self._inserted = fork.position.shape[1]
         self._shown = ExitStack()
