@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import CATALOG, SMALL, images, randomise, timm_model
+from catalog import CATALOG, images, randomise, timm_model
+from phantoms import crops
 from signatures import SIGNATURES
 from torch import Tensor, nn
 
@@ -77,3 +78,213 @@ def test_every_signature_is_read_fixed_and_set_free(name: str) -> None:
             assert equal(seen(vit), expected), kind
             assert len(vit.model.state_dict()) == len(reference.model.state_dict())
         assert all(torch.equal(x, y) for x, y in zip(seen(vit), before, strict=True)), kind
+
+
+# -- blocks that keep tokens before images themselves ----------------------------------------------
+
+
+def sequence_first_clip() -> tuple[vitreg.Backbone, vitreg.Backbone]:
+    """An open_clip tower as it was before 2024, tokens first from the first block to the last, and today's."""
+    today = CATALOG["open_clip vit"].backbone()
+    model = copy.deepcopy(today.model)
+    model.transformer.batch_first = False
+    for block in model.transformer.resblocks:
+        block.attn.batch_first = False
+    return vitreg.wrap(model, image_size=today.image_size), today
+
+
+def cures(vit: vitreg.Backbone) -> dict[str, Fix]:
+    return {
+        "registers": vitreg.TestTimeRegisters(NEURONS, registers=2, initial="prenorm"),
+        "splitting": vitreg.TokenSplitting(MARKED, capacity=0.5),
+        "bias": vitreg.AttentionBias.calibrate(vit, [images(vit)], vitreg.RegisterNeurons.of(NEURONS)),
+    }
+
+
+def test_tokens_first_inside_and_out() -> None:
+    vit, today = sequence_first_clip()
+    stream = vit.anatomy.stream
+    assert stream.tokens_first
+    assert stream.neurons_tokens_first
+    assert vit.layout == today.layout
+    before = seen(vit)
+    assert equal(before, seen(today))
+    for kind, fix in cures(today).items():
+        with fix.applied_to(today):
+            expected = seen(today)
+        assert not equal(expected, before), kind
+        with fix.applied_to(vit):
+            assert equal(seen(vit), expected), kind
+        assert all(torch.equal(x, y) for x, y in zip(seen(vit), before, strict=True)), kind
+    assert cures(vit)["bias"].tensors["keys"].allclose(cures(today)["bias"].tensors["keys"], atol=1e-5)
+
+
+def test_what_is_planted_is_found_whatever_the_signature() -> None:
+    """Planting and finding read and write the stream, neurons and projections by hooks of their own."""
+    vit, today = sequence_first_clip()
+    photos = [crops(today, 24, 0)]
+    found = []
+    for each in (vit, today):
+        phantom = vitreg.plant(each, photos, 1)
+        report = vitreg.diagnose(phantom.vit, photos)
+        assert report.has_artifacts
+        neurons = vitreg.find_register_neurons(phantom.vit, photos, report=report)
+        origin = vitreg.find_origin(phantom.vit, photos, report)
+        found.append((report.onset_layer, neurons.by_layer, str(origin)))
+    assert found[0] == found[1]
+
+
+# -- copies, gradients, graphs ---------------------------------------------------------------------
+
+FEW = ["keywords only", "list", "nested", "sequence first", "output class"]
+
+
+@pytest.mark.parametrize("name", FEW)
+@torch.no_grad()
+def test_copies_carry_the_fix(name: str) -> None:
+    vit, fix = signed(name), vitreg.TestTimeRegisters(NEURONS)
+    twin = vit.with_model(fix.bake(vit.model), "twin")
+    before = vit(images(vit))
+    with fix.applied_to(vit):
+        assert torch.equal(twin(images(vit)), vit(images(vit)))
+    vitreg.applied(twin.model)[0].undo()
+    assert torch.equal(twin(images(vit)), before)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_gradients_with_and_without_checkpointing(name: str) -> None:
+    vit = signed(name)
+    with vitreg.TestTimeRegisters(NEURONS, registers=2).applied_to(vit):
+        found = []
+        for again in (False, True):
+            vit.model.zero_grad()
+            hooked(vit.model) if again else None
+            vit(images(vit)).square().sum().backward()
+            found.append([p.grad.clone() for p in vit.model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 10
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def hooked(model: nn.Module) -> None:
+    """Every block is computed again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Again(type(model.blocks)):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self:
+                args, kwargs = self.signature.call(x)
+                x = self.signature.keep(checkpoint(block, *args, use_reentrant=False, **kwargs))
+            return x
+
+    model.blocks.__class__ = Again
+
+
+@pytest.mark.parametrize("name", FEW)
+@torch.no_grad()
+def test_compiled_as_one_graph(name: str) -> None:
+    vit = signed(name)
+    with vitreg.TestTimeRegisters(NEURONS, registers=2).applied_to(vit):
+        expected = vit(images(vit))
+        torch._dynamo.reset()
+        compiled = torch.compile(vit.model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images(vit)), expected)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def plain_of_lists() -> nn.Module:
+    """As Meta's DINOv3: blocks are handed the crops of one pass in a list, of one image as well."""
+    model = copy.deepcopy(plain().model)
+    block, whole = type(model.blocks[0]), type(model)
+
+    class Listed(block):
+        def forward(self, xs: Tensor | list[Tensor]) -> Any:
+            if isinstance(xs, Tensor):
+                return super().forward(xs)
+            return [super(Listed, self).forward(x) for x in xs]
+
+    class OfCrops(whole):
+        def forward(self, crops: Tensor | list[Tensor]) -> Any:
+            if isinstance(crops, Tensor):
+                return self.forward([crops])[0]
+            xs = [self.norm_pre(self._pos_embed(self.patch_embed(crop))) for crop in crops]
+            for block in self.blocks:
+                xs = block(xs)
+            return [self.forward_head(self.norm(x)) for x in xs]
+
+    for each in model.blocks:
+        each.__class__ = Listed
+    model.__class__ = OfCrops
+    return model
+
+
+def test_several_crops_in_one_pass_are_refused() -> None:
+    vit = vitreg.wrap(plain_of_lists(), image_size=32)
+    two = [images(plain()), images(plain(), 4, seed=1)]
+    assert len(vit.model(two)) == 2
+    with vitreg.trace(vit), pytest.raises(UnsupportedModelError, match="gives back 2 tensors of tokens.*one size"):
+        vit.model(two)
+    with vitreg.TestTimeRegisters(NEURONS).applied_to(vit):
+        with pytest.raises(UnsupportedModelError, match="is given 2 tensors of tokens, and it was 1"):
+            vit.model(two)
+        vit(images(plain()))  # the model is as it was
+    assert len(vit.model(two)) == 2
+
+
+def test_a_block_of_lists_may_be_called_with_a_tensor() -> None:
+    vit, fix = vitreg.wrap(plain_of_lists(), image_size=32), vitreg.TestTimeRegisters(NEURONS)
+    x = torch.randn(2, 17, 32)
+    with fix.applied_to(vit), torch.no_grad():
+        (listed,) = vit.model.blocks[0]([x])
+        assert torch.equal(vit.model.blocks[0](x), listed)
+
+
+class Streams(nn.Module):
+    """Blocks that hand on two streams, of which neither is the one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(plain().model)
+
+        class Two(type(self.inner.blocks[0])):
+            def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+                return super().forward(hidden), residual + hidden
+
+        for block in self.inner.blocks:
+            block.__class__ = Two
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = residual = self.inner._pos_embed(self.inner.patch_embed(images))
+        for block in self.inner.blocks:
+            hidden, residual = block(hidden, residual)
+        return residual
+
+
+def test_of_two_streams_none_is_chosen() -> None:
+    with pytest.raises(UnsupportedModelError, match="they hand on 2 tensors.*hidden and residual.*cannot be told"):
+        vitreg.wrap(Streams(), image_size=32)
+
+
+def test_an_mlp_over_the_tokens_of_all_images_is_refused() -> None:
+    model = copy.deepcopy(plain().model)
+    mlp = type(model.blocks[0].mlp)
+
+    class Flat(mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1)).view_as(x)
+
+    for block in model.blocks:
+        block.mlp.__class__ = Flat
+    with pytest.raises(UnsupportedModelError, match=r"tokens of all images in one row \('mlp.fc2' gives \(51, 32\)\)"):
+        vitreg.wrap(model)
+
+
+def test_a_call_without_the_stream_says_so() -> None:
+    vit = signed("keywords only")
+    with vitreg.TestTimeRegisters(NEURONS).applied_to(vit):
+        with pytest.raises(UnsupportedModelError, match="without the argument 'hidden'"):
+            vit.model.blocks[0](mask=None)
+        with pytest.raises(UnsupportedModelError, match="is given a str where the residual stream was"):
+            vit.model.blocks[0](mask=None, hidden="x")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.stream import Stream, first_argument
+from vitreg.stream import Stream, as_given, first_argument
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Carry(Generic[T]):
 
     def take(self, layer: int, x: Tensor) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""
-        again = _recomputing()
+        again, x = _recomputing(), x if torch.compiler.is_compiling() else as_given(x)
         if again and x in self._of:
             return self._of[x]
         latest = self._again if again else self._forward

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vitreg.anatomy import Anatomy, TokenLayout, find_anatomy
 from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError, VitregError
+from vitreg.headless import run_without_head
 from vitreg.probe import Forward
 
 Preprocess = Callable[[PIL.Image.Image], Tensor]
@@ -52,9 +53,14 @@ class Backbone:
     forward: Forward | None = None
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Any:
-        """The model's own output. Images are moved to the model's device and dtype."""
-        images = images.to(self.device, self.dtype)
-        return self.model(images) if self.forward is None else self.forward(images)
+        """The model's own output. Images are moved to the model's device and dtype.
+
+        None for a model whose head wants more than images: the pass ends where it raises.
+        """
+        images, forward = images.to(self.device, self.dtype), self.forward or self.model
+        if self.anatomy.head_error:
+            return run_without_head(self.anatomy.block_modules(self.model)[-1], forward, images)
+        return forward(images)
 
     @property
     def device(self) -> torch.device:

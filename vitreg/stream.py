@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+
+_VIEWED = "_vitreg_viewed"
 
 Path = tuple[int | str, ...]  # keys and indices, from a container to a tensor within
 
@@ -99,20 +102,29 @@ class Stream:
         )
 
     def _read(self, value: Any, path: Path, alike: int, does: str) -> Tensor:
-        if not isinstance(value, Tensor):
-            if self.width and (count := _count(value, self.width)) != alike:
-                raise UnsupportedModelError(
-                    f"a block {does} {count} tensors of tokens, and it was {alike} when the model was wrapped:"
-                    " several crops or views in one pass. Run the model on images of one size at a time while"
-                    " vitreg watches it or a fix is applied."
-                )
-            value = _get(value, path)
-        if not isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            return self._batch_first(value)
+        x = _get(value, path)
+        if not isinstance(x, Tensor):
             raise UnsupportedModelError(
-                f"a block {does} a {type(value).__name__} where the residual stream was when the model was"
+                f"a block {does} a {type(x).__name__} where the residual stream was when the model was"
                 " wrapped. Wrap the model again, with a `forward` that calls it as you do."
             )
-        return value.transpose(0, 1) if self.tokens_first else value
+        if self.width and (count := _count(value, self.width)) != alike:
+            raise UnsupportedModelError(
+                f"a block {does} {count} tensors of tokens, and it was {alike} when the model was wrapped:"
+                " several crops or views in one pass. Run the model on images of one size at a time while"
+                " vitreg watches it or a fix is applied."
+            )
+        return self._batch_first(x)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        if not self.tokens_first:
+            return x
+        view = x.transpose(0, 1)
+        if not torch.compiler.is_compiling():
+            view.__dict__[_VIEWED] = x
+        return view
 
     def _in_model_order(self, x: Tensor | None) -> Tensor | None:
         return x.transpose(0, 1) if self.tokens_first and x is not None else x
@@ -122,6 +134,12 @@ def first_argument(kind: Any) -> Stream:
     """The stream of modules of a class that nobody has probed: the first tensor that they take and return."""
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     return Stream(Argument(0, names[0] if names else None))
+
+
+def as_given(x: Tensor) -> Tensor:
+    """The tensor that a block was given, of a stream that `Stream.of_call` may have put into another order."""
+    found: Tensor = x.__dict__.get(_VIEWED, x)
+    return found
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

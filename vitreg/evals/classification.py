@@ -13,6 +13,7 @@ from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import by_wordnet
 from vitreg.evals.features import extract_features
 from vitreg.evals.result import Metric, Result, concluded
+from vitreg.headless import without_output
 from vitreg.labels import find_readout
 from vitreg.models import Backbone
 
@@ -31,8 +32,9 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
     config = config or ClassificationConfig()
     classes = find_readout(vit).classes
     if not classes:
+        why = without_output(vit) or f"{vit.name} has no classification head"
         raise UnsupportedModelError(
-            f"{vit.name} has no classification head. Use knn or linear, or zero-shot for a text tower."
+            f"{why}. Use knn or linear, or zero-shot for a text tower."
         )
     photos = by_wordnet(data, classes)
     found = extract_features(vit, photos.paths, ["logits"], config)
