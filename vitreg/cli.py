@@ -1,7 +1,7 @@
 """The command line: parse, call one public function, print or write.
 
-Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage. Progress goes to stderr, results to
-stdout.
+Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage; 3 a bug, one line that names the file with
+its traceback. Progress goes to stderr, results to stdout.
 """
 
 import json
@@ -609,6 +609,12 @@ def main() -> None:
     except VitregError as error:
         sys.stderr.write(f"vitreg: {' '.join(str(error).split())}\n")
         sys.exit(1)
+    except Exception as error:
+        from vitreg.unexpected import explained
+
+        line, code = explained(error)
+        sys.stderr.write(f"vitreg: {line}\n")
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.stderr.write("vitreg: interrupted\n")
         sys.exit(130)
