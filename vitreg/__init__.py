@@ -4,6 +4,7 @@ from vitreg.anatomy import Anatomy, TokenLayout
 from vitreg.archive import Extraction, extract_archive
 from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
+from vitreg.doctor import Examination, doctor
 from vitreg.emergence import Emergence
 from vitreg.errors import (
     ArchiveError,
@@ -64,6 +65,7 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Emergence",
+    "Examination",
     "Extraction",
     "Fix",
     "FixError",
@@ -98,6 +100,7 @@ __all__ = [
     "add_registers",
     "applied",
     "diagnose",
+    "doctor",
     "example",
     "export",
     "extract_archive",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vitreg.cure import Cure
     from vitreg.diagnosis import Diagnosis
+    from vitreg.doctor import Examination
     from vitreg.emergence import Emergence
     from vitreg.models import Backbone
     from vitreg.register_maps import RegisterStudy
@@ -118,6 +119,24 @@ def diagnose(
             typer.echo(str(result))
             _write(result, json_path, report)
             _write_figure(result, figure)
+
+
+@app.command()
+def doctor(
+    model: Model,
+    json_path: Json = None,
+    size: Size = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+) -> None:
+    """What was found in a model, what works on it and what does not, on one page for a bug report."""
+    import vitreg
+
+    _check_writable(json_path)
+    found = _load(model, size, random_weights, device, dtype, vitreg.doctor)
+    typer.echo(str(found))
+    _write(found, json_path)
 
 
 @app.command()
@@ -539,8 +558,8 @@ def _load(
     random_weights: bool,
     device: str,
     dtype: str,
-    builder: "Callable[..., Backbone] | None" = None,
-) -> "Backbone":
+    builder: "Callable[..., Any] | None" = None,
+) -> Any:
     import vitreg
 
     build = builder or vitreg.load
@@ -575,7 +594,7 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
 
 
 def _write(
-    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy",
+    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy | Examination",
     json_path: Path | None,
     report: Path | None = None,
 ) -> None:
