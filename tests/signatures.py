@@ -1,6 +1,6 @@
 """One small ViT with blocks of every signature: how they are called, and what they give back.
 
-    SIGNATURES["dict"].wrapped(model)     # the same weights, the same answers, other calls between the blocks
+SIGNATURES["dict"].wrapped(model)     # the same weights, the same answers, other calls between the blocks
 """
 
 import copy

@@ -224,7 +224,10 @@ def test_several_crops_in_one_pass_are_refused() -> None:
     vit = vitreg.wrap(plain_of_lists(), image_size=32)
     two = [images(plain()), images(plain(), 4, seed=1)]
     assert len(vit.model(two)) == 2
-    with vitreg.trace(vit), pytest.raises(UnsupportedModelError, match="gives back 2 tensors of tokens.*one size"):
+    with (
+        vitreg.trace(vit),
+        pytest.raises(UnsupportedModelError, match="gives back 2 tensors of tokens.*one size"),
+    ):
         vit.model(two)
     with vitreg.TestTimeRegisters(NEURONS).applied_to(vit):
         with pytest.raises(UnsupportedModelError, match="is given 2 tensors of tokens, and it was 1"):
@@ -263,7 +266,9 @@ class Streams(nn.Module):
 
 
 def test_of_two_streams_none_is_chosen() -> None:
-    with pytest.raises(UnsupportedModelError, match="they hand on 2 tensors.*hidden and residual.*cannot be told"):
+    with pytest.raises(
+        UnsupportedModelError, match="they hand on 2 tensors.*hidden and residual.*cannot be told"
+    ):
         vitreg.wrap(Streams(), image_size=32)
 
 
@@ -277,7 +282,9 @@ def test_an_mlp_over_the_tokens_of_all_images_is_refused() -> None:
 
     for block in model.blocks:
         block.mlp.__class__ = Flat
-    with pytest.raises(UnsupportedModelError, match=r"tokens of all images in one row \('mlp.fc2' gives \(51, 32\)\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"tokens of all images in one row \('mlp.fc2' gives \(51, 32\)\)"
+    ):
         vitreg.wrap(model)
 
 

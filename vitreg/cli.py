@@ -134,7 +134,8 @@ def doctor(
     import vitreg
 
     _check_writable(json_path)
-    found = _load(model, size, random_weights, device, dtype, vitreg.doctor)
+    with Console(stderr=True).status(f"examining {model}"):
+        found = vitreg.doctor(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
     typer.echo(str(found))
     _write(found, json_path)
 
@@ -558,8 +559,8 @@ def _load(
     random_weights: bool,
     device: str,
     dtype: str,
-    builder: "Callable[..., Any] | None" = None,
-) -> Any:
+    builder: "Callable[..., Backbone] | None" = None,
+) -> "Backbone":
     import vitreg
 
     build = builder or vitreg.load

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitreg.errors import ModelLoadError, NonFiniteError, UnsupportedModelError
+from vitreg.errors import MissingExtraError, ModelLoadError, VitregError
 from vitreg.findings import Line, findings, findings_of_module, versions
 from vitreg.models import Backbone, Size, load, wrap
 from vitreg.trials import Trial, trials
 
 COLUMNS = 80
-_NAME = 17  # columns of a line's name
+_NAME = 19  # columns of a line's name
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Examination:
     found: tuple[Line, ...]
     trials: tuple[Trial, ...]
     versions: dict[str, str]
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the model is read, and all that was tried works."""
-        return self.refusal is None and all(trial.works for trial in self.trials)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"found": dict(self.found)}
@@ -93,15 +88,23 @@ def doctor(
             vit = load(model, size=size, **asked)  # type: ignore[arg-type]
         else:
             vit = wrap(model, image_size=size)
-    except (UnsupportedModelError, NonFiniteError) as error:
+    except Exception as error:
+        if isinstance(model, str) and isinstance(error, ModelLoadError | MissingExtraError):
+            raise
         module = _built(model, size, asked) if isinstance(model, str) else model
         seen = findings_of_module(module) if isinstance(module, nn.Module) else []
-        return Examination(name or type(model).__name__, str(error), tuple(seen), (), versions())
+        return Examination(name or type(model).__name__, _why(error), tuple(seen), (), versions())
     size_from = "as asked for" if size is not None else "the model's own"
     found = findings(vit, "" if isinstance(model, Backbone) else size_from)
     if random_weights:
         found.append(("weights", "random"))
     return Examination(vit.name, None, tuple(found), tuple(trials(vit)), versions())
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, VitregError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (this is no refusal of vitreg, but a bug of it or of a library)"
 
 
 def _built(name: str, size: Size | None, asked: dict[str, Any]) -> nn.Module | None:
@@ -110,5 +113,5 @@ def _built(name: str, size: Size | None, asked: dict[str, Any]) -> nn.Module | N
 
     try:
         return _built(name, _builder(name), size, **asked)[0]
-    except (ModelLoadError, UnsupportedModelError):
+    except VitregError:
         return None

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import PIL.Image
 import torch
@@ -26,7 +26,16 @@ Line = tuple[str, str]
 
 # Libraries that put layers of their own in the place of others.
 _REPLACING = ("peft", "bitsandbytes", "torchao", "optimum", "quanto", "gptqmodel", "awq", "hqq", "deepspeed")
-_LIBRARIES = ("timm", "transformers", "open_clip_torch", "torchvision", "peft", "accelerate", "torchao", "bitsandbytes")
+_LIBRARIES = (
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "torchvision",
+    "peft",
+    "accelerate",
+    "torchao",
+    "bitsandbytes",
+)
 
 
 def versions() -> dict[str, str]:
@@ -44,42 +53,61 @@ def versions() -> dict[str, str]:
 
 def findings_of_module(model: nn.Module) -> list[Line]:
     """Class, library, weights, and what wraps or replaces its layers. For every model, also a refused one."""
-    parameters = list(model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    kinds = Counter(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
-    devices = Counter(str(parameter.device) for parameter in parameters)
     return [
-        ("model", f"{type(model).__name__} of {_library(type(model))}, {count / 1e6:.3g} million parameters"),
-        ("dtype", _listed(kinds)),
-        ("device", _listed(devices)),
-        ("wrappers", "; ".join(wrappers(model)) or "none seen"),
+        _line("model", lambda: f"{type(model).__name__} of {_library(type(model))}, {_millions(model)}"),
+        _line("dtype", lambda: _listed(str(p.dtype).removeprefix("torch.") for p in model.parameters())),
+        _line("device", lambda: _listed(str(p.device) for p in model.parameters())),
+        _line("wrappers", lambda: "; ".join(wrappers(model)) or "none seen"),
     ]
 
 
 def findings(vit: Backbone, size_from: str = "") -> list[Line]:
     """All of `findings_of_module`, and where things are in a model that vitreg reads."""
-    anatomy, layout = vit.anatomy, vit.layout
+    anatomy, (height, width) = vit.anatomy, vit.image_size
     blocks, downs = anatomy.block_modules(vit.model), anatomy.down_projections(vit.model)
-    height, width = vit.image_size
-    patches = f"{layout.grid[0]}x{layout.grid[1]} patches of {anatomy.patch_size[0]}x{anatomy.patch_size[1]} px"
+    head = f"raises for images alone: {anatomy.head_error}" if anatomy.head_error else "runs on images"
     return [
         *findings_of_module(vit.model),
-        ("blocks", f"{anatomy.depth} of class {type(blocks[0]).__name__}, at {anatomy.blocks!r}"),
+        ("blocks", f"{anatomy.depth} of class {_classes(blocks)}, at {anatomy.blocks!r}"),
         ("width", f"{anatomy.width}, {anatomy.heads} heads"),
         (
             "neurons",
-            f"{anatomy.neurons} per block, which enter {anatomy.down_projection!r}"
-            f" ({_listed(Counter(type(down).__name__ for down in downs))})",
+            f"{anatomy.neurons} per block, which enter {anatomy.down_projection!r} ({_classes(downs)})",
         ),
-        ("tokens", f"{layout.prefix} prefix (CLS and the like), {layout.registers} register, {patches}"),
+        ("tokens", _tokens(vit)),
         ("patch layer", repr(anatomy.patch_embedding) if anatomy.patch_embedding else "not found"),
         ("image size", f"{height}x{width} px{size_from and f', {size_from}'}"),
-        ("preprocess", _preprocess(vit)),
+        _line("preprocess", lambda: _preprocess(vit)),
         ("stream", _stream(anatomy.stream)),
-        ("attention", _attention(vit)),
-        ("head", anatomy.head_error and f"raises for images alone: {anatomy.head_error}" or "runs on images"),
+        _line("attention", lambda: _attention(vit)),
+        ("head", head),
         ("fixes", ", ".join(handle.fix.type for handle in applied(vit.model)) or "none applied"),
     ]
+
+
+def _line(name: str, value: Callable[[], str]) -> Line:
+    """What cannot be said of a model is a line of its own, with the reason."""
+    try:
+        return name, value()
+    except Exception as error:
+        return name, f"unknown: {type(error).__name__}: {error}"
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3g} million parameters"
+
+
+def _classes(modules: Iterable[nn.Module]) -> str:
+    return _listed(type(module).__name__ for module in modules)
+
+
+def _tokens(vit: Backbone) -> str:
+    layout, (height, width) = vit.layout, vit.anatomy.patch_size
+    rows, columns = layout.grid
+    return (
+        f"{layout.prefix} prefix (CLS and the like), {layout.registers} register,"
+        f" {rows}x{columns} patches of {height}x{width} px"
+    )
 
 
 def _library(kind: type) -> str:
@@ -94,8 +122,9 @@ def _library(kind: type) -> str:
         return f"{name} {found}" if isinstance(found, str) else f"the module {name}"
 
 
-def _listed(counts: "Counter[str]") -> str:
-    """The most frequent first; with numbers, if there are several."""
+def _listed(names: Iterable[str]) -> str:
+    """Each name once, the most frequent first; with numbers, if there are several."""
+    counts = Counter(names)
     if len(counts) < 2:
         return next(iter(counts), "none")
     return ", ".join(f"{name} ({count}x)" for name, count in counts.most_common())
@@ -104,14 +133,10 @@ def _listed(counts: "Counter[str]") -> str:
 def _preprocess(vit: Backbone) -> str:
     if vit.preprocess is None:
         return "none: give wrap() one, or tensors to the model"
-    name = type(vit.preprocess).__name__
-    try:
-        made = vit.preprocess(PIL.Image.new("RGB", (640, 480), (120, 130, 140)))
-    except Exception as error:
-        return f"{name}, which raises {type(error).__name__}: {error} on a photo of 640x480 px"
-    shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+    made = vit.preprocess(PIL.Image.new("RGB", (640, 480), (120, 130, 140)))
+    shape = tuple(made.shape)
     fits = "" if shape == (3, *vit.image_size) else f", not {(3, *vit.image_size)}"
-    return f"{name}, which makes {shape} of a photo of 640x480 px{fits}"
+    return f"{type(vit.preprocess).__name__}, which makes {shape} of a photo of 640x480 px{fits}"
 
 
 def _stream(stream: Stream) -> str:

@@ -118,12 +118,16 @@ def _before_blocks(
     probes = _probes(vit, layout)
 
     def patches(tensor: Tensor | None) -> Tensor | None:
-        if first in entered or tensor is None or tensor.shape[:1] != probes.shape[:1]:  # what is the same for all images, say
+        if (
+            first in entered or tensor is None or tensor.shape[:1] != probes.shape[:1]
+        ):  # what is the same for all images, say
             return None
         return _patches(tensor, layout, width)
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        of_call = vit.anatomy.stream.of_call(args, kwargs) if module is first else first_tensor((args, kwargs))
+        of_call = (
+            vit.anatomy.stream.of_call(args, kwargs) if module is first else first_tensor((args, kwargs))
+        )
         if (given := patches(of_call)) is not None:
             inputs.append((len(outputs), given))
         entered.append(module)

@@ -237,7 +237,9 @@ class Probe:
                 f"the residual stream changes from {first} to {changed}."
                 " Hierarchical models, which pool or widen tokens on the way, have no fixed patch tokens"
             )
-        raise self._unsupported(f"no block changes its tokens {first}, or they come and go in other arguments")
+        raise self._unsupported(
+            f"no block changes its tokens {first}, or they come and go in other arguments"
+        )
 
     def constant_tokens(self) -> int:
         """Tokens that are the same for both images; they must come first (prefix, then registers)."""

@@ -117,7 +117,9 @@ def _read_stream(vit: Backbone, images: Tensor) -> str:
     shape = tuple(t.norms.shape)
     if plain is None or traced is None:
         return f"norms {shape} of (layers, images, tokens)"
-    return f"norms {shape} of (layers, images, tokens); the output {_compared(traced, plain)} while it is read"
+    return (
+        f"norms {shape} of (layers, images, tokens); the output {_compared(traced, plain)} while it is read"
+    )
 
 
 def _read_attention(vit: Backbone, images: Tensor) -> str:
@@ -232,7 +234,8 @@ def _differentiated(vit: Backbone, images: Tensor) -> str:
     last = vit.anatomy.block_modules(vit.model)[-1]
     hook = last.register_forward_hook(lambda m, args, y: stream.append(vit.anatomy.stream.of_output(y)))
     try:
-        with TestTimeRegisters(_strongest(vit, images)).applied_to(vit), torch.enable_grad():
+        fix = TestTimeRegisters(_strongest(vit, images))
+        with evaluating(vit.model), fix.applied_to(vit), torch.enable_grad():
             vit(images)
             found = torch.autograd.grad(stream[-1].float().square().mean(), weights, allow_unused=True)
     finally:

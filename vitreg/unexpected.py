@@ -13,7 +13,9 @@ def explained(error: Exception) -> tuple[str, int]:
     """One line for the user, and the exit code: 2 for a wrong value, 1 for what the machine refused, 3 for a bug,
     whose traceback is kept in a file."""
     line = " ".join(str(error).split())[:300]
-    if isinstance(error, ValueError) and _raised_here(error):  # a value that a user gave, as Python's API says it
+    if isinstance(error, ValueError) and _raised_here(
+        error
+    ):  # a value that a user gave, as Python's API says it
         return line, USAGE
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return f"out of memory ({line}). Use a smaller --batch-size, --size or --dtype bfloat16.", FAILED

@@ -33,9 +33,7 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
     classes = find_readout(vit).classes
     if not classes:
         why = without_output(vit) or f"{vit.name} has no classification head"
-        raise UnsupportedModelError(
-            f"{why}. Use knn or linear, or zero-shot for a text tower."
-        )
+        raise UnsupportedModelError(f"{why}. Use knn or linear, or zero-shot for a text tower.")
     photos = by_wordnet(data, classes)
     found = extract_features(vit, photos.paths, ["logits"], config)
     labels = torch.tensor(photos.labels)[list(found.index)]
