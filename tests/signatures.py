@@ -24,8 +24,8 @@ class Output(OrderedDict):
 
 @dataclass(frozen=True)
 class Signature:
-    """`call` makes a block's arguments of the stream, `take` finds it there, `give` makes an output of it (and
-    of what entered), `keep` finds the stream there again."""
+    """`call` makes a block's arguments of the stream, `take` finds it there, `give` makes an output of it
+    (and of what entered), `keep` finds the stream there again."""
 
     call: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     take: Callable[..., Tensor]
@@ -96,7 +96,10 @@ SIGNATURES = {
     "any arguments": Signature(lambda x: (("block", x), {"n": 3}), lambda *args, **kwargs: args[1]),
     "list": Signature(lambda x: (([x],), {}), lambda xs: xs[0], lambda y, x: [y], lambda ys: ys[0]),
     "list by keyword": Signature(
-        lambda x: ((), {"xs": [x], "tables": [None]}), lambda xs, tables: xs[0], lambda y, x: [y], lambda ys: ys[0]
+        lambda x: ((), {"xs": [x], "tables": [None]}),
+        lambda xs, tables: xs[0],
+        lambda y, x: [y],
+        lambda ys: ys[0],
     ),
     "tuple with more": Signature(
         lambda x: (((x, "more"),), {}), lambda xs: xs[0], lambda y, x: (y, "more"), lambda ys: ys[0]
@@ -114,7 +117,10 @@ SIGNATURES = {
         lambda output: output[1][0][0],
     ),
     "positions handed on": Signature(
-        lambda x: ((_positions(x), x), {}), lambda p, x: x, lambda y, x: (_positions(y), y), lambda both: both[1]
+        lambda x: ((_positions(x), x), {}),
+        lambda p, x: x,
+        lambda y, x: (_positions(y), y),
+        lambda both: both[1],
     ),
     "what entered handed out": Signature(
         lambda x: ((x,), {}), lambda x: x, lambda y, x: (x, y), lambda both: both[1]

@@ -9,7 +9,9 @@ import torch
 from catalog import CATALOG, images
 from signatures import SIGNATURES
 from test_anatomy import REFUSED
-from test_cli import fails, model, run  # noqa: F401 - fixtures
+from test_cli import fails, run  # noqa: F401 - a fixture
+from test_models import tiny_timm
+from timm.models._hub import save_for_hf
 from test_headless import raising
 from test_streams import plain, sequence_first_clip
 from torch import nn
@@ -165,7 +167,7 @@ def test_fixes_are_said_and_stay() -> None:
 
 
 def test_what_fails_is_a_line_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capability in turn: an error, or a wrong answer, is reported, and the rest is tried all the same."""
+    """An error, or a wrong answer, is reported, and the rest is tried all the same."""
     vit = vitreg.wrap(copy.deepcopy(plain().model))
 
     def explode(*args: object) -> None:
@@ -198,15 +200,18 @@ def test_an_undo_that_leaves_something_is_seen(monkeypatch: pytest.MonkeyPatch) 
     assert tried["fix: registers"].detail.startswith("undone, the stream changes by up to ")
 
 
-def test_the_command(run, model, tmp_path):  # noqa: F811
-    code, out, err = run("doctor", model, "--json", tmp_path / "page.json")
+def test_the_command(run, tmp_path):  # noqa: F811
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes}
+    save_for_hf(tiny_timm(), tmp_path / "tiny", model_config=config, safe_serialization=True)
+    code, out, _ = run("doctor", tmp_path / "tiny", "--json", tmp_path / "page.json")
     assert code == 0
     assert out.startswith("vitreg doctor: ")
     assert all(len(line) <= COLUMNS for line in out.splitlines()[1:-1])
     told = json.loads((tmp_path / "page.json").read_text())
     assert told["refusal"] is None
     assert {trial["name"] for trial in told["trials"] if trial["works"]} >= {*READ, *KINDS}
-    code, out, err = run("doctor", "timm:swin_tiny_patch4_window7_224", "--random-weights")
+    code, out, _ = run("doctor", "timm:swin_tiny_patch4_window7_224", "--random-weights")
     assert code == 0
     assert "Windowed and convolutional models" in " ".join(out.split())
     fails(run("doctor", "timm:no_such_model", "--random-weights"), "timm has no model")

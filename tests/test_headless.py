@@ -1,4 +1,4 @@
-"""Models whose head raises for images alone: the blocks are read as ever, and the rest is said in one line."""
+"""Models whose head raises for images alone: the blocks are read as ever, the rest is said in a line."""
 
 import copy
 from collections.abc import Callable

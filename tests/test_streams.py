@@ -84,7 +84,7 @@ def test_every_signature_is_read_fixed_and_set_free(name: str) -> None:
 
 
 def sequence_first_clip() -> tuple[vitreg.Backbone, vitreg.Backbone]:
-    """An open_clip tower as it was before 2024, tokens first from the first block to the last, and today's."""
+    """An open_clip tower as it was before 2024, tokens first in all its blocks, and today's."""
     today = CATALOG["open_clip vit"].backbone()
     model = copy.deepcopy(today.model)
     model.transformer.batch_first = False
@@ -226,7 +226,7 @@ def test_several_crops_in_one_pass_are_refused() -> None:
     assert len(vit.model(two)) == 2
     with (
         vitreg.trace(vit),
-        pytest.raises(UnsupportedModelError, match="gives back 2 tensors of tokens.*one size"),
+        pytest.raises(UnsupportedModelError, match=r"gives back 2 tensors of tokens.*one size"),
     ):
         vit.model(two)
     with vitreg.TestTimeRegisters(NEURONS).applied_to(vit):
@@ -267,7 +267,7 @@ class Streams(nn.Module):
 
 def test_of_two_streams_none_is_chosen() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="they hand on 2 tensors.*hidden and residual.*cannot be told"
+        UnsupportedModelError, match=r"they hand on 2 tensors.*hidden and residual.*cannot be told"
     ):
         vitreg.wrap(Streams(), image_size=32)
 

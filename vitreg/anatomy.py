@@ -12,7 +12,7 @@ place that turns this into indices.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Shaped
@@ -76,8 +76,8 @@ class Anatomy:
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
     are given must agree with it. Also measured: `masked`, whether attention has a mask or a positional bias;
-    `stream`, where the blocks' calls and outputs hold the residual stream; `head_error`, what the model raises
-    after its last block when it is given images alone ("" if nothing).
+    `stream`, where the blocks' calls and outputs hold the residual stream; `head_error`, what the model
+    raises after its last block when it is given images alone ("" if nothing).
     """
 
     blocks: str
@@ -91,7 +91,7 @@ class Anatomy:
     neurons: int = 0
     heads: int = 0
     masked: bool = False
-    stream: Stream = Stream()
+    stream: Stream = field(default_factory=Stream)
     head_error: str = ""
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:

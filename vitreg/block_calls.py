@@ -1,7 +1,7 @@
 """What the blocks of a model are called with in one pass over noise images, and which of it is the stream.
 
-The residual stream is what a block changes and hands on to the next: the one tensor of tokens that enters block
-i + 1 as it left block i. No position and no name is asked for.
+The residual stream is what a block changes and hands on to the next: the one tensor of tokens that enters
+block i + 1 as it left block i. No position and no name is asked for.
 """
 
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ class BlockCalls:
         self.outputs.append(tuple(every[0][1].shape) if every else None)
 
     def rivals(self) -> list[Pair]:
-        """The tensors that may be the residual stream: none, one, or several between which nothing decides."""
+        """What may be the residual stream: nothing, one tensor, or several between which nothing decides."""
         found = self._pairs
         for kept in (
             [pair for pair in found if pair in self._changed],

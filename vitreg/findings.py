@@ -1,6 +1,6 @@
 """What can be said of a model by looking at it: for `vitreg doctor`.
 
-lines = findings(vit)              # of a model that vitreg reads: [("blocks", "12 of class Block, at 'blocks'"), ...]
+lines = findings(vit)              # of a model that vitreg reads: [("width", "384, 6 heads"), ...]
 lines = findings_of_module(model)  # of any model: class, library, weights, and what wraps its layers
 """
 

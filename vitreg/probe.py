@@ -196,7 +196,8 @@ class Probe:
             if len(rivals) > 1:
                 raise self._unsupported(
                     f"they hand on {len(rivals)} tensors of tokens that differ from block to block"
-                    f" ({' and '.join(map(str, rivals))}). Which of them is the residual stream cannot be told"
+                    f" ({' and '.join(map(str, rivals))}). Which of them is the residual stream cannot be"
+                    " told"
                 )
         if self.calls.stream() is None:
             self._refuse_shapes()
@@ -273,8 +274,8 @@ class Probe:
         ]
         if not names and rows:
             raise self._unsupported(
-                f"their MLP works on the tokens of all images in one row ({rows[-1]}), so that it cannot be told"
-                " which image an activation belongs to"
+                f"their MLP works on the tokens of all images in one row ({rows[-1]}), so that it cannot be"
+                " told which image an activation belongs to"
             )
         if not names:
             raise self._unsupported(

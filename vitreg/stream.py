@@ -24,7 +24,7 @@ from vitreg.errors import UnsupportedModelError
 
 _VIEWED = "_vitreg_viewed"
 
-Path = tuple[int | str, ...]  # keys and indices, from a container to a tensor within
+Path = tuple[Any, ...]  # keys and indices, from a container to a tensor within
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Argument:
 class Stream:
     """The residual stream of a model's blocks.
 
-    `argument` says where a call holds it, `returned` the path to it in an output. `tokens_first`: the stream is
-    (n, b, d) there; `neurons_tokens_first`: so are the neurons' activations inside a block (n, b, f). `width` and `alike` (how many tensors of that width with three axes the argument and the
-    output hold) tell a call with several crops from the one that was probed; a width of 0 checks nothing.
+    `argument` says where a call holds it, `returned` the path to it in an output. `tokens_first`: the stream
+    is (n, b, d) there; `neurons_tokens_first`: the neurons' activations are (n, b, f). `width` and `alike`
+    (how many tensors of that width with three axes the argument and the output hold) tell a call with several
+    crops from the one that was probed; a width of 0 checks nothing.
     """
 
     argument: Argument = Argument()
@@ -97,8 +98,8 @@ class Stream:
         if name is not None and name in kwargs:
             return name
         raise UnsupportedModelError(
-            f"a block is called without the argument {name or position!r}, which held the residual stream when"
-            " the model was wrapped. Wrap the model again, with a `forward` that calls it as you do."
+            f"a block is called without the argument {name or position!r}, which held the residual stream"
+            " when the model was wrapped. Wrap the model again, with a `forward` that calls it as you do."
         )
 
     def _read(self, value: Any, path: Path, alike: int, does: str) -> Tensor:
@@ -137,7 +138,7 @@ def first_argument(kind: Any) -> Stream:
 
 
 def as_given(x: Tensor) -> Tensor:
-    """The tensor that a block was given, of a stream that `Stream.of_call` may have put into another order."""
+    """The tensor that a block was given, which `Stream.of_call` may have put into another order."""
     found: Tensor = x.__dict__.get(_VIEWED, x)
     return found
 
@@ -182,14 +183,14 @@ def _count(value: Any, width: int) -> int:
     return sum(is_tokens(tensor, width) for _, tensor in tensors_in(value))
 
 
-def _first(value: Any) -> int | str:
+def _first(value: Any) -> Any:
     """Where a container holds the stream if nobody has seen it before: first, by every library's habit."""
     return next(iter(value)) if isinstance(value, dict) else 0
 
 
 def _get(value: Any, path: Path) -> Any:
-    """What is at a path. One that is too long ends at a tensor, one that is too short goes on to what is first
-    in each container."""
+    """What is at a path. One that is too long ends at a tensor, one that is too short goes on to what is
+    first in each container."""
     while isinstance(value, tuple | list | dict) and value:
         key, path = (path[0], path[1:]) if path else (_first(value), ())
         value = value.get(key) if isinstance(value, dict) else value[key] if key < len(value) else None
@@ -211,4 +212,5 @@ def _put(value: Any, path: Path, x: Tensor | None) -> Any:
     items = [*value[:key], item, *value[key + 1 :]]
     if isinstance(value, list):
         return items
-    return tuple(items) if type(value) is tuple else type(value)._make(items)
+    kind: Any = type(value)
+    return tuple(items) if kind is tuple else kind._make(items)

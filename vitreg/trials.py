@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from vitreg.fixes import (
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.probe import evaluating, first_tensor
-from vitreg.trace import trace
+from vitreg.trace import AttentionRows, trace
+
+Make = Callable[[Backbone, Tensor], Fix]
 
 ROUNDING = 1e-3  # of an attention row's sum, in half precision
 
@@ -54,7 +57,7 @@ def trials(vit: Backbone) -> Iterator[Trial]:
     yield _tried("neurons", lambda: _read_neurons(vit, noise))
     yield _tried("another size", lambda: _another_size(vit))
     for kind, make in FIXES.items():
-        yield _tried(f"fix: {kind}", lambda make=make: _applied_and_undone(vit, noise, make(vit, noise)))
+        yield _tried(f"fix: {kind}", partial(_made_applied_and_undone, vit, noise, make))
     yield _tried("copies", lambda: _copied(vit, noise))
     yield _tried("gradients", lambda: _differentiated(vit, noise))
 
@@ -123,7 +126,7 @@ def _read_stream(vit: Backbone, images: Tensor) -> str:
 
 
 def _read_attention(vit: Backbone, images: Tensor) -> str:
-    rows = "cls" if vit.layout.prefix else [0]
+    rows: AttentionRows = "cls" if vit.layout.prefix else [0]
     with evaluating(vit.model), trace(vit, norms=False, attention=rows) as t:
         vit(images)
     worst = float((t.attention.sum(-1) - 1).abs().max())
@@ -157,7 +160,7 @@ def _compared(x: Tensor, y: Tensor) -> str:
 
 
 def _strongest(vit: Backbone, images: Tensor) -> RegisterNeurons:
-    """The neuron with the largest activation at a patch, in the middle block, with half of that as threshold."""
+    """The neuron with the largest activation at a patch of the middle block; half of it is the threshold."""
     layer = vit.anatomy.depth // 2
     with evaluating(vit.model), trace(vit, norms=False, neurons=True, layers=[layer]) as t:
         vit(images)
@@ -178,7 +181,7 @@ def _projection(vit: Backbone, images: Tensor) -> Fix:
     return Projection(RegisterNeurons(()), torch.eye(1, width), torch.zeros(width))
 
 
-FIXES: dict[str, Callable[[Backbone, Tensor], Fix]] = {
+FIXES: dict[str, Make] = {
     "registers": lambda vit, images: TestTimeRegisters(_strongest(vit, images)),
     "splitting": lambda vit, images: TokenSplitting(_strongest(vit, images), capacity=0.2),
     "bias": lambda vit, images: AttentionBias.calibrate(vit, [images], _strongest(vit, images)),
@@ -189,7 +192,8 @@ FIXES: dict[str, Callable[[Backbone, Tensor], Fix]] = {
 }
 
 
-def _applied_and_undone(vit: Backbone, images: Tensor, fix: Fix) -> str:
+def _made_applied_and_undone(vit: Backbone, images: Tensor, make: Make) -> str:
+    fix = make(vit, images)
     before, present = _stream(vit, images), applied(vit.model)
     keys = list(vit.model.state_dict())
     handle = fix.apply(vit)

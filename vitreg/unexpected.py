@@ -1,4 +1,4 @@
-"""What the command line says of an error that vitreg did not raise on purpose: one line, never a traceback."""
+"""What the command line says of an error that vitreg did not raise on purpose: one line, no traceback."""
 
 import tempfile
 import traceback
@@ -10,8 +10,8 @@ USAGE, FAILED, BUG = 2, 1, 3
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """One line for the user, and the exit code: 2 for a wrong value, 1 for what the machine refused, 3 for a bug,
-    whose traceback is kept in a file."""
+    """One line for the user, and the exit code: 2 for a wrong value, 1 for what the machine refused, 3 for a
+    bug, whose traceback is kept in a file."""
     line = " ".join(str(error).split())[:300]
     if isinstance(error, ValueError) and _raised_here(
         error

@@ -17,8 +17,8 @@ from vitreg.controls import ABLATIONS, PLACEBOS, controls_of
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import ImageError
 from vitreg.fixes.base import Fix
-from vitreg.images import Batch, places_of, ranks_of
 from vitreg.headless import without_output
+from vitreg.images import Batch, places_of, ranks_of
 from vitreg.labels import class_of, find_readout, wordnet_classes
 from vitreg.measures import KINDS, Estimate, Look, Reference, Resampled, look_at
 from vitreg.models import Backbone

@@ -26,6 +26,7 @@ from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neurons import NeuronTensors, RegisterNeurons
 from vitreg.probe import evaluating
+from vitreg.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class RegisterEdit(BlockEdit):
         self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
         self.masked = vit.anatomy.masked
-        self.stream = vit.anatomy.stream
+        self.stream: Stream = vit.anatomy.stream
         self.neurons = fix.neurons.tensors(layer)
         # Neurons are dealt out through all layers, so that no register is left without.
         self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
@@ -178,8 +179,8 @@ class RegisterEdit(BlockEdit):
         if self.neurons is None and not masked:
             y = inner(x, args, kwargs)
         else:
-            edit = None if self.neurons is None else partial(self._move, self.neurons, patches)
-            edit = edit and self.stream.on_neurons(edit)
+            move = None if self.neurons is None else partial(self._move, self.neurons, patches)
+            edit = move and self.stream.on_neurons(move)
             with Inside(block, self.down, edit, self.own, stop - self.own if masked else 0):
                 y = inner(x, args, kwargs)
         if not self.inserted:

@@ -35,6 +35,7 @@ from vitreg.fixes.marks import measure_marks
 from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neurons import NeuronTensors, RegisterNeurons
+from vitreg.stream import Stream
 from vitreg.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
@@ -129,7 +130,7 @@ class _Edit(BlockEdit):
         self.first = layer == min(fix.neurons.by_layer)
         self.down, self.heads = vit.anatomy.down_projection, vit.anatomy.heads
         self.neurons = fix.neurons.tensors(layer)
-        self.stream = vit.anatomy.stream
+        self.stream: Stream = vit.anatomy.stream
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         fork = None if self.first else self.carry.take(self.layer, x)
