@@ -10,10 +10,10 @@ from catalog import CATALOG, images
 from signatures import SIGNATURES
 from test_anatomy import REFUSED
 from test_cli import fails, run  # noqa: F401 - a fixture
-from test_models import tiny_timm
-from timm.models._hub import save_for_hf
 from test_headless import raising
+from test_models import tiny_timm
 from test_streams import plain, sequence_first_clip
+from timm.models._hub import save_for_hf
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

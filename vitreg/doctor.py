@@ -75,8 +75,8 @@ def doctor(
 ) -> Examination:
     """Look at a model, and try everything on two noise images; the model is left as it was.
 
-    `model` is a name as `load` takes it (the other arguments are those of `load`), a module (only `size` is of
-    interest then), or a Backbone. A model that is refused makes a page with the refusal. Raises
+    `model` is a name as `load` takes it (the other arguments are those of `load`), a module (only `size` is
+    of interest then), or a Backbone. A model that is refused makes a page with the refusal. Raises
     ModelLoadError for a name that stands for no model, or for weights that do not fit.
     """
     name = model if isinstance(model, str) else model.name if isinstance(model, Backbone) else ""
