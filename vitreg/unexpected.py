@@ -2,7 +2,6 @@
 
 import tempfile
 import traceback
-from pathlib import Path
 
 import torch
 
@@ -23,8 +22,11 @@ def explained(error: Exception) -> tuple[str, int]:
         where = f" {error.filename}" if error.filename else ""
         return f"{error.strerror}:{where or ' no file was named'}.", FAILED
     what = f"{type(error).__name__}: {line or 'no message'}"
-    hint = f"The traceback is in {_kept(error)}. Please report it, with the output of vitreg doctor MODEL."
-    return f"unexpected error, a bug of vitreg or of a library that it calls: {what}. {hint}", BUG
+    return (
+        f"unexpected error, a bug of vitreg or of a library that it calls: {what}.{_traceback_in_a_file(error)}"
+        " Please report it, with the output of vitreg doctor MODEL.",
+        BUG,
+    )
 
 
 def _raised_here(error: Exception) -> bool:
@@ -33,10 +35,13 @@ def _raised_here(error: Exception) -> bool:
     return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] == "vitreg"
 
 
-def _kept(error: Exception) -> Path:
+def _traceback_in_a_file(error: Exception) -> str:
     text = "".join(traceback.format_exception(error))
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="vitreg-error-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    return Path(file.name)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="vitreg-error-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+    except OSError:
+        return ""
+    return f" The traceback is in {file.name}."
