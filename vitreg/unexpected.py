@@ -23,7 +23,7 @@ def explained(error: Exception) -> tuple[str, int]:
         return f"{error.strerror}:{where or ' no file was named'}.", FAILED
     what = f"{type(error).__name__}: {line or 'no message'}"
     return (
-        f"unexpected error, a bug of vitreg or of a library that it calls: {what}.{_traceback_in_a_file(error)}"
+        f"unexpected error, a bug of vitreg or of a library that it calls: {what}.{_traceback_kept(error)}"
         " Please report it, with the output of vitreg doctor MODEL.",
         BUG,
     )
@@ -35,7 +35,7 @@ def _raised_here(error: Exception) -> bool:
     return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] == "vitreg"
 
 
-def _traceback_in_a_file(error: Exception) -> str:
+def _traceback_kept(error: Exception) -> str:
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
