@@ -48,13 +48,6 @@ def captioner(encoder: str, encoder_config: str, decoder: str) -> Callable[[Any]
     return build
 
 
-def blip(library: Any) -> nn.Module:
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    return library.BlipForConditionalGeneration(
-        library.BlipConfig(vision_config=VISION, text_config=text | {"vocab_size": 64})
-    )
-
-
 MODELS = {
     "ViT-GPT2": transformers_model(captioner("ViTModel", "ViTConfig", "GPT2Config")),
     "TrOCR": transformers_model(captioner("DeiTModel", "DeiTConfig", "TrOCRConfig")),

@@ -31,6 +31,7 @@ from vitreg.fixes import (
 )
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.positions import added_positions
 from vitreg.probe import evaluating, first_tensor
 from vitreg.trace import AttentionRows, trace
 
@@ -176,6 +177,12 @@ def _in_painting(vit: Backbone, images: Tensor) -> Fix:
     return Inpainting(layer=layer, threshold=float(t.norms[0][:, t.layout.patch_slice].float().quantile(0.9)))
 
 
+def _position_repair(vit: Backbone, images: Tensor) -> Fix:
+    """Of the shortest row: it becomes its neighbours' mean, whereas a long one may be left as it is."""
+    shortest = int(added_positions(vit).table.norm(dim=1).argmin())
+    return PositionRepair.calibrate(vit, patches=[shortest])
+
+
 def _projection(vit: Backbone, images: Tensor) -> Fix:
     width = vit.anatomy.width
     return Projection(RegisterNeurons(()), torch.eye(1, width), torch.zeros(width))
@@ -186,7 +193,7 @@ FIXES: dict[str, Make] = {
     "splitting": lambda vit, images: TokenSplitting(_strongest(vit, images), capacity=0.2),
     "bias": lambda vit, images: AttentionBias.calibrate(vit, [images], _strongest(vit, images)),
     "shift-average": lambda vit, images: ShiftAverage(views=1),
-    "positions": lambda vit, images: PositionRepair.calibrate(vit, patches=[0]),
+    "positions": _position_repair,
     "inpainting": _in_painting,
     "projection": _projection,
 }
