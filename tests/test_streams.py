@@ -1,6 +1,7 @@
 """Blocks of every signature: read, fixed and set free again, they answer as the plain model does."""
 
 import copy
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -295,31 +296,45 @@ def test_a_block_of_lists_may_be_called_with_a_tensor() -> None:
 
 
 class Streams(nn.Module):
-    """Blocks that hand on two streams, of which neither is the one."""
+    """Blocks that hand on a second tensor of tokens, in front of the stream: what `beside` makes of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[Tensor], Tensor], beside: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.inner = copy.deepcopy(plain().model)
+        self.inner, self.start = copy.deepcopy(plain().model), start
 
         class Two(type(self.inner.blocks[0])):
-            def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-                return super().forward(hidden), residual + hidden
+            def forward(self, residual: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+                return beside(residual, hidden), super().forward(hidden)
 
         for block in self.inner.blocks:
             block.__class__ = Two
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = residual = self.inner._pos_embed(self.inner.patch_embed(images))
+        hidden = self.inner._pos_embed(self.inner.patch_embed(images))
+        residual = self.start(hidden)
         for block in self.inner.blocks:
-            hidden, residual = block(hidden, residual)
-        return residual
+            residual, hidden = block(residual, hidden)
+        return self.inner.forward_head(self.inner.norm(hidden))
+
+
+BESIDE = {
+    "the first tokens, as they were": (lambda x: x.clone(), lambda first, x: first),
+    "a clock, the same for all images": (torch.zeros_like, lambda clock, x: clock + 1),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_handed_on_beside_the_stream_is_not_taken_for_it(name: str) -> None:
+    vit = vitreg.wrap(Streams(*BESIDE[name]), image_size=32)
+    assert (vit.anatomy.stream.argument.name, vit.anatomy.stream.returned) == ("hidden", (1,))
+    assert equal(seen(vit), seen(plain()))
 
 
 def test_of_two_streams_none_is_chosen() -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"they hand on 2 tensors.*hidden and residual.*cannot be told"
+        UnsupportedModelError, match=r"they hand on 2 tensors.*residual and hidden.*cannot be told"
     ):
-        vitreg.wrap(Streams(), image_size=32)
+        vitreg.wrap(Streams(torch.clone, lambda sums, x: sums + x), image_size=32)
 
 
 def test_an_mlp_over_the_tokens_of_all_images_is_refused() -> None:
