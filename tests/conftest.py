@@ -16,7 +16,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # Not inside patched forwards (torch.compile would have to trace through the checks), nor in inner loops.
-PATCHED = {"arrangement", "carry", "fixes", "log_concave", "neuron_edit", "weights"}
+PATCHED = {"arrangement", "carry", "fixes", "log_concave", "neuron_edit", "stream", "weights"}
 PACKAGE = Path(__file__).resolve().parents[1] / "vitreg"
 _hook = install_import_hook(
     [f"vitreg.{module.name}" for module in iter_modules([str(PACKAGE)]) if module.name not in PATCHED],

@@ -177,7 +177,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         hf("PixtralVisionModel", "PixtralVisionConfig"),
         r"input of shape \(1, 48, 32\) for 3 images, not \(b, n, d\)",
     ),
-    "sequence first": (SequenceFirst, r"input of shape \(16, 3, 32\) for 3 images.*Use the batch-first form"),
     "a whole CLIP": (
         hf(
             "CLIPModel",
@@ -281,7 +280,8 @@ def test_a_stated_anatomy_is_used_and_measured() -> None:
         "blocks", "mlp.fc2", prefix=3, registers=2, patch_size=(8, 8), patch_embedding="patch_embed"
     )
     vit = vitreg.wrap(module("timm dinov2 registers"), image_size=(32, 40), anatomy=stated)
-    assert vit.anatomy == replace(stated, depth=3, width=32, neurons=128, heads=4)
+    measured = {"stream": vit.anatomy.stream, "depth": 3, "width": 32, "neurons": 128, "heads": 4}
+    assert vit.anatomy == replace(stated, **measured)
     with torch.no_grad(), vitreg.trace(vit, attention="registers", embedding=True) as t:
         vit(images(vit))
     assert t.attention.shape == (3, 2, 4, 2, 25)

@@ -49,8 +49,8 @@ def test_edits_run_the_outermost_first_and_pass_the_arguments_on():
     install(block, inner)
     assert edits_of(block) == [outer, inner]
     assert block(ONE, 2.0, shift=3.0) == 10 * 10 * ((1 + 1 + 5) * 2 + 3)
-    assert outer.seen == [("outer", 1, (2.0,), {"shift": 3.0})]
-    assert inner.seen == [("inner", 2, (2.0,), {"shift": 3.0})]
+    assert outer.seen == [("outer", 1, (None, 2.0), {"shift": 3.0})]
+    assert inner.seen == [("inner", 2, (None, 2.0), {"shift": 3.0})]
     assert block(hidden_states=ONE, scale=3.0) == 100 * 21
     assert Block()(ONE) == 1  # of this instance only
 

@@ -4,6 +4,7 @@ from vitreg.anatomy import Anatomy, TokenLayout
 from vitreg.archive import Extraction, extract_archive
 from vitreg.cure import Cure, find_cure
 from vitreg.diagnosis import Diagnosis, diagnose
+from vitreg.doctor import Examination, doctor
 from vitreg.emergence import Emergence
 from vitreg.errors import (
     ArchiveError,
@@ -65,6 +66,7 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Emergence",
+    "Examination",
     "Extraction",
     "Fix",
     "FixError",
@@ -100,6 +102,7 @@ __all__ = [
     "add_registers",
     "applied",
     "diagnose",
+    "doctor",
     "example",
     "export",
     "extract_archive",

@@ -12,7 +12,7 @@ place that turns this into indices.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Shaped
@@ -22,6 +22,7 @@ from vitreg.carry import bare
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.patches import measure_patches
 from vitreg.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+from vitreg.stream import Stream
 from vitreg.weights import inputs_of, is_ordinary, outputs_of
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
@@ -76,9 +77,11 @@ class Anatomy:
     MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
-    are given must agree with it. `masked`, also measured, says whether attention has a mask or a positional
-    bias. `padding` (height, width): pixels that the model adds to an image before it cuts patches; without
-    it, what does not fill a patch is left out.
+    are given must agree with it. `padding` (height, width): pixels that the model adds to an image before it
+    cuts patches; without it, what does not fill a patch is left out. Also measured: `masked`, whether
+    attention has a mask or a positional bias; `stream`, where the blocks' calls and outputs hold the residual
+    stream; `head_error`, what the model raises after its last block when it is given images alone ("" if
+    nothing).
     """
 
     blocks: str
@@ -93,6 +96,8 @@ class Anatomy:
     heads: int = 0
     masked: bool = False
     padding: tuple[int, int] = (0, 0)
+    stream: Stream = field(default_factory=Stream)
+    head_error: str = ""
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks).children())
@@ -161,7 +166,14 @@ def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> A
     neurons = _count_neurons(anatomy.down_projection, probe)
     probe.check_embedding(anatomy.patch_embedding, layout.grid)
     measured = replace(
-        anatomy, depth=probe.depth, width=probe.width, neurons=neurons, heads=heads, masked=probe.masked
+        anatomy,
+        depth=probe.depth,
+        width=probe.width,
+        neurons=neurons,
+        heads=heads,
+        masked=probe.masked,
+        stream=probe.place(anatomy.down_projection),
+        head_error=probe.head_error,
     )
     for name in ("depth", "width", "neurons", "heads"):
         stated, found = getattr(anatomy, name), getattr(measured, name)

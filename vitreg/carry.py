@@ -10,8 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from inspect import signature
+from functools import cache
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.neuron_edit import listen, stop_listening
+from vitreg.stream import Stream, as_given, first_argument
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 T = TypeVar("T")
@@ -30,18 +30,20 @@ class BlockEdit(ABC):
     """What a fix does to one block. Threads share it, so it holds nothing of any one pass.
 
     `inserted` counts the tokens that it puts before the patches while the block runs; `hooked` is the
-    path within the block of the module whose input, the neurons, it edits.
+    path within the block of the module whose input, the neurons, it edits. `stream` says where the block's
+    calls and outputs hold the residual stream; without it, it is the first tensor of both.
     """
 
     inserted: int = 0
     hooked: str | None = None
+    stream: Stream | None = None
 
     @abstractmethod
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """The residual stream (b, n, d) after the block, given the one before it.
 
         `inner(x, args, kwargs)` runs the block as it was without this edit; `args` and `kwargs` are what
-        the model passes along with the stream.
+        the model passes, with None in the place of the stream.
         """
 
 
@@ -67,7 +69,7 @@ class Carry(Generic[T]):
 
     def take(self, layer: int, x: Tensor) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""
-        again = _recomputing()
+        again, x = _recomputing(), x if torch.compiler.is_compiling() else as_given(x)
         if again and x in self._of:
             return self._of[x]
         left = (self._again if again else self._forward).left
@@ -178,17 +180,17 @@ def _editable(base: Any, own_forward: bool) -> Any:
     Where another library has put a `forward` of its own on the instance (accelerate's hooks), the class's
     would never be called. A property comes before what the instance holds, and runs that inside the edits.
     """
-    stream = next(name for name in signature(base.forward).parameters if name != "self")
+    first = first_argument(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self in _running.blocks:  # what is on the instance leads back here
             return base.forward(self, *args, **kwargs)
         own = self.__dict__.get("forward") if own_forward else None
         if own is None:
-            return _run(self, partial(base.forward, self), stream, args, kwargs)
+            return _run(self, MethodType(base.forward, self), first, args, kwargs)
         _running.blocks.append(self)
         try:
-            return _run(self, own, stream, args, kwargs)
+            return _run(self, own, first, args, kwargs)
         finally:
             _running.blocks.pop()
 
@@ -222,13 +224,15 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _run(block: nn.Module, base: Callable[..., Any], stream: str, args: Any, kwargs: Any) -> Any:
-    """What a block returns with its edits; `base` runs it without, `stream` is its first argument's name."""
-    x, args = (args[0], args[1:]) if args else (kwargs.pop(stream), ())
-    beside: list[Any] = []  # what the block returns with the stream, if it returns a tuple
+def _run(block: nn.Module, base: Callable[..., Any], first: Stream, args: Any, kwargs: Any) -> Any:
+    """What a block returns with its edits; `base` runs it without. `first`: where nobody knows the stream."""
+    edits = edits_of(block)
+    if not edits:  # somebody kept this method beyond the undo
+        return base(*args, **kwargs)
+    stream = edits[0].stream or first
+    outputs: list[Any] = []  # of the block itself, with what it returns beside the stream
 
     def run(depth: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        edits = edits_of(block)  # none where somebody kept this method beyond the undo
         if depth < len(edits):
 
             def inner(x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -236,15 +240,13 @@ def _run(block: nn.Module, base: Callable[..., Any], stream: str, args: Any, kwa
 
             y: Tensor = edits[depth].run(block, inner, x, args, kwargs)
             return y
-        output = base(x, *args, **kwargs)
-        if isinstance(output, Tensor):
-            return output
-        beside.append(output[1:])
-        first: Tensor = output[0]
-        return first
+        args, kwargs = stream.in_call(x, args, kwargs)
+        outputs[:] = [base(*args, **kwargs)]
+        return stream.of_output(outputs[0])
 
-    y = run(0, x, args, kwargs)
-    return (y, *beside[0]) if beside else y
+    x = stream.of_call(args, kwargs)
+    y = run(0, x, *stream.in_call(None, args, kwargs))
+    return stream.in_output(y, outputs[0])
 
 
 def _restore(base: Any, own_forward: bool) -> Any:

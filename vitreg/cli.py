@@ -1,7 +1,7 @@
 """The command line: parse, call one public function, print or write.
 
-Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage. Progress goes to stderr, results to
-stdout.
+Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage; 3 a bug, one line that names the file with
+its traceback. Progress goes to stderr, results to stdout.
 """
 
 import io
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from vitreg.cure import Cure
     from vitreg.diagnosis import Diagnosis
+    from vitreg.doctor import Examination
     from vitreg.emergence import Emergence
     from vitreg.models import Backbone
     from vitreg.register_maps import RegisterStudy
@@ -137,6 +138,25 @@ def diagnose(
             typer.echo(str(result))
             _write(result, json_path, report)
             _write_figure(result, figure)
+
+
+@app.command()
+def doctor(
+    model: Model,
+    json_path: Json = None,
+    size: Size = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    random_weights: RandomWeights = False,
+) -> None:
+    """What was found in a model, what works on it and what does not, on one page for a bug report."""
+    import vitreg
+
+    _check_writable(json_path)
+    with Console(stderr=True).status(f"examining {model}"):
+        found = vitreg.doctor(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+    typer.echo(str(found))
+    _write(found, json_path)
 
 
 @app.command()
@@ -615,7 +635,7 @@ def _split(inputs: list[str]) -> tuple[list[str], str]:
 
 
 def _write(
-    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy",
+    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy | Examination",
     json_path: Path | None,
     report: Path | None = None,
 ) -> None:
@@ -658,6 +678,12 @@ def main() -> None:
     except VitregError as error:
         sys.stderr.write(f"vitreg: {' '.join(str(error).split())}\n")
         sys.exit(1)
+    except Exception as error:
+        from vitreg.unexpected import explained
+
+        line, code = explained(error)
+        sys.stderr.write(f"vitreg: {line}\n")
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.stderr.write("vitreg: interrupted\n")
         sys.exit(130)

@@ -40,11 +40,11 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes) and not any(map(is_linear, module.children()))
 
 
-def leading_down(calls: list[Call], stream: Shape) -> list[Call]:
-    """The modules that lead from neurons (b, n, f), f not d, to the stream (b, n, d)."""
-    affine = [call for call in calls if len(call.given.shape) == len(stream) and _is_affine(call)]
+def leading_down(calls: list[Call], streams: set[Shape]) -> list[Call]:
+    """The modules that lead from neurons (b, n, f), f not d, to the stream (b, n, d), or (n, b, d)."""
+    affine = [call for call in calls if call.given.dim() == 3 and _is_affine(call)]
     outermost = [call for call in affine if not any(call.inside(other) for other in affine)]
-    leading = [call for call in outermost if call.output == stream != tuple(call.given.shape)]
+    leading = [call for call in outermost if call.output in streams and call.neurons != call.output[-1]]
     return [_with_all_around(call, calls) for call in leading]
 
 

@@ -29,6 +29,7 @@ from vitreg.errors import (
     VitregError,
 )
 from vitreg.from_transformers import build_hf, build_vlm, forward_of, processor_of
+from vitreg.headless import run_without_head
 from vitreg.placement import device_of, dtype_of
 from vitreg.preprocessing import timm_preprocess
 from vitreg.probe import Forward
@@ -71,9 +72,14 @@ class Backbone:
     planted: bool = False
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Any:
-        """The model's own output. Images are moved to the model's device and dtype."""
-        images = images.to(self.device, self.dtype)
-        return self.model(images) if self.forward is None else self.forward(images)
+        """The model's own output. Images are moved to the model's device and dtype.
+
+        None for a model whose head wants more than images: the pass ends where it raises.
+        """
+        images, forward = images.to(self.device, self.dtype), self.forward or self.model
+        if self.anatomy.head_error:
+            return run_without_head(self.anatomy.block_modules(self.model)[-1], forward, images)
+        return forward(images)
 
     @property
     def device(self) -> torch.device:

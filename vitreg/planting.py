@@ -119,7 +119,7 @@ def mlp_inputs(vit: Backbone, mlp: Mlp, images: Tensor) -> Float[Tensor, "b n d"
             vit(images)
     finally:
         hook.remove()
-    return seen[0].float()
+    return vit.anatomy.stream.neurons(seen[0]).float()
 
 
 def _tokens(vit: Backbone, mlp: Mlp, batches: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -117,20 +117,24 @@ def _before_blocks(
     entered: list[nn.Module] = []
     probes = _probes(vit, layout)
 
-    def patches(value: Any) -> Tensor | None:
-        tensor = None if first in entered else first_tensor(value)
-        if tensor is None or tensor.shape[:1] != probes.shape[:1]:  # what is the same for all images, say
+    def patches(tensor: Tensor | None) -> Tensor | None:
+        if (
+            first in entered or tensor is None or tensor.shape[:1] != probes.shape[:1]
+        ):  # what is the same for all images, say
             return None
         return _patches(tensor, layout, width)
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if (given := patches((args, kwargs))) is not None:
+        of_call = (
+            vit.anatomy.stream.of_call(args, kwargs) if module is first else first_tensor((args, kwargs))
+        )
+        if (given := patches(of_call)) is not None:
             inputs.append((len(outputs), given))
         entered.append(module)
 
     def leaves(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if (left := patches(output)) is not None:
+            if (left := patches(first_tensor(output))) is not None:
                 outputs.append((len(outputs), name, left))
 
         return hook

@@ -6,15 +6,26 @@ layer that leads back to the width is the MLP's down-projection.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitreg.attention import AttentionCall, intercept
-from vitreg.down_projection import Call, is_linear, leading_down, without_attention, without_bottlenecks
+from vitreg.block_calls import BlockCalls
+from vitreg.down_projection import (
+    Call,
+    Shape,
+    is_linear,
+    leading_down,
+    without_attention,
+    without_bottlenecks,
+)
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.placement import device_of, dtype_of
+from vitreg.stream import Stream, tensors_in
 
 Forward = Callable[[Tensor], Any]
 
@@ -41,20 +52,9 @@ def count_linears(module: nn.Module) -> int:
     return sum(map(is_linear, module.modules()))
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors of what enters or leaves a module, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors_of(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_of(item)
-
-
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor of what enters or leaves a block: the residual stream, by every library's habit."""
-    return next(tensors_of(value), None)
+    """The first tensor of what enters or leaves a module."""
+    return next((tensor for _, tensor in tensors_in(value)), None)
 
 
 @contextmanager
@@ -95,8 +95,7 @@ class Probe:
         self.depth = len(self.blocks)
         if not self.blocks:
             raise UnsupportedModelError(f"expected blocks in {stack!r}, found none. Correct the Anatomy.")
-        self.inputs: list[Tensor | None] = []
-        self.outputs: list[Tensor | None] = []
+        self.calls = BlockCalls(IMAGES)
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
         self.called: list[Call] = []  # of the modules within block 0, in order
         self.features: list[Feature] = []  # outputs before block 0, in order
@@ -104,6 +103,7 @@ class Probe:
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
         self._inside: int | None = None
         self._running = False
+        self.head_error = ""  # what the model raised after the last block
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -116,22 +116,23 @@ class Probe:
             try:
                 forward(images)
             except Exception as error:
-                if not self.inputs:
+                if not self.calls.inputs:
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} could not run on images of shape"
                         f" {tuple(images.shape)} ({type(error).__name__}: {_one_line(error)}). Give vitreg"
                         " the vision encoder itself (of a larger model, its vision tower), a matching size,"
                         " or a `forward` that says how to call it."
                     ) from error
-                if len(self.outputs) < self.depth:
+                if len(self.calls.outputs) < self.depth:
                     raise
                 # Past the blocks: a head that wants more than images does not concern us.
+                self.head_error = f"{type(error).__name__}: {_one_line(error)}"
 
     def entering(self, forward: Forward, images: Tensor) -> Tensor:
         """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
-        streams: list[Tensor | None] = []
+        streams: list[Tensor] = []
         hook = self.blocks[0].register_forward_pre_hook(
-            lambda module, args, kwargs: streams.append(first_tensor((args, kwargs))), with_kwargs=True
+            lambda module, args, kwargs: streams.append(self._place.of_call(args, kwargs)), with_kwargs=True
         )
         try:
             with evaluating(self.model):
@@ -141,9 +142,7 @@ class Probe:
                 raise
         finally:
             hook.remove()
-        stream = streams[0]
-        assert stream is not None
-        return stream
+        return streams[0]
 
     def _noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -166,13 +165,13 @@ class Probe:
     def _enter(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inside = index
-            self.inputs.append(first_tensor((args, kwargs)))
+            self.calls.enter(module, args, kwargs)
 
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside = None
-        self.outputs.append(first_tensor(output))
+        self.calls.leave(output)
 
     def _saw_call(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -184,7 +183,7 @@ class Probe:
 
     def _saw_feature(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not self.inputs and (found := first_tensor(output)) is not None:
+            if not self.calls.inputs and (found := first_tensor(output)) is not None:
                 entering = first_tensor(args)
                 sides = (0, 0) if entering is None or entering.dim() != 4 else tuple(entering.shape[2:])
                 self.features.append(Feature(name, module, tuple(found.shape), sides))
@@ -204,12 +203,22 @@ class Probe:
 
     # -- concluding ------------------------------------------------------------------------------
 
-    @property
+    @cached_property
+    def _place(self) -> Stream:
+        found = self.calls.stream()
+        assert found is not None, "check_stream comes first"
+        return found
+
+    def place(self, down: str) -> Stream:
+        """Where calls and outputs hold the residual stream; `down` is the path of the down-projection."""
+        shape = next((call.output for call in self.called if call.name == down), None)
+        return replace(self._place, neurons_tokens_first=shape == (self.tokens, IMAGES, self.width))
+
+    @cached_property
     def stream(self) -> Tensor:
         """The residual stream that enters block 0, (IMAGES, n, d)."""
-        found = self.inputs[0]
-        assert found is not None
-        return found
+        entered = self.calls.entered[self._place.argument]
+        return entered.transpose(0, 1) if self._place.tokens_first else entered
 
     @property
     def tokens(self) -> int:
@@ -221,33 +230,20 @@ class Probe:
 
     def check_stream(self) -> None:
         """Every block must map one (b, n, d) stream to another of the same shape, once per pass."""
-        if not self.inputs:
+        if not self.calls.inputs:
             raise self._unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
-        shapes = [None if x is None else tuple(x.shape) for x in (*self.inputs, *self.outputs)]
-        first = shapes[0]
-        if first is None or len(first) == 4:
-            raise self._unsupported(
-                f"block 0 takes {'no tensor' if first is None else f'a 4-dimensional input {first}'}."
-                " Windowed and convolutional models cannot carry extra tokens"
-            )
-        if len(first) != 3 or first[0] != IMAGES:
-            batch_second = len(first) == 3 and first[1] == IMAGES
-            raise self._unsupported(
-                f"block 0 takes an input of shape {first} for {IMAGES} images, not (b, n, d)."
-                + (
-                    " Use the batch-first form of the model"
-                    if batch_second
-                    else " Models that split an image into windows or several views are not supported"
+        if len(self.calls.inputs) == self.depth == len(self.calls.outputs):
+            rivals = self.calls.rivals()
+            if len(rivals) > 1:
+                raise self._unsupported(
+                    f"they hand on {len(rivals)} tensors of tokens that differ from block to block"
+                    f" ({' and '.join(map(str, rivals))}). Which of them is the residual stream cannot be"
+                    " told"
                 )
-            )
-        changed = next((shape for shape in shapes if shape != first), None)
-        if changed:
-            raise self._unsupported(
-                f"the residual stream changes from {first} to {changed}."
-                " Hierarchical models, which pool or widen tokens on the way, have no fixed patch tokens"
-            )
-        if len(self.inputs) != self.depth or len(self.outputs) != self.depth:
-            raise self._unsupported(f"a forward pass calls them {len(self.inputs)} times")
+        if self.calls.stream() is None:
+            self._refuse_shapes()
+        if len(self.calls.inputs) != self.depth or len(self.calls.outputs) != self.depth:
+            raise self._unsupported(f"a forward pass calls them {len(self.calls.inputs)} times")
         others = {shape for shape in self.elsewhere if shape[-2] != self.tokens}
         if others:
             raise self._unsupported(
@@ -262,6 +258,30 @@ class Probe:
                 "the same image gives them other tokens each time. Random masks and shuffles are not"
                 " supported: switch them off, or give vitreg the encoder alone"
             )
+
+    def _refuse_shapes(self) -> None:
+        """Say why no tensor of a block's call is a residual stream."""
+        shapes = [*self.calls.inputs, *self.calls.outputs]
+        first = shapes[0]
+        if first is None or len(first) == 4:
+            raise self._unsupported(
+                f"block 0 takes {'no tensor' if first is None else f'a 4-dimensional input {first}'}."
+                " Windowed and convolutional models cannot carry extra tokens"
+            )
+        if len(first) != 3 or IMAGES not in first[:2]:
+            raise self._unsupported(
+                f"block 0 takes an input of shape {first} for {IMAGES} images, not (b, n, d)."
+                " Models that split an image into windows or several views are not supported"
+            )
+        changed = next((shape for shape in shapes if shape != first), None)
+        if changed:
+            raise self._unsupported(
+                f"the residual stream changes from {first} to {changed}."
+                " Hierarchical models, which pool or widen tokens on the way, have no fixed patch tokens"
+            )
+        raise self._unsupported(
+            f"no block changes its tokens {first}, or they come and go in other arguments"
+        )
 
     def constant_tokens(self) -> int:
         """Tokens that are the same for both images; they must come first (prefix, then registers)."""
@@ -280,9 +300,15 @@ class Probe:
 
     def down_projection(self) -> str:
         """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
-        stream = tuple(self.stream.shape)
+        shapes: set[Shape] = {(IMAGES, self.tokens, self.width), (self.tokens, IMAGES, self.width)}
         with evaluating(self.model):
-            found = leading_down(self.called, stream)
+            found = leading_down(self.called, shapes)
+        rows = [call for call in self.called if call.output == (IMAGES * self.tokens, self.width)]
+        if not found and rows:
+            raise self._unsupported(
+                f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"
+                f" {rows[-1].output}), so that it cannot be told which image an activation belongs to"
+            )
         if not found:
             raise self._unsupported(
                 f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",

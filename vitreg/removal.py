@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from vitreg.models import Backbone
-from vitreg.probe import first_tensor
 
 
 class Where(NamedTuple):
@@ -54,13 +52,10 @@ def entering(vit: Backbone, function: Callable[[Tensor], Tensor | None]) -> Iter
     """Show a function the stream (b, n, d) that enters block 0; what it returns, if anything, enters."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        stream = first_tensor((args, kwargs))
-        assert stream is not None
-        changed = function(stream)
-        if changed is None:
-            return None
-        return tree_map_only(Tensor, lambda x: changed if x is stream else x, (args, kwargs))
+        changed = function(stream.of_call(args, kwargs))
+        return None if changed is None else stream.in_call(changed, args, kwargs)
 
+    stream = vit.anatomy.stream
     block = vit.anatomy.block_modules(vit.model)[0]
     handle = block.register_forward_pre_hook(_in_this_thread(hook), with_kwargs=True)
     try:
@@ -73,7 +68,8 @@ def entering(vit: Backbone, function: Callable[[Tensor], Tensor | None]) -> Iter
 def without_mlps(vit: Backbone, layers: Sequence[int], where: Where) -> Iterator[None]:
     """In some blocks (0-based), patches get what the MLP's neurons write at ordinary ones, on average."""
     downs = vit.anatomy.down_projections(vit.model)
-    hook = _in_this_thread(lambda module, args: (where.averaged(args[0]), *args[1:]))
+    averaged = vit.anatomy.stream.on_neurons(where.averaged)
+    hook = _in_this_thread(lambda module, args: (averaged(args[0]), *args[1:]))
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(downs[layer].register_forward_pre_hook(hook).remove)

@@ -92,6 +92,8 @@ class _Projections:
         """The weight rows whose output is `x`, and their input."""
         flat = x.transpose(1, 2).flatten(2)
         for weight, given, output in self._candidates:
+            if output.dim() == 3 and output.shape[:2] != flat.shape[:2]:  # sequence-first
+                given, output = given.transpose(0, 1), output.transpose(0, 1)
             for start in range(0, output.shape[-1] - flat.shape[-1] + 1, flat.shape[-1]):
                 rows = slice(start, start + flat.shape[-1])
                 if output.shape[:-1] == flat.shape[:-1] and torch.allclose(

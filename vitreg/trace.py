@@ -27,7 +27,8 @@ from vitreg.attention import AttentionCall, intercept
 from vitreg.carry import edits_of
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
-from vitreg.probe import NO_ATTENTION_SEEN, first_tensor, tensors_of
+from vitreg.probe import NO_ATTENTION_SEEN
+from vitreg.stream import tensors_in
 
 AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]
 
@@ -122,7 +123,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         """What the model is given says the grid: images do, and so does a table of grids beside patches."""
         if not self._ours():
             return
-        given = list(tensors_of((args, kwargs)))
+        given = [tensor for _, tensor in tensors_in((args, kwargs))]
         images = [x for x in given if x.dim() == 4 and x.shape[1] == 3]
         tables = [x for x in given if x.dim() == 2 and x.shape[1] == 2 and not x.is_floating_point()]
         self._from_images = bool(images)
@@ -139,9 +140,9 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
                 self._on_start()
 
     def _left(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        residual = first_tensor(output)
-        if not self._ours() or residual is None:
+        if not self._ours():
             return
+        residual = self._vit.anatomy.stream.of_output(output)
         self._inside = None
         self._check(layer, residual.shape[1])
         if self._on_block:
@@ -158,7 +159,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _neurons(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._ours() and self._on_neurons:
-            activation = in_order(args[0].detach())
+            activation = in_order(self._vit.anatomy.stream.neurons(args[0].detach()))
             self._saw_tokens(layer, activation.shape[1])
             self._on_neurons(layer, activation)
 

@@ -17,6 +17,7 @@ from vitreg.controls import ABLATIONS, PLACEBOS, controls_of
 from vitreg.diagnosis import Diagnosis, diagnose
 from vitreg.errors import ImageError
 from vitreg.fixes.base import Fix
+from vitreg.headless import without_output
 from vitreg.images import Batch, places_of, ranks_of
 from vitreg.labels import class_of, find_readout, wordnet_classes
 from vitreg.measures import KINDS, Estimate, Look, Reference, Resampled, look_at
@@ -79,7 +80,10 @@ def verify(
     for batch in images:
         table.add(batch, {"fix": fix} | (chosen.fixes if chosen else {}))
     table.put_together(ranks_of(images))
-    return _concluded(vit, fix, before, after, table, chosen.left_out if chosen else (), seed)
+    notes = chosen.left_out if chosen else ()
+    if why := without_output(vit):
+        notes += (f"{why}. Predictions were not compared.",)
+    return _concluded(vit, fix, before, after, table, notes, seed)
 
 
 class Measured:

@@ -33,23 +33,30 @@ def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d
         stack.enter_context(bare(vit.model))
         stack.enter_context(evaluating(vit.model))
         vit(torch.zeros(1, 3, *vit.image_size))
-        return {layer: _gain(vit, layer, *entered[layer]) for layer in layers}
+        return {layer: _gain(vit, layer, entered[layer]) for layer in layers}
 
 
 def _saw_entering(entered: dict[int, Any], layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    entered[layer] = args, kwargs
+    entered[layer] = _copies((args, kwargs))
 
 
-def _gain(vit: Backbone, layer: int, args: Any, kwargs: Any) -> Float[Tensor, " d"]:
+def _copies(given: Any) -> Any:
+    """A block's arguments in float32; copies, for some blocks work in place."""
+    return tree_map_only(
+        Tensor, lambda x: x.to(torch.float32, copy=True) if x.is_floating_point() else x, given
+    )
+
+
+def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
     block = copy.deepcopy(vit.anatomy.block_modules(vit.model)[layer]).float()
-    args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
     outputs = []
     for amount in (0.0, 1.0, 2.0):
         down = block.get_submodule(vit.anatomy.down_projection)
         hook = down.register_forward_hook(lambda module, given, output, amount=amount: output + amount)
         with torch.autocast(vit.device.type, enabled=False):
+            args, kwargs = _copies(entered)
             output = block(*args, **kwargs)
-        outputs.append(output if isinstance(output, Tensor) else output[0])
+        outputs.append(vit.anatomy.stream.of_output(output))
         hook.remove()
     once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
     gain = once.mean((0, 1))

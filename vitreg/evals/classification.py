@@ -13,6 +13,7 @@ from vitreg.evals.config import Config
 from vitreg.evals.datasets.classes import by_wordnet
 from vitreg.evals.features import extract_features
 from vitreg.evals.result import Metric, Result, concluded
+from vitreg.headless import without_output
 from vitreg.labels import class_names, find_readout
 from vitreg.models import Backbone
 
@@ -32,9 +33,8 @@ def evaluate(vit: Backbone, data: str | Path, config: ClassificationConfig | Non
     config = config or ClassificationConfig()
     classes = find_readout(vit).classes
     if not classes:
-        raise UnsupportedModelError(
-            f"{vit.name} has no classification head. Use knn or linear, or zero-shot for a text tower."
-        )
+        why = without_output(vit) or f"{vit.name} has no classification head"
+        raise UnsupportedModelError(f"{why}. Use knn or linear, or zero-shot for a text tower.")
     photos = by_wordnet(data, classes, class_names(vit))
     found = extract_features(vit, photos.paths, ["logits"], config)
     labels = torch.tensor(photos.labels)[list(found.index)]

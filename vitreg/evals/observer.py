@@ -16,6 +16,7 @@ from vitreg.carry import edits_of
 from vitreg.errors import UnsupportedModelError
 from vitreg.fixes.base import applied
 from vitreg.fixes.splitting import Fork
+from vitreg.headless import without_output
 from vitreg.labels import find_readout, logits_of
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
@@ -71,7 +72,10 @@ class Observer:
         if feature == "registers" and not layout.registers:
             raise UnsupportedModelError(f"{self._vit.name} has no trained register tokens.")
         if feature == "logits" and not self._readout.classes:
-            raise UnsupportedModelError(f"{self._vit.name} has no classification head.")
+            why = without_output(self._vit) or f"{self._vit.name} has no classification head"
+            raise UnsupportedModelError(f"{why}.")
+        if feature == "output" and (why := without_output(self._vit)):
+            raise UnsupportedModelError(f"{why}. Use cls or mean.")
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

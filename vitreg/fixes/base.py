@@ -153,6 +153,8 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
+        for edit in edits.values():
+            edit.stream = vit.anatomy.stream
 
     @property
     def carried(self) -> Any:

@@ -26,7 +26,8 @@ from vitreg.images import Batch
 from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
 from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.probe import evaluating, first_tensor
+from vitreg.probe import evaluating
+from vitreg.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class RegisterEdit(BlockEdit):
         self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
         self.masked = vit.anatomy.masked
+        self.stream: Stream = vit.anatomy.stream
         self.neurons = fix.neurons.tensors(layer)
         self.hooked = None if self.neurons is None else self.down
         # Neurons are dealt out through all layers, so that no register is left without.
@@ -180,7 +182,8 @@ class RegisterEdit(BlockEdit):
         if masked:
             run = partial(within, Inside(self.own, stop - self.own), run)
         if self.neurons is not None:
-            run = partial(edited, block, self.down, partial(self._move, self.neurons, patches), run)
+            move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
+            run = partial(edited, block, self.down, move, run)
         y = run()
         if not self.inserted:
             return y
@@ -258,14 +261,14 @@ def _initial_value(fix: TestTimeRegisters, vit: Backbone) -> Float[Tensor, "r d"
 def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
     """The module whose output enters block 0 and is normalised: CLIP's norm before its blocks."""
     made: list[tuple[nn.Module, Tensor]] = []
-    entered: list[Tensor | None] = []
+    entered: list[Tensor] = []
 
     def saw(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not entered:
             made.append((module, output))
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(first_tensor((args, kwargs)))
+        entered.append(vit.anatomy.stream.of_call(args, kwargs))
 
     hooks = [
         module.register_forward_hook(saw)
@@ -279,6 +282,5 @@ def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
     finally:
         for hook in hooks:
             hook.remove()
-    stream = entered[0]
-    assert stream is not None
-    return next((module for module, output in made if output.data_ptr() == stream.data_ptr()), None)
+    start = entered[0].data_ptr()
+    return next((module for module, output in made if output.data_ptr() == start), None)

@@ -204,8 +204,10 @@ class _Twin:
         for module in model.modules():
             module._forward_hooks.clear()
         last = vit.anatomy.depth - 1
-        self._forward = vit.with_model(model, vit.name).forward or model
+        twin = vit.with_model(model, vit.name)
+        self._forward = twin if vit.anatomy.head_error else twin.forward or model
         self._seen = _Seen(first_patch(vit, last))
+        self._seen.stream = vit.anatomy.stream
         install(vit.anatomy.block_modules(model)[last], self._seen)
 
     def patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:

@@ -21,6 +21,7 @@ from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
+from vitreg.stream import Stream
 
 Place = tuple[int, int]
 
@@ -73,7 +74,8 @@ class _Edit(BlockEdit):
                 f"the places were chosen on a grid of {self.patches} patches, and an image has"
                 f" {x.shape[1] - self.start}. Wrap the model with the image_size of these images."
             )
-        return edited(block, self.down, self._move, partial(inner, x, args, kwargs))
+        move = (self.stream or Stream()).on_neurons(self._move)
+        return edited(block, self.down, move, partial(inner, x, args, kwargs))
 
     def _move(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
         index, tokens = (i.to(activation.device) for i in (self.index, self.tokens))

@@ -38,6 +38,7 @@ from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
 from vitreg.neurons import NeuronTensors, RegisterNeurons
 from vitreg.probe import evaluating
+from vitreg.stream import Stream
 from vitreg.weights import is_affine, weight_columns
 from vitreg.write_gain import write_gains
 
@@ -148,6 +149,7 @@ class _Edit(BlockEdit):
         self.down, self.heads = vit.anatomy.down_projection, vit.anatomy.heads
         self.neurons = fix.neurons.tensors(layer)
         self.hooked = None if self.neurons is None else self.down
+        self.stream: Stream = vit.anatomy.stream
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         fork = None if self.first else self.carry.take(self.layer, x)
@@ -162,7 +164,7 @@ class _Edit(BlockEdit):
         if fork is not None:
             run = partial(within, _Forked(fork, self.start, n), run)
         if marker is not None:
-            run = partial(edited, block, self.down, marker, run)
+            run = partial(edited, block, self.down, self.stream.on_neurons(marker), run)
         y = run()
         tokens, copies = y.tensor_split([n], 1)
         grid = tokens if fork is None else _place(tokens, fork, copies)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vitreg.models import Backbone
 from vitreg.planting import phantom_of
-from vitreg.probe import evaluating, first_tensor
+from vitreg.probe import evaluating
+from vitreg.stream import Stream
 from vitreg.trace import trace
 
 Change = Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b p d"]]
@@ -29,16 +30,15 @@ def with_changed_patches(vit: Backbone, layer: int, change: Change, kind: str) -
         raise ValueError(f"layer {layer}: expected 0 to {vit.anatomy.depth - 1}.")
     planted = phantom_of(vit, kind)
     block = vit.anatomy.block_modules(planted.model)[layer]
-    block.register_forward_hook(partial(_changed, change, vit.layout.patch_slice.start))
+    block.register_forward_hook(partial(_changed, change, vit.anatomy.stream, vit.layout.patch_slice.start))
     return planted
 
 
-def _changed(change: Change, start: int, block: nn.Module, args: Any, output: Any) -> Any:
-    residual = first_tensor(output)
-    assert residual is not None  # the anatomy was found by it
+def _changed(change: Change, stream: Stream, start: int, block: nn.Module, args: Any, output: Any) -> Any:
+    residual = stream.of_output(output)
     with torch.no_grad():
         new = torch.cat([residual[:, :start], change(residual[:, start:])], 1)
-    return new if isinstance(output, Tensor) else (new, *output[1:])
+    return stream.in_output(new, output)
 
 
 def patches_after(vit: Backbone, images: Float[Tensor, "b 3 h w"], layer: int) -> Float[Tensor, "b p d"]:
