@@ -6,7 +6,7 @@ for member in members(neurons=(1, 4, 16)):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -104,11 +104,16 @@ def _crops(name: str, seed: int, count: int) -> Tensor:
     return crops(_backbone(name, seed), count, seed)
 
 
+@cache
+def _photos() -> list[PIL.Image.Image]:
+    return [PIL.Image.open(path).convert("RGB") for path in demo_photos()]
+
+
 def crops(vit: vitreg.Backbone, count: int, seed: int) -> torch.Tensor:
     """Random crops of the bundled photos, (count, 3, h, w) in -1 to 1."""
     rng = np.random.default_rng(seed)
     height, width = vit.image_size
-    photos = [PIL.Image.open(path).convert("RGB") for path in demo_photos()]
+    photos = _photos()
     cut = []
     for index in range(count):
         photo = photos[index % len(photos)]
@@ -122,7 +127,7 @@ def crops(vit: vitreg.Backbone, count: int, seed: int) -> torch.Tensor:
 def save_crops(folder: Path, count: int, seed: int = 0) -> Path:
     """Random crops of the bundled photos, 32 x 40 pixels."""
     random = np.random.default_rng(seed)
-    photos = [PIL.Image.open(path).convert("RGB") for path in demo_photos()]
+    photos = _photos()
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         photo = photos[i % len(photos)]

@@ -38,6 +38,30 @@ OTHER = TestTimeRegisters({1: [2], 2: [20, 4]})
 # One of each kind: plain, another library's, rotary, with a positional bias, nn.MultiheadAttention.
 FEW = ["timm vit", "hf dinov2 registers", "timm dinov3", "timm beit", "hf beit", "open_clip vit"]
 
+# What torch.compile traces differs with the code of a block: one model of each.
+TRACED = [
+    *FEW,
+    "timm dinov2 swiglu",
+    "timm eva02",
+    "timm siglip",
+    "timm relpos",
+    "timm rope mixed",
+    "timm pe core",
+    "timm naflexvit",
+    "timm parallel attention",
+    "timm beit3",
+    "hf dinov2 swiglu",
+    "hf dinov3 gated",
+    "hf clip",
+    "hf siglip2",
+    "hf vit",
+    "hf data2vec",
+    "hf aimv2",
+    "hf internvl",
+    "open_clip coca",
+    "torchvision vit",
+]
+
 
 @pytest.fixture(params=CATALOG)
 def vit(request: pytest.FixtureRequest) -> vitreg.Backbone:
@@ -453,7 +477,9 @@ def compiled(vit: vitreg.Backbone, **settings: Any) -> Iterator[Callable[[Tensor
     torch._dynamo.reset()
 
 
-def test_a_fixed_model_can_be_compiled_and_notices_the_undo(vit: vitreg.Backbone) -> None:
+@pytest.mark.parametrize("name", TRACED)
+def test_a_fixed_model_can_be_compiled_and_notices_the_undo(name: str) -> None:
+    vit = built(name)
     with torch.no_grad(), FIX.applied_to(vit):
         fixed = vit(images(vit))
     with compiled(vit, backend="eager") as run:

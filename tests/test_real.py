@@ -16,11 +16,12 @@ def vit_ti(shared) -> vitreg.Backbone:
 
 @pytest.fixture(scope="module")
 def found(shared, vit_ti) -> vitreg.Diagnosis:
-    return vitreg.diagnose(vit_ti, vitreg.read_images(shared / "data/imagenet-sample-1000", vit_ti))
+    paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::4]
+    return vitreg.diagnose(vit_ti, vitreg.read_images(paths, vit_ti))
 
 
 def test_vit_ti_has_artifacts_from_block_7_on(found):
-    assert (found.verdict, found.images, found.onset_layer) == ("artifacts", 1000, 7)
+    assert (found.verdict, found.images, found.onset_layer) == ("artifacts", 250, 7)
     assert found.outlier_fraction == pytest.approx(0.0198, abs=0.0005)
     assert all((layer.outlier_fraction > 0) == (layer.layer >= 7) for layer in found.layers)
 
