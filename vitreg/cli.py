@@ -148,13 +148,17 @@ def doctor(
     device: Device = "auto",
     dtype: Dtype = "float32",
     random_weights: RandomWeights = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What was found in a model, what works on it and what does not, on one page for a bug report."""
     import vitreg
 
     _check_writable(json_path)
     with Console(stderr=True).status(f"examining {model}"):
-        found = vitreg.doctor(model, size=size, random_weights=random_weights, device=device, dtype=dtype)
+        found = vitreg.doctor(
+            model, size=size, random_weights=random_weights, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     typer.echo(str(found))
     _write(found, json_path)
 
