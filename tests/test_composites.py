@@ -166,6 +166,11 @@ def depth(folder: Path) -> None:
     COMPOSITES["depth-anything"].model().save_pretrained(folder)  # type: ignore[operator]
 
 
+def named(value: Any) -> str:
+    """A name of a case that is the same in every process."""
+    return getattr(value, "__name__", str(value))
+
+
 HARMLESS = [
     (vit_classifier, "classifier.weight", "lacks"),
     (vit_classifier, "pooler.dense.weight", "has"),
@@ -178,7 +183,7 @@ HARMLESS = [
 ]
 
 
-@pytest.mark.parametrize(("save", "key", "how"), HARMLESS, ids=str)
+@pytest.mark.parametrize(("save", "key", "how"), HARMLESS, ids=named)
 def test_keys_outside_of_what_is_read_are_named_in_a_note(tmp_path: Path, save: Any, key: str, how: str):
     save(tmp_path)
     change = (lambda w: w.pop(key)) if how == "lacks" else (lambda w: w.update({key: torch.ones(3)}))
@@ -200,7 +205,7 @@ NEEDED = [
 ]
 
 
-@pytest.mark.parametrize(("save", "pattern", "how"), NEEDED, ids=str)
+@pytest.mark.parametrize(("save", "pattern", "how"), NEEDED, ids=named)
 def test_a_key_of_what_is_read_is_an_error_when_it_is_missing(
     tmp_path: Path, save: Any, pattern: str, how: str
 ):
@@ -225,7 +230,7 @@ def test_a_key_of_what_is_read_is_an_error_when_it_is_missing(
         (dinov2, r"(embeddings)\.", "register_tokens"),
         (clip_vision, r"(.*layers)\.1\.", "2.mlp.fc1.weight"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_key_too_many_where_it_matters_is_an_error(tmp_path: Path, save: Any, pattern: str, extra: str):
     save(tmp_path)
