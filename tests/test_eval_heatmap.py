@@ -216,7 +216,7 @@ def test_bad_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             folder = tmp_path / "ade" / part / split
             folder.mkdir(parents=True)
             pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-            Image.fromarray(pixels).save(folder / "1.png")
+            Image.fromarray(pixels).save(folder / "ADE_1.png")
     refuses(tmp_path / "ade", "no background class")
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingExtraError, match=r"vitreg\[eval\]"), foreground(tmp_path / "text.mat"):

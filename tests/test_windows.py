@@ -94,15 +94,10 @@ def without_encoding(path: Path) -> list[str]:
     found = []
     for call, name in calls(path):
         words = {word.arg for word in call.keywords}
-        modes = [x.value for x in call.args[1:2] if isinstance(x, ast.Constant)]
-        modes += [
-            x.value.value for x in call.keywords if x.arg == "mode" and isinstance(x.value, ast.Constant)
-        ]
-        text = name in ("read_text", "write_text") or (
-            name in ("open", "fdopen", "NamedTemporaryFile")
-            and not isinstance(call.func, ast.Attribute)
-            and not any(isinstance(x, ast.Constant) and "b" in str(x.value) for x in modes)
-        )
+        modes = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "mode")]
+        binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+        opens = name in ("open", "fdopen", "NamedTemporaryFile") and not isinstance(call.func, ast.Attribute)
+        text = name in ("read_text", "write_text") or (opens and not binary)
         if text and "encoding" not in words:
             found.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
     return found

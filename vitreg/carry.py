@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial, wraps
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
@@ -182,12 +182,13 @@ def _editable(base: Any, own_forward: bool) -> Any:
     """
     first = first_argument(base)
 
+    @wraps(base.forward)  # with its signature, which others ask for
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self in _running.blocks:  # what is on the instance leads back here
             return base.forward(self, *args, **kwargs)
         own = self.__dict__.get("forward") if own_forward else None
         if own is None:
-            return _run(self, MethodType(base.forward, self), first, args, kwargs)
+            return _run(self, partial(base.forward, self), first, args, kwargs)
         _running.blocks.append(self)
         try:
             return _run(self, own, first, args, kwargs)

@@ -45,7 +45,7 @@ def leading_down(calls: list[Call], streams: set[Shape]) -> list[Call]:
     affine = [call for call in calls if call.given.dim() == 3 and _is_affine(call)]
     outermost = [call for call in affine if not any(call.inside(other) for other in affine)]
     leading = [call for call in outermost if call.output in streams and call.neurons != call.output[-1]]
-    return [_with_all_around(call, calls) for call in leading]
+    return [_bare(_with_all_around(call, calls), calls) for call in leading]
 
 
 def _is_affine(call: Call) -> bool:
@@ -58,8 +58,19 @@ def _with_all_around(call: Call, calls: list[Call]) -> Call:
     return min(around, key=lambda other: len(other.name), default=call)
 
 
+def _bare(call: Call, calls: list[Call]) -> Call:
+    """The innermost module that holds all of a module's tensors: without containers and dropout."""
+    within = [other for other in calls if other.inside(call) and _same_role(other, call)]
+    alike = [other for other in within if _tensors(other.module) == _tensors(call.module)]
+    return max(alike, key=lambda other: len(other.name), default=call)
+
+
 def _same_role(one: Call, other: Call) -> bool:
     return one.given is other.given and one.output == other.output
+
+
+def _tensors(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
 
 def without_attention(found: list[Call], calls: list[Call], widths: set[int]) -> list[Call]:

