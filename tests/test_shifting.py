@@ -1,5 +1,7 @@
 """The sink goes where one puts it: exactly the chosen patches become outliers."""
 
+from dataclasses import replace
+
 import matplotlib.image
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_phantom import crops
 
 import vitreg
 from vitreg.errors import FixError
+from vitreg.fixes import TokenSplitting
 from vitreg.fixes.shifting import ShiftSink, V, drawn
 from vitreg.neurons import RegisterNeurons
 from vitreg.phantom import plant
@@ -171,3 +174,15 @@ def test_the_figure_can_be_saved(tmp_path):
     figure = shift_figure(vit, images(vit, 1)[0], NEURONS, {})
     (tmp_path / "shift.png").write_bytes(png(figure))
     assert matplotlib.image.imread(tmp_path / "shift.png").std() > 0.05
+
+
+def test_a_sink_among_split_tokens_is_refused():
+    """Inside of splitting a block has more tokens than the grid; outside of it, it works."""
+    vit = CATALOG["timm vit"].backbone()
+    marked = tuple(replace(neuron, threshold=0.1) for neuron in RegisterNeurons.of({0: [1]}).chosen)
+    splitting = TokenSplitting(RegisterNeurons(marked), capacity=0.5)
+    sink = ShiftSink(RegisterNeurons.of({1: [2]}), places=((0, 0),))
+    with splitting.applied_to(vit), pytest.raises(vitreg.FixError, match="token splitting last"):
+        sink.apply(vit)
+    with sink.applied_to(vit), splitting.applied_to(vit), torch.no_grad():
+        vit(images(vit, 1))

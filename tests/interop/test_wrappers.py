@@ -44,7 +44,7 @@ def wrapper(request) -> Wrapper:
 def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     fix = FIXES[name]()
     wrapped = wrapper.wrap(model())
-    twin = wrapper.dense(wrapped)
+    twin = wrapper.dense(wrapped, model())
     plain = output(wrapped)
     assert same(plain, output(twin), wrapper.close)
     with fix.applied_to(wrap(twin)):
@@ -67,7 +67,7 @@ def test_a_fix_before_and_after_the_wrapping(wrapper, name):
 def test_what_is_read_of_a_wrapped_model(wrapper):
     """Its neurons, and the weights that rank them."""
     wrapped = wrapper.wrap(model())
-    vit, twin = wrap(wrapped), wrap(wrapper.dense(wrapped))
+    vit, twin = wrap(wrapped), wrap(wrapper.dense(wrapped, model()))
     assert vit.anatomy.neurons == twin.anatomy.neurons == 128
     traces = []
     for each in (vit, twin):
@@ -82,7 +82,7 @@ def test_the_weights_are_those_of_the_dense_twin_or_unknown(wrapper):
     wrapped = wrapper.wrap(model())
     found = weights_hash(wrap(wrapped))
     if wrapper.close < 1e-4:
-        assert found == weights_hash(wrap(wrapper.dense(wrapped)))
+        assert found == weights_hash(wrap(wrapper.dense(wrapped, model())))
     else:
         assert found is None
 

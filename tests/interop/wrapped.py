@@ -74,11 +74,12 @@ FIXES: dict[str, Callable[[], Fix]] = {
 class Wrapper:
     """`wrap(model)` returns what the user has afterwards, which may be another object around the model.
 
-    `dense(wrapped)` is the plain model that computes the same, to `close` (of the largest output).
+    `dense(wrapped, twin)` makes of a copy of the model, as it was before, the plain model that computes the
+    same, to `close` (of the largest output).
     """
 
     wrap: Callable[[nn.Module], nn.Module]
-    dense: Callable[[nn.Module], nn.Module]
+    dense: Callable[[nn.Module, nn.Module], nn.Module]
     close: float = 1e-5
 
 
@@ -130,13 +131,13 @@ def _low_rank(vit: nn.Module) -> nn.Module:
     for block in vit.blocks:
         layer = block.mlp.fc2
         layer.__class__ = LowRank
-        layer.one, layer.other = nn.Parameter(torch.empty(4, 128)), nn.Parameter(torch.empty(WIDTH, 4))
+        layer.one = nn.Parameter(torch.empty(4, layer.in_features))
+        layer.other = nn.Parameter(torch.empty(layer.out_features, 4))
         _random(nn.ParameterList([layer.one, layer.other]))
     return vit
 
 
-def _merged_low_rank(vit: nn.Module) -> nn.Module:
-    twin = model()
+def _merged_low_rank(vit: nn.Module, twin: nn.Module) -> nn.Module:
     for block, own in zip(twin.blocks, vit.blocks, strict=True):
         own = own.mlp.fc2
         block.mlp.fc2.weight.data += (own.other @ own.one).detach()
@@ -154,7 +155,7 @@ def _peft(kind: str = "LoraConfig", **options: Any) -> Wrapper:
                 nn.init.normal_(parameter, std=0.2)
         return around
 
-    return Wrapper(wrap, lambda around: copy.deepcopy(around).merge_and_unload())
+    return Wrapper(wrap, lambda around, twin: copy.deepcopy(around).merge_and_unload())
 
 
 def _weight_norm(vit: nn.Module) -> nn.Module:
@@ -164,8 +165,7 @@ def _weight_norm(vit: nn.Module) -> nn.Module:
     return vit
 
 
-def _computed(vit: nn.Module) -> nn.Module:
-    twin = model()
+def _computed(vit: nn.Module, twin: nn.Module) -> nn.Module:
     for block, own in zip(twin.blocks, vit.blocks, strict=True):
         block.mlp.fc2.weight.data = own.mlp.fc2.weight.detach().clone()
     return twin
@@ -186,8 +186,7 @@ def _beside(activation: Callable[[], nn.Module]) -> Callable[[nn.Module], nn.Mod
     return wrap
 
 
-def _merged_beside(vit: nn.Module) -> nn.Module:
-    twin = model()
+def _merged_beside(vit: nn.Module, twin: nn.Module) -> nn.Module:
     for block, own in zip(twin.blocks, vit.blocks, strict=True):
         one, _, other = own.mlp.fc2.path
         block.mlp.fc2.weight.data += (other.weight @ one.weight).detach()
@@ -210,7 +209,7 @@ def _offloaded(vit: nn.Module) -> nn.Module:
 def _dispatched(vit: nn.Module) -> nn.Module:
     from accelerate import dispatch_model
 
-    devices = {"": "cpu"} | {f"blocks.{i}": "cpu" for i in range(DEPTH)}
+    devices = {"": "cpu"} | {f"blocks.{i}": "cpu" for i in range(len(vit.blocks))}
     return dispatch_model(vit, devices, main_device="cpu", force_hooks=True)
 
 
@@ -230,8 +229,7 @@ def _torchao(vit: nn.Module) -> nn.Module:
     return vit
 
 
-def _dequantised(vit: nn.Module) -> nn.Module:
-    twin = model()
+def _dequantised(vit: nn.Module, twin: nn.Module) -> nn.Module:
     for name, layer in vit.named_modules():
         with suppress(AttributeError):
             twin.get_submodule(name).weight.data = layer.weight.dequantize()
@@ -243,16 +241,15 @@ def _dynamic(vit: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(vit, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
-def _dynamic_dense(vit: nn.Module) -> nn.Module:
-    twin = model()
+def _dynamic_dense(vit: nn.Module, twin: nn.Module) -> nn.Module:
     for name, layer in vit.named_modules():
         if isinstance(layer, torch.ao.nn.quantized.dynamic.Linear):
             twin.get_submodule(name).weight.data = layer.weight().dequantize()
     return twin
 
 
-def _plain(_: nn.Module) -> nn.Module:
-    return model()
+def _plain(_: nn.Module, twin: nn.Module) -> nn.Module:
+    return twin
 
 
 ALL_LINEAR = ["qkv", "proj", "fc1", "fc2"]
