@@ -124,8 +124,7 @@ def test_compiled_before_and_after(name):
 
 def inside(key, value):
     """The mode that adds a key, around no block in particular."""
-    block = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    return _OneMoreKey(block, "0", None, key, value)
+    return _OneMoreKey(key, value)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float", "broadcast"])

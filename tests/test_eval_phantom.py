@@ -44,6 +44,6 @@ def test_discovery_falls_and_returns(models, shared):
 
 
 def test_segmentation_falls_and_returns(models, shared):
-    config = SegmentationConfig(ignore=11)
+    config = SegmentationConfig(ignore=11, limit=80)
     found = in_three_states(models, lambda vit: segmentation.evaluate(vit, shared / "data/camvid", config))
     falls_and_returns(found, "pixel accuracy")

@@ -214,7 +214,10 @@ def _editable(base: Any, own_forward: bool) -> Any:
         "__doc__": base.__doc__,
         _BASE: base,
     }
-    return type(base.__name__, (base,), body)
+    made: Any = type(base.__name__, (base,), body)
+    if own_forward:  # whatever a class may do to its subclasses (transformers wraps their `forward`)
+        made.forward = body["forward"]
+    return made
 
 
 class _Running(threading.local):

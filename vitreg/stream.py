@@ -170,9 +170,15 @@ def arguments_of(
 
 
 def _positional(module: nn.Module) -> list[str]:
-    """The names of a module's parameters that can be passed by position."""
+    """The names of a module's parameters that can be passed by position, as its class has them.
+
+    A `forward` of the instance's own may take anything.
+    """
+    forwards = (vars(cls).get("forward") for cls in type(module).__mro__)
+    forward = next(filter(inspect.isfunction, forwards), module.forward)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds]
+    return names[1:] if inspect.isfunction(forward) and names[:1] == ["self"] else names
 
 
 def is_tokens(tensor: Tensor, width: int) -> bool:

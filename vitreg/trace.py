@@ -119,8 +119,11 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         # No graph task: not inside a backward pass.
         return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
 
-    def _given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """What the model is given says the grid: images do, and so does a table of grids beside patches."""
+    def _given(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """What the model is given says the grid: images do, and so does a table of grids beside patches.
+
+        PyTorch calls this without keywords if another thread's watch is just taking its hook away.
+        """
         if not self._ours():
             return
         given = [tensor for _, tensor in tensors_in((args, kwargs))]

@@ -60,7 +60,6 @@ def _bias(**more: Any) -> AttentionBias:
 
 FIXES: dict[str, Callable[[], Fix]] = {
     "registers": lambda: TestTimeRegisters(RegisterNeurons.of(NEURONS), registers=2),
-    "kept prefix": lambda: TestTimeRegisters(RegisterNeurons.of(NEURONS), initial="mean", keep_prefix=True),
     "splitting": lambda: TokenSplitting(_marking(), capacity=0.5),
     "bias": _bias,
     "sink": lambda: ShiftSink(RegisterNeurons.of(NEURONS), places=((0, 1), (2, 2))),
