@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.neuron_edit import listen, stop_listening
+from vitreg.neuron_edit import listen, recomputing, stop_listening
 from vitreg.stream import Stream, as_given, first_argument
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -69,7 +69,7 @@ class Carry(Generic[T]):
 
     def take(self, layer: int, x: Tensor) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""
-        again, x = _recomputing(), x if torch.compiler.is_compiling() else as_given(x)
+        again, x = recomputing(), x if torch.compiler.is_compiling() else as_given(x)
         if again and x in self._of:
             return self._of[x]
         left = (self._again if again else self._forward).left
@@ -85,7 +85,7 @@ class Carry(Generic[T]):
 
     def leave(self, layer: int, value: T) -> None:
         """Hand a value to the block after `layer`, on whatever tensor it will be called."""
-        left = (self._again if _recomputing() else self._forward).left
+        left = (self._again if recomputing() else self._forward).left
         left.layer, left.value = layer, value
 
 
@@ -99,11 +99,6 @@ class _Left:
 class _Latest(threading.local):
     def __init__(self) -> None:
         self.left = _Left()
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is computing this again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 # -- installing ------------------------------------------------------------------------------------

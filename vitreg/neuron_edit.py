@@ -137,9 +137,14 @@ def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     return args if kwargs is None else (args, kwargs)
 
 
+def recomputing() -> bool:
+    """Whether a backward pass is computing this again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _refuse_recomputing() -> None:
     """Gradient checkpointing inside of a block runs the MLP again, but not the block around it."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if recomputing():
         raise UnsupportedModelError(
             "the MLP of a fixed block is computed again on its own: gradient checkpointing within the block."
             " Checkpoint whole blocks."
