@@ -34,7 +34,7 @@ class Fix(ABC):
     """A cure for attention artifacts. `neurons` are those that it edits ({layer: indices} will do)."""
 
     type: ClassVar[str]
-    adds_tokens: ClassVar[bool] = False  # inside the blocks
+    inside_splitting: ClassVar[str] = ""  # what it would do to split tokens, for fixes that must come before
     does_not_cure: ClassVar[str] = ""  # one plain sentence, for those who read the verdict
     neurons: RegisterNeurons
 
@@ -57,9 +57,9 @@ class Fix(ABC):
         self.check(vit)
         if any(handle.fix == self for handle in applied(vit.model)):
             raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
-        if self.adds_tokens and any(handle.fix.type == "splitting" for handle in applied(vit.model)):
+        if self.inside_splitting and any(handle.fix.type == "splitting" for handle in applied(vit.model)):
             raise FixError(
-                f"token splitting is applied to the model, and {self.type!r} would add tokens between its"
+                f"token splitting is applied to the model, and {self.type!r} {self.inside_splitting} its"
                 " originals and copies. Undo it, apply this fix first, and token splitting last."
             )
         handle = self.handle(vit)

@@ -56,7 +56,7 @@ class TestTimeRegisters(Fix):
         "outliers that no neuron makes, such as those of an outlying position embedding; and every token"
         " reads the register in place of them, so that predictions may change."
     )
-    adds_tokens: ClassVar[bool] = True
+    inside_splitting: ClassVar[str] = "would add tokens between"
     registers: int = 1
     share: Literal["copy", "split"] = "copy"
     initial: Literal["zero", "mean", "random", "prenorm", "given"] = "zero"

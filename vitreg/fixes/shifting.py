@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitreg.carry import BlockEdit, Inner
 from vitreg.errors import FixError
-from vitreg.fixes.base import Fix, applied, first_patch
+from vitreg.fixes.base import Fix, first_patch
 from vitreg.models import Backbone
 from vitreg.neuron_edit import edited
 from vitreg.stream import Stream
@@ -34,6 +34,7 @@ class ShiftSink(Fix):
     """
 
     type: ClassVar[str] = "shift"
+    inside_splitting: ClassVar[str] = "would move a sink among"
     places: tuple[Place, ...] = ()
     scale: float = 1.0
 
@@ -46,11 +47,6 @@ class ShiftSink(Fix):
 
     def check(self, vit: Backbone) -> None:
         super().check(vit)
-        if any(handle.fix.type == "splitting" for handle in applied(vit.model)):
-            raise FixError(
-                "token splitting is applied to the model, and a sink would be moved among its originals and"
-                " copies. Undo it, apply this fix first, and token splitting last."
-            )
         rows, columns = vit.layout.grid
         outside = [(r, c) for r, c in self.places if not (0 <= r < rows and 0 <= c < columns)]
         if outside:

@@ -60,7 +60,7 @@ class TokenSplitting(Fix):
         "outliers that no neuron makes, such as those of an outlying position embedding; and every token"
         " still attends to the original outliers, which go on as keys and values."
     )
-    adds_tokens: ClassVar[bool] = True
+    inside_splitting: ClassVar[str] = "would add tokens between"
     capacity: float = 0.05
 
     def __post_init__(self) -> None:

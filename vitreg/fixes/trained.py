@@ -40,7 +40,7 @@ class TrainedRegisters(Fix):
         "what the training did not teach: how many outliers are left is for the verdict to say, and these"
         " weights are no longer those of the original model."
     )
-    adds_tokens: ClassVar[bool] = True
+    inside_splitting: ClassVar[str] = "would add tokens between"
     tokens: Tensor = field(repr=False)
     weights: dict[str, Tensor] = field(repr=False)
 
