@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import numpy as np
-import torch
 from torch import nn
 
 from vitreg.errors import FixError, FixWarning, UnsupportedModelError
@@ -83,7 +82,8 @@ def weights_hash(vit: Backbone) -> str | None:
 
     Signs, for rounding to bfloat16 or float16 keeps them, on any path (from float32 by float16 to bfloat16 is
     not from float32 to bfloat16), while training flips some of the many near zero. The layer has the same
-    layout (out, in) in every library. None where the weights are quantised, or cannot be read.
+    layout (out, in) in every library. A zero has no sign, for a layer that is asked for its weights does not
+    tell -0 from 0. None where the weights are quantised, or cannot be read.
     """
     digest = hashlib.sha256()
     with evaluating(vit.model):
@@ -94,5 +94,5 @@ def weights_hash(vit: Backbone) -> str | None:
                 rows = dense_weight(linear, ROWS)
             except UnsupportedModelError:
                 return None
-            digest.update(np.packbits(torch.signbit(rows).cpu().numpy()).tobytes())
+            digest.update(np.packbits((rows < 0).cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]

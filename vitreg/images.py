@@ -28,12 +28,12 @@ from jaxtyping import Float
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitreg.cpus import usable_cpus
 from vitreg.decoding import check_regular, decode, reason
-from vitreg.errors import DataError, ImageError, MissingExtraError
+from vitreg.errors import DataError, ImageError, MissingExtraError, UnsupportedModelError
 from vitreg.listing import (
     FailedImage,
     is_shard,
@@ -47,6 +47,7 @@ from vitreg.listing import (
 )
 from vitreg.ranks import ALONE, Ranks
 from vitreg.shards import shard_members
+from vitreg.weights import is_sharded
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
 
@@ -105,11 +106,14 @@ def read_images(
     `strict`: the first unreadable image is an ImageError instead of a FailedImage.
     `progress`: a bar on stderr. `ranks`: the processes that share the images; each gets its own.
 
-    Raises ImageError if there is nothing to read, MissingExtraError for braces without webdataset.
+    Raises ImageError if there is nothing to read, MissingExtraError for braces without webdataset,
+    UnsupportedModelError for `ranks` with a Backbone whose weights the processes hold together.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
+    if ranks.size > 1:
+        _refuse_sharded(getattr(preprocess, "model", None))
     items = _list_source(source)
     shards = any(isinstance(item, str) and is_shard(item) for item in items)
     if workers is None:
@@ -119,6 +123,15 @@ def read_images(
     found = None if isinstance(source, Tensor) else _find_preprocess(preprocess)
     total = None if shards else len(items)
     return Images(items, found, total, batch_size, limit, workers, strict, progress, ranks)
+
+
+def _refuse_sharded(model: object) -> None:
+    """Processes that hold a model together must run as many passes, or they wait for each other for ever."""
+    if isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
+        raise UnsupportedModelError(
+            "the model is sharded over processes, so that all must run it on the same images. Read the"
+            " images without `ranks`: each process then reads all of them, and all get the same result."
+        )
 
 
 def demo_photos() -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vitreg.errors import UnsupportedModelError
 
@@ -43,7 +44,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def is_floating(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are stored as they are: 16 bits or more, no packed subclass."""
-    ordinary = type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "full_tensor")  # sharded: DTensor
+    ordinary = type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
     return ordinary and tensor.is_floating_point() and tensor.element_size() >= 2
 
 
@@ -56,7 +57,7 @@ def weight_columns(layer: nn.Module, neurons: Int[Tensor, " k"], like: Tensor) -
     inputs = torch.zeros(len(neurons) + 1, inputs_of(layer), dtype=like.dtype, device=like.device)
     rows = torch.arange(len(neurons), device=like.device)
     inputs = inputs.index_put((rows, neurons.to(like.device)), torch.ones_like(inputs[0, 0]))
-    outputs = layer.forward(inputs[None])[0]  # no hook is to see this
+    outputs = _call(layer, inputs[None])[0]
     return (outputs[:-1] - outputs[-1:]).T.to(like)
 
 
@@ -70,12 +71,40 @@ def is_affine(layer: nn.Module, inputs: int, like: Tensor) -> bool:
         return True
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(1, 4, inputs, generator=generator).to(like) for _ in range(2))
-    try:  # `forward`, for no hook is to see this
-        one, other, both, nothing = (layer.forward(x).float() for x in (u, v, u + v, torch.zeros_like(u)))
+    try:
+        one, other, both, nothing = (_call(layer, x).float() for x in (u, v, u + v, torch.zeros_like(u)))
     except Exception:  # whatever a module that is no linear layer says of such inputs
         return False
     missing = (one + other - both - nothing).norm()
     return bool(missing <= _rounding(layer, like) * (both - nothing).norm())
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of an input, seen by no hook.
+
+    Parameters that are sharded over processes are gathered (every process has to call this).
+    """
+    parameters: dict[str, Any] = dict(layer.named_parameters())
+    whole = {f"layer.{name}": p.full_tensor() for name, p in parameters.items() if is_sharded(p)}
+    y: Tensor = functional_call(_Forward(layer), whole, (x,)) if whole else layer.forward(x)
+    return y
+
+
+class _Forward(nn.Module):
+    """A layer's `forward` alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer.forward(x)
+        return y
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor (a DTensor, as `fully_shard` makes them)."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _rounding(layer: nn.Module, like: Tensor) -> float:
@@ -93,10 +122,6 @@ def dense_weight(layer: nn.Module, rows: int | None = None) -> Float[Tensor, "r 
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.detach()[:rows]
-    sharded: Any = getattr(layer, "weight", None)
-    if hasattr(sharded, "full_tensor"):
-        whole: Tensor = sharded.detach().full_tensor()
-        return whole[:rows]
     try:
         return _derivative(layer, rows)
     except Exception as error:  # what each library's layer says of a backward pass that it lacks
@@ -113,7 +138,7 @@ def _derivative(layer: nn.Module, rows: int | None) -> Float[Tensor, "r f"]:
     device = floating.device if floating.device.type != "meta" else torch.device("cpu")
     with torch.enable_grad():
         x = torch.zeros(1, outputs, inputs_of(layer), dtype=floating.dtype, device=device, requires_grad=True)
-        y = layer.forward(x)[0, :, :outputs].diagonal().sum()
+        y = _call(layer, x)[0, :, :outputs].diagonal().sum()
     (gradient,) = torch.autograd.grad(y, x)
     return gradient[0].detach()
 

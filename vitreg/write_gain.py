@@ -17,6 +17,7 @@ from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
+from vitreg.weights import is_sharded
 
 
 def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d"]]:
@@ -48,7 +49,7 @@ def _copies(given: Any) -> Any:
 
 
 def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
-    block = copy.deepcopy(vit.anatomy.block_modules(vit.model)[layer]).float()
+    block = _in_float32(vit.anatomy.block_modules(vit.model)[layer])
     outputs = []
     for amount in (0.0, 1.0, 2.0):
         down = block.get_submodule(vit.anatomy.down_projection)
@@ -58,6 +59,12 @@ def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
             output = block(*args, **kwargs)
         outputs.append(vit.anatomy.stream.of_output(output))
         hook.remove()
+    if outputs[0].dtype != torch.float32:
+        raise UnsupportedModelError(
+            f"block {layer} is sharded over processes and computes in {outputs[0].dtype}, which is too coarse"
+            " to measure how much of what its MLP writes reaches the stream. Apply the fix before you shard"
+            " the model."
+        )
     once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
     gain = once.mean((0, 1))
     atol = 1e-2 * float(gain.abs().max())
@@ -68,3 +75,10 @@ def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
             " registers."
         )
     return gain
+
+
+def _in_float32(block: nn.Module) -> nn.Module:
+    """A copy of a block in float32; a block that is sharded over processes as it is, for it has no copies."""
+    if any(map(is_sharded, block.parameters())):
+        return block
+    return copy.deepcopy(block).float()
