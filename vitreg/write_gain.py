@@ -17,7 +17,6 @@ from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
 from vitreg.models import Backbone
 from vitreg.probe import evaluating
-from vitreg.weights import is_sharded
 
 
 def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d"]]:
@@ -61,9 +60,9 @@ def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
         hook.remove()
     if outputs[0].dtype != torch.float32:
         raise UnsupportedModelError(
-            f"block {layer} is sharded over processes and computes in {outputs[0].dtype}, which is too coarse"
-            " to measure how much of what its MLP writes reaches the stream. Apply the fix before you shard"
-            " the model."
+            f"block {layer} cannot be copied (it is quantised, or sharded over processes) and computes in"
+            f" {outputs[0].dtype}, too coarse to measure how much of what its MLP writes reaches the stream."
+            " Apply the fix before you quantise or shard the model."
         )
     once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
     gain = once.mean((0, 1))
@@ -78,7 +77,8 @@ def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
 
 
 def _in_float32(block: nn.Module) -> nn.Module:
-    """A copy of a block in float32; a block that is sharded over processes as it is, for it has no copies."""
-    if any(map(is_sharded, block.parameters())):
+    """A copy of a block in float32, or the block itself where it has no copies (sharded, some quantised)."""
+    try:
+        return copy.deepcopy(block).float()
+    except Exception:  # what each library says of a copy that it cannot make
         return block
-    return copy.deepcopy(block).float()

@@ -31,26 +31,37 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-def of_a_fix(make: Callable[[], vitreg.Fix]) -> dict[str, Any]:
-    """Distances to the local model, with the fix and after it, in both orders."""
+def of_a_fix(make: Callable[[], vitreg.Fix]) -> dict[str, float | str]:
+    """Distances to the local model, with the fix and after it, in both orders, or why it is refused."""
+    answers: dict[str, float | str] = {}
     with torch.no_grad():
         local, fix = model(), make()
         plain = local(images())
         with fix.applied_to(wrap(local)):
             expected = local(images())
+        answers["moved"] = distance(plain, expected)
         before, after = model(), sharded(model())
         handle = fix.apply(wrap(before))
         before = sharded(before)
-        answers = {"fix first": distance(before(images()), expected)}
+        answers["fix first"] = or_why(lambda: distance(before(images()), expected))
         handle.undo()
         answers["fix first, undone"] = distance(before(images()), plain)
-        handle = fix.apply(wrap(after))
-        answers["fix last"] = distance(after(images()), expected)
-        handle.undo()
-        answers["fix last, undone"] = distance(after(images()), plain)
-        with fix.applied_to(wrap(before)):
-            answers["again"] = distance(before(images()), expected)
-    return answers | {"moved": distance(plain, expected)}
+        for order, vit in (("fix last", after), ("again", before)):
+            answers[order] = or_why(lambda vit=vit: fixed(vit, fix, expected))
+            answers[f"{order}, undone"] = distance(vit(images()), plain)
+    return answers
+
+
+def fixed(vit: nn.Module, fix: vitreg.Fix, expected: Tensor) -> float:
+    with fix.applied_to(wrap(vit)):
+        return distance(vit(images()), expected)
+
+
+def or_why(answer: Callable[[], float]) -> float | str:
+    try:
+        return answer()
+    except vitreg.UnsupportedModelError as refusal:
+        return str(refusal)
 
 
 def of_training() -> float:

@@ -53,8 +53,11 @@ def answers(request, tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FIXES)
 def test_a_fix_before_and_after_sharding(answers, name):
     distances = answers[name]
-    assert distances.pop("moved") > 0.1
+    assert distances.pop("moved") > 0.01
+    refusals = [distances.pop(order) for order, why in list(distances.items()) if isinstance(why, str)]
     assert max(distances.values()) < 1e-5, distances
+    assert not refusals or name == "shift-average"  # its views run through a copy
+    assert all("copy of the model" in why or "was applied" in why for why in refusals)
 
 
 def test_gradients_through_a_fix(answers):

@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,9 +20,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-LIBRARIES = {"LoRA": "peft", "DoRA": "peft", "IA3": "peft", "torchao": "torchao"} | dict.fromkeys(
-    ("offloaded", "dispatched", "hooked"), "accelerate"
-)
+LIBRARIES = {
+    **dict.fromkeys(("LoRA", "DoRA", "IA3"), "peft"),
+    **dict.fromkeys(("offloaded", "dispatched", "hooked"), "accelerate"),
+    "torchao": "torchao",
+    "quanto": "optimum.quanto",
+    "bitsandbytes": "bitsandbytes",
+}
 
 
 def output(module: nn.Module) -> Tensor:
@@ -40,6 +46,19 @@ def wrapper(request) -> Wrapper:
     return WRAPPERS[request.param]
 
 
+@contextmanager
+def or_refused(name: str, reason: str) -> Iterator[None]:
+    """These two fixes need modules as they were when they were applied; the others take whatever comes."""
+    if name not in ("shift-average", "positions"):
+        yield
+        return
+    try:
+        yield
+    except vitreg.UnsupportedModelError as refusal:
+        if reason not in str(refusal):
+            raise
+
+
 @pytest.mark.parametrize("name", FIXES)
 def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     fix = FIXES[name]()
@@ -49,18 +68,20 @@ def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     assert same(plain, output(twin), wrapper.close)
     with fix.applied_to(wrap(twin)):
         expected = output(twin)
-    assert not same(expected, plain, 3 * wrapper.close)
-    handle = fix.apply(wrap(wrapped))
-    assert same(output(wrapped), expected, wrapper.close)
-    handle.undo()
+    if same(expected, plain, 3 * wrapper.close):
+        assert wrapper.close > 1e-3
+        pytest.skip("the fix does less to noise than the quantisation")
+    with or_refused(name, "offloaded"), fix.applied_to(wrap(wrapped)):
+        assert same(output(wrapped), expected, wrapper.close)
     assert torch.equal(output(wrapped), plain)
     first = model()
     handle = fix.apply(wrap(first))
     wrapped = wrapper.wrap(first)
-    assert same(output(wrapped), expected, wrapper.close)
+    with or_refused(name, "was applied"):
+        assert same(output(wrapped), expected, wrapper.close)
     handle.undo()
     assert torch.equal(output(wrapped), plain)
-    with fix.applied_to(wrap(wrapped)):
+    with or_refused(name, "offloaded"), fix.applied_to(wrap(wrapped)):
         assert same(output(wrapped), expected, wrapper.close)
 
 

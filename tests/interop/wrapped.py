@@ -4,9 +4,12 @@ Each way of wrapping has a dense twin: the local model with plain layers that co
 """
 
 import copy
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
 import vitreg
-from vitreg.fixes import AttentionBias, Fix, TestTimeRegisters, TokenSplitting
+from vitreg.fixes import (
+    AttentionBias,
+    Fix,
+    Inpainting,
+    PositionRepair,
+    Projection,
+    ShiftAverage,
+    TestTimeRegisters,
+    TokenSplitting,
+)
 from vitreg.fixes.shifting import ShiftSink
 from vitreg.neurons import RegisterNeurons
+from vitreg.positions import added_positions
 
 WIDTH, DEPTH, SIZE = 32, 3, 32
 NEURONS = {1: list(range(100)), 2: list(range(1, 128, 2))}
@@ -58,11 +71,32 @@ def _bias(**more: Any) -> AttentionBias:
     return AttentionBias(RegisterNeurons.of(NEURONS), tensors, entry=1, **more)
 
 
+def _positions() -> Fix:
+    """The shortest rows become their neighbours' mean (a long one may be left as it is)."""
+    vit = wrap(model())
+    shortest = added_positions(vit).table.norm(dim=1).argsort()[:6].tolist()
+    return PositionRepair.calibrate(vit, patches=shortest)
+
+
+def _inpainting() -> Fix:
+    """Of the patches that no rounding takes across the threshold, which is in the widest gap of norms."""
+    vit = wrap(model())
+    with torch.no_grad(), vitreg.trace(vit, layers=[1]) as t:
+        vit(images())
+    norms = t.norms[0][:, t.layout.patch_slice].flatten().sort().values[4:-4]
+    widest = int(norms.diff().argmax())
+    return Inpainting(layer=1, threshold=float(norms[widest : widest + 2].mean()))
+
+
 FIXES: dict[str, Callable[[], Fix]] = {
     "registers": lambda: TestTimeRegisters(RegisterNeurons.of(NEURONS), registers=2),
     "splitting": lambda: TokenSplitting(_marking(), capacity=0.5),
     "bias": _bias,
     "sink": lambda: ShiftSink(RegisterNeurons.of(NEURONS), places=((0, 1), (2, 2))),
+    "shift-average": lambda: ShiftAverage(views=2),
+    "positions": _positions,
+    "inpainting": _inpainting,
+    "projection": lambda: Projection(RegisterNeurons(()), torch.eye(1, WIDTH), torch.zeros(WIDTH)),
 }
 
 
@@ -205,6 +239,15 @@ def _offloaded(vit: nn.Module) -> nn.Module:
     return cpu_offload(vit, torch.device("cpu"))
 
 
+def _offloaded_to_disk(vit: nn.Module) -> nn.Module:
+    from accelerate import disk_offload
+
+    folder = TemporaryDirectory()
+    vit = disk_offload(vit, folder.name, execution_device=torch.device("cpu"))
+    weakref.finalize(vit, folder.cleanup)
+    return vit
+
+
 def _dispatched(vit: nn.Module) -> nn.Module:
     from accelerate import dispatch_model
 
@@ -247,6 +290,54 @@ def _dynamic_dense(vit: nn.Module, twin: nn.Module) -> nn.Module:
     return twin
 
 
+def _replaced(vit: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> nn.Module:
+    """As bitsandbytes does it: layers of its own classes, which quantise their weights once moved."""
+    linears = [name for name, layer in vit.named_modules() if type(layer) is nn.Linear]
+    for name in linears:
+        parent, _, own = name.rpartition(".")
+        setattr(vit.get_submodule(parent), own, make(vit.get_submodule(name)))
+    return vit.to("cpu")
+
+
+def _bits8(layer: nn.Linear) -> nn.Linear:
+    import bitsandbytes as bnb
+
+    quantised = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+    quantised.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    quantised.bias = layer.bias
+    return quantised
+
+
+def _bits4(layer: nn.Linear) -> nn.Linear:
+    import bitsandbytes as bnb
+
+    quantised = bnb.nn.LinearNF4(layer.in_features, layer.out_features, compute_dtype=torch.float32)
+    quantised.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    quantised.bias = layer.bias
+    return quantised
+
+
+def _dense_of_bits(vit: nn.Module, twin: nn.Module) -> nn.Module:
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in vit.named_modules():
+        weight = getattr(layer, "weight", None)
+        if hasattr(weight, "quant_state"):
+            twin.get_submodule(name).weight.data = dequantize_4bit(weight.data, weight.quant_state)
+        elif hasattr(weight, "SCB"):  # absolute maxima of the rows; a pass moves them to the layer
+            largest = layer.state.SCB if weight.SCB is None else weight.SCB
+            twin.get_submodule(name).weight.data = weight.data.float() * largest[:, None] / 127
+    return twin
+
+
+def _quanto(vit: nn.Module) -> nn.Module:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(vit, weights=qint8)
+    freeze(vit)
+    return vit
+
+
 def _plain(_: nn.Module, twin: nn.Module) -> nn.Module:
     return twin
 
@@ -262,8 +353,12 @@ WRAPPERS = {
     "pruned": Wrapper(_pruned, _computed),
     "a linear path beside": Wrapper(_beside(nn.Identity), _merged_beside),
     "offloaded": Wrapper(_offloaded, _plain),
+    "offloaded to disk": Wrapper(_offloaded_to_disk, _plain),
     "dispatched": Wrapper(_dispatched, _plain),
     "hooked": Wrapper(_hooked, _plain),
     "torchao": Wrapper(_torchao, _dequantised, 1e-3),
+    "quanto": Wrapper(_quanto, _dequantised, 1e-3),
+    "bitsandbytes, 4 bits": Wrapper(partial(_replaced, make=_bits4), _dense_of_bits, 1e-3),
+    "bitsandbytes, 8 bits": Wrapper(partial(_replaced, make=_bits8), _dense_of_bits, 0.05),
     "PyTorch's dynamic quantisation": Wrapper(_dynamic, _dynamic_dense, 0.05),
 }

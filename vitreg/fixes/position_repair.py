@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import TokenLayout
-from vitreg.carry import BlockEdit, Inner, install, uninstall
-from vitreg.errors import FixError
+from vitreg.carry import BlockEdit, Carry, Inner, install, uninstall
+from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
@@ -135,7 +135,7 @@ class PositionRepair(Fix):
         return PositionRepair(self.neurons, self.grid, tuple(drawn.tolist()), table[drawn], after[drawn])
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
-        """None in the blocks: what it edits comes before them."""
+        """None that change a block: what it edits comes before them."""
         return {}
 
     def handle(self, vit: Backbone) -> Applied:
@@ -146,8 +146,9 @@ class _Applied(Applied):
     """An edit of the module after which the table is added."""
 
     def __init__(self, fix: PositionRepair, vit: Backbone) -> None:
-        super().__init__(fix, vit, {})
+        repaired: Carry[bool] = Carry()
         positions = added_positions(vit, vit.layout)
+        super().__init__(fix, vit, {0: _Expect(repaired, positions.module)})
         rows = positions.table[list(fix.patches)]
         if (rows - fix.before).norm(dim=1).max() > SAME * fix.before.norm(dim=1).max():
             raise FixError(
@@ -155,7 +156,7 @@ class _Applied(Applied):
                 " are others, or repaired already. Calibrate with this model: PositionRepair.calibrate(vit)."
             )
         self._module = vit.model.get_submodule(positions.module)
-        self._edit = _Add(fix, vit.layout)
+        self._edit = _Add(fix, vit.layout, repaired)
 
     def install(self) -> None:
         super().install()
@@ -169,8 +170,8 @@ class _Applied(Applied):
 class _Add(BlockEdit):
     """The patch embedding with the correction of the positions already in it."""
 
-    def __init__(self, fix: PositionRepair, layout: TokenLayout) -> None:
-        self.layout = layout
+    def __init__(self, fix: PositionRepair, layout: TokenLayout, repaired: Carry[bool]) -> None:
+        self.layout, self.repaired = layout, repaired
         self.correction = torch.zeros(layout.patches, fix.before.shape[1])
         self.correction[list(fix.patches)] = fix.after - fix.before
 
@@ -180,11 +181,28 @@ class _Add(BlockEdit):
         if form is None:
             _refuse_grid(self.layout.grid, f"patch embeddings of shape {tuple(y.shape)}")
         correction = self.correction.to(y)
+        self.repaired.leave(-1, True)
         if form == "map":
             return y + correction.T.unflatten(1, self.layout.grid)
         if form == "cells":
             return y + correction.unflatten(0, self.layout.grid)
         return y + F.pad(correction, (0, 0, y.shape[1] - self.layout.patches, 0))
+
+
+class _Expect(BlockEdit):
+    """Block 0 as it is, where the positions of this pass have been repaired."""
+
+    def __init__(self, repaired: Carry[bool], module: str) -> None:
+        self.repaired, self.module = repaired, module
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if not self.repaired.take(0, x):
+            raise UnsupportedModelError(
+                f"block 0 runs without the module {self.module!r}, whose positions were repaired: it was"
+                " replaced or wrapped after the fix was applied, or the block is called on its own. Undo the"
+                " fix, and apply it again."
+            )
+        return inner(x, args, kwargs)
 
 
 def _refuse_grid(grid: tuple[int, int], found: str) -> None:

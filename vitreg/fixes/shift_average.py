@@ -107,7 +107,8 @@ class _Applied(Applied):
 
 def _entrance(vit: Backbone) -> nn.Module:
     """The innermost module that is handed the images: every way to run the model passes there."""
-    images = torch.rand(1, 3, *vit.image_size).to(vit.device, vit.dtype)
+    generator = torch.Generator().manual_seed(0)  # a fix leaves the program's random numbers alone
+    images = torch.rand(1, 3, *vit.image_size, generator=generator).to(vit.device, vit.dtype)
     seen: list[nn.Module] = []
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -179,7 +180,11 @@ class _Combine(BlockEdit):
         views = self.carry.take(self.last, x)
         y = inner(x, args, kwargs)
         if views is None:
-            return y
+            raise UnsupportedModelError(
+                "the last block runs without images having entered the model where they did when ShiftAverage"
+                " was applied: the module there was replaced since, or the block is called on its own. Undo"
+                " the fix, and apply it again."
+            )
         every = torch.cat([y[None, :, self.start :], views])
         patches = every.mean(0) if self.reduce == "mean" else _median(every)
         return torch.cat([y[:, : self.start], patches], 1)
@@ -194,13 +199,26 @@ def _median(x: Float[Tensor, "v b p d"]) -> Float[Tensor, "b p d"]:
 class _Twin:
     """The model as it was when the fix was applied, with the same weights and without anybody's hooks.
 
-    The views run through it, so that those who watch the model see the image alone.
+    The views run through it, so that those who watch the model see the image alone. What replaces or wraps
+    parts of the model later does not reach it, and is refused.
     """
 
     def __init__(self, vit: Backbone) -> None:
+        if any(p.device.type == "meta" for p in vit.model.parameters()):
+            raise UnsupportedModelError(
+                "weights of the model are offloaded, and ShiftAverage runs the views through a second copy of"
+                " it. Load the model as a whole, or apply another fix."
+            )
+        self._original = _Original(vit.model)
         # Modules are copied; the dictionaries of their weights are shared, wherever these move.
         shared = {id(kept): kept for m in vit.model.modules() for kept in (m._parameters, m._buffers)}
-        model = copy.deepcopy(vit.model, shared).eval()
+        try:
+            model = copy.deepcopy(vit.model, shared).eval()
+        except Exception as error:  # what each library says of a copy that it cannot make
+            raise UnsupportedModelError(
+                f"ShiftAverage runs the views through a copy of the model, and {type(vit.model).__name__} has"
+                f" none (it is sharded, say): {error}. Apply another fix."
+            ) from error
         for module in model.modules():
             module._forward_hooks.clear()
         last = vit.anatomy.depth - 1
@@ -212,8 +230,38 @@ class _Twin:
 
     def patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
         """The patches after the last block."""
+        if not torch.compiler.is_compiling():
+            self._original.check()
         self._forward(images)
         return self._seen.take()
+
+
+class _Original:
+    """The model that the twin is a copy of, and what its modules were then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parts: list[tuple[Any, ...]] | None = _parts(model)
+
+    def check(self) -> None:
+        """Raises UnsupportedModelError if modules were replaced or wrapped since."""
+        self.parts = self.parts or _parts(self.model)
+        if _parts(self.model) != self.parts:
+            raise UnsupportedModelError(
+                "parts of the model were replaced or wrapped after ShiftAverage was applied (adapters,"
+                " quantisation, sharding), and its views would run without that. Undo it, and apply it last."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "parts": None}  # the modules of a copy are others
+
+
+def _parts(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Each module, the name of its class (ours keep the name), its weights' names, a `forward` of its own."""
+    return [
+        (id(module), type(module).__name__, *module._parameters, module.__dict__.get("forward"))
+        for module in model.modules()
+    ]
 
 
 class _Seen(BlockEdit):
