@@ -29,6 +29,17 @@ torch.set_num_threads(1)  # tests run in parallel processes instead
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="also what takes minutes and is rarely broken")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/check --nightly"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random weights are the same in every run: a test passes or fails, it is not drawn."""

@@ -148,6 +148,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(tmp_path):
     assert len(names(out)) == 40
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray")
 def test_memory_does_not_grow_with_the_archive(tmp_path):
     """10,000 photos, a hundred times as many: beside what it needs anyway, a worker holds no more."""

@@ -35,6 +35,7 @@ def falls_and_returns(states: tuple[Result, Result, Result], metric: str) -> Non
     assert fixed.value > planted.value
 
 
+@pytest.mark.nightly
 def test_discovery_falls_and_returns(models, shared):
     config = DiscoveryConfig(method="tokencut", centre=True)
     found = in_three_states(
@@ -43,6 +44,7 @@ def test_discovery_falls_and_returns(models, shared):
     falls_and_returns(found, "TokenCut CorLoc")
 
 
+@pytest.mark.nightly
 def test_segmentation_falls_and_returns(models, shared):
     config = SegmentationConfig(ignore=11, limit=80)
     found = in_three_states(models, lambda vit: segmentation.evaluate(vit, shared / "data/camvid", config))
