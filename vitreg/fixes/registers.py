@@ -173,24 +173,26 @@ class RegisterEdit(BlockEdit):
         self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        start, stop = self.start, self.start + self.inserted
-        patches = x.shape[1] - start
+        start, patches = self.start, x.shape[1] - self.start
         if self.inserted:
-            x = torch.cat([x[:, :start], self._registers(x), x[:, start:]], 1)
+            registers = self._registers(x)
+            before, after = x.split((start, patches), 1)
+            x = torch.cat((before, registers, after), 1)
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
         run = partial(inner, x, args, kwargs)
         if masked:
-            run = partial(within, Inside(self.own, stop - self.own), run)
+            run = partial(within, Inside(self.own, start + self.inserted - self.own), run)
         if self.neurons is not None:
             move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
             run = partial(edited, block, self.down, move, run)
         y = run()
         if not self.inserted:
             return y
+        before, registers, after = y.split((start, self.inserted, patches), 1)
         # Copied, and after the last block without their history: neither y nor the graph stays in memory.
-        registers = y[:, start:stop].clone()
+        registers = registers.clone()
         self.carry.leave(self.layer, registers.detach() if self.last else registers)
-        return torch.cat([y[:, :start], y[:, stop:]], 1)
+        return torch.cat((before, after), 1)
 
     def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
         """Those that the block before left, or new ones."""
@@ -209,8 +211,10 @@ class RegisterEdit(BlockEdit):
             moved[:, :start] = values[:, :start]
         if self.inserted:
             # Fixes applied later insert between these registers and the patches.
-            peak = self._peak(values[:, -patches:] if fix.peak_over == "patches" else values) * fix.scale
-            moved[:, start:stop] = peak * self._shares(peak)
+            peak = self._peak(values[:, -patches:] if fix.peak_over == "patches" else values)
+            if fix.scale != 1:
+                peak = peak * fix.scale
+            moved[:, start:stop] = peak if fix.share == "copy" else peak * self._dealt_out(peak)
         return activation.index_copy(-1, index, moved)
 
     def _peak(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b 1 k"]:
@@ -227,10 +231,8 @@ class RegisterEdit(BlockEdit):
         reach = neurons.reach.to(values)
         return torch.where((values - normal).abs() < reach, values, normal)
 
-    def _shares(self, like: Tensor) -> Tensor | float:
-        """(r, k): which register gets which neuron."""
-        if self.fix.share == "copy":
-            return 1.0
+    def _dealt_out(self, like: Tensor) -> Float[Tensor, "r k"]:
+        """1 where a register gets a neuron, 0 elsewhere."""
         registers = torch.arange(self.inserted, device=like.device)[:, None]
         neurons = torch.arange(like.shape[-1], device=like.device) + self.dealt
         return (neurons % self.inserted == registers).to(like.dtype)
