@@ -5,7 +5,7 @@
 Where a GPU waits for Python, this is the whole price of a fix. Each round runs the plain and the fixed model
 one after the other; the table gives the median of the differences, in microseconds of CPU time per block that
 the fix changes. A block "edited" has neurons, one that "carries" only passes registers on. The first two rows
-are floors: an edit that does nothing, and the tensor calls alone that put a register in and take it out again.
+are floors: an edit that does nothing, and the tensor calls alone that put a register in and take it out.
 """
 
 import argparse

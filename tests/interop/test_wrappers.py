@@ -5,10 +5,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from wrapped import FIXES, WRAPPERS, Beside, Sequence, Wrapper, _behind, _beside, images, model, wrap
 
 import vitreg
@@ -83,6 +86,53 @@ def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     assert torch.equal(output(wrapped), plain)
     with or_refused(name, "offloaded"), fix.applied_to(wrap(wrapped)):
         assert same(output(wrapped), expected, wrapper.close)
+
+
+class Around(nn.Module):
+    """What many repositories put around a block: a time it, log it or scale it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+AROUND_A_BLOCK = {
+    "a module": Around,
+    "checkpoints": partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+    "torch.compile": partial(torch.compile, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND_A_BLOCK)
+@pytest.mark.parametrize("name", FIXES)
+def test_a_fix_before_and_after_something_is_put_around_blocks(name, around):
+    fix, plain = FIXES[name](), output(model())
+    with fix.applied_to(wrap(twin := model())):
+        expected = output(twin)
+
+    def put_around(vit: nn.Module) -> nn.Module:
+        for index, block in enumerate(vit.blocks):
+            vit.blocks[index] = AROUND_A_BLOCK[around](block)
+        return vit
+
+    first = model()
+    handle = fix.apply(wrap(first))
+    put_around(first)
+    with or_refused(name, "was applied"):
+        assert same(output(first), expected, 1e-5)
+    handle.undo()
+    assert torch.equal(output(first), plain)
+    last = put_around(model())
+    if around == "torch.compile":
+        with pytest.raises(vitreg.UnsupportedModelError, match="compile afterwards"):
+            fix.apply(wrap(last))
+        return
+    with fix.applied_to(wrap(last)):
+        assert same(output(last), expected, 1e-5)
+    assert torch.equal(output(last), plain)
 
 
 def test_what_is_read_of_a_wrapped_model(wrapper):

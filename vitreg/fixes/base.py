@@ -153,6 +153,8 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
+        blocks = list(self._stack.children())  # others may take their place in the stack, around them
+        self._blocks = {layer: blocks[layer] for layer in edits}
         for edit in edits.values():
             edit.stream = vit.anatomy.stream
 
@@ -166,9 +168,8 @@ class Applied:
         return None if carry is None else carry.latest
 
     def install(self) -> None:
-        blocks = list(self._stack.children())
         for layer, edit in self.edits.items():
-            install(blocks[layer], edit)
+            install(self._blocks[layer], edit)
         self._stack.__dict__.setdefault(_FIXES, []).append(self)
 
     def undo(self) -> None:
@@ -180,9 +181,8 @@ class Applied:
             raise FixError(
                 f"fixes are undone in reverse order: undo {present[-1].fix.type!r}, applied later, first."
             )
-        blocks = list(self._stack.children())
         for layer, edit in self.edits.items():
-            uninstall(blocks[layer], edit)
+            uninstall(self._blocks[layer], edit)
         present.pop()
         if not present:
             del self._stack.__dict__[_FIXES]
