@@ -146,9 +146,9 @@ class _RunViews(BlockEdit):
                 "nn.DataParallel replicates the model, and the views would run on the original. Apply"
                 " ShiftAverage to a model of each process (DistributedDataParallel)."
             )
-        y = inner(x, args, kwargs)
+        # Before the module runs, for all blocks may be in it.
         self.carry.leave(self.last - 1, torch.stack([self._view(x, shift) for shift in self.shifts]))
-        return y
+        return inner(x, args, kwargs)
 
     def _view(self, images: Float[Tensor, "b 3 h w"], shift: Shift) -> Float[Tensor, "b p d"]:
         """The patches of one view, each back at the place of its content."""
