@@ -179,9 +179,7 @@ def test_switching_neurons_changes_norms_attention_and_prediction(user: User, ex
     while on.count():
         on.first.uncheck()
     user.page.wait_for_url(re.compile("neurons=&"))
-    same = user.reads("#neurons-text", r"block \d+: (\S+), switched (\S+)\. ")
-    largest, switched = re.findall(r"[\d.]+(?=[,.])", same)[-2:]
-    assert largest == switched
+    user.reads("#neurons-text", r"block \d+: (\S+), switched \1\. ")  # as without the switch, in the end
     user.redraws("neurons-norms", norms)
     user.redraws("neurons-attention", attention)
 
