@@ -99,7 +99,7 @@ def main() -> None:
     model = VisionTransformer(32, patch_size=16, embed_dim=WIDTH, depth=args.depth, num_heads=2).eval()
     vit = vitreg.wrap(model, image_size=32)
     image = torch.zeros(1, 3, 32, 32)
-    table = Table(title=f"{args.depth} blocks of width 16, batch 1, {args.rounds} rounds")
+    table = Table(title=f"{args.depth} blocks of width {WIDTH}, batch 1, {args.rounds} rounds")
     for heading in ("fix", "plain, us per block", "extra, us per block"):
         table.add_column(heading, justify="right")
     with torch.inference_mode():

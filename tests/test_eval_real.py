@@ -9,10 +9,7 @@ from vitreg.evals.classification import ClassificationConfig
 
 @pytest.mark.parametrize(
     ("name", "top1"),
-    [
-        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 0.823),
-        pytest.param("deit_tiny_patch16_224", 0.793, marks=pytest.mark.nightly),
-    ],
+    [("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 0.823), ("deit_tiny_patch16_224", 0.793)],
 )
 def test_top_1_on_the_1000_photos(shared, name, top1):
     vit = vitreg.load(str(shared / "models" / name))

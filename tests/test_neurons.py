@@ -24,13 +24,7 @@ def catalog() -> list[Member]:
     return found
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        pytest.param(member, marks=[pytest.mark.nightly] if member.seed else [], id=str(member))
-        for member in catalog()
-    ],
-)
+@pytest.mark.parametrize("member", catalog(), ids=str)
 def test_planted_artifacts_and_their_neurons_are_found(member):
     phantom, photos = member.plant(), member.crops()
     report = vitreg.diagnose(phantom.vit, [photos], examples=0)

@@ -154,8 +154,10 @@ def test_shifted_views_are_those_of_what_the_patches_cover(pads: bool):
     vit = vitreg.wrap(nn.Sequential(AnySize("convolution", (8, 8), pads)).eval(), image_size=(36, 45))
     images = torch.rand(2, 3, 36, 45)
     whole = F.pad(images, (0, 3, 0, 4)) if pads else images[:, :, :32, :40]
+    plain = vit(images)
     with vitreg.ShiftAverage(views=4).applied_to(vit):
         torch.testing.assert_close(vit(images), vit(whole))
+        assert not torch.allclose(vit(images), plain)
 
 
 def test_a_diagnosis_states_the_size_of_the_images():

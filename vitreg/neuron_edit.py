@@ -98,7 +98,7 @@ def listen(block: nn.Module, down: str) -> nn.Module:
 
 
 def _module_at(block: nn.Module, path: str) -> nn.Module:
-    """As `get_submodule`, which takes 10 us and is asked in every pass."""
+    """As `get_submodule`, which checks more at each step: this is asked in every pass."""
     module: nn.Module | None = block
     for name in path.split("."):
         module = module._modules.get(name) if module is not None else None

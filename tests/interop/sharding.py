@@ -18,6 +18,7 @@ from wrapped import FIXES, images, model, wrap
 
 import vitreg
 from vitreg.fingerprint import weights_hash
+from vitreg.weights import is_sharded
 
 
 def sharded(vit: nn.Module) -> nn.Module:
@@ -72,7 +73,7 @@ def of_training() -> float:
         with fix.applied_to(wrap(vit)):
             vit(images()).square().mean().backward()
         gradient: Any = vit.blocks[0].mlp.fc1.weight.grad
-        gradients.append(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient)
+        gradients.append(gradient.full_tensor() if is_sharded(gradient) else gradient)
     return distance(gradients[1], gradients[0])
 
 

@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,21 +48,30 @@ def wrapper(request) -> Wrapper:
     return WRAPPERS[request.param]
 
 
-@contextmanager
-def or_refused(name: str, reason: str) -> Iterator[None]:
-    """These two fixes need modules as they were when they were applied; the others take whatever comes."""
-    if name not in ("shift-average", "positions"):
-        yield
-        return
-    try:
-        yield
-    except vitreg.UnsupportedModelError as refusal:
-        if reason not in str(refusal):
-            raise
+# ShiftAverage runs its views through a copy of the model, which shares the weights and nothing else; and
+# PositionRepair edits the patch embedding, which quanto replaces.
+OFFLOADED = {"offloaded", "offloaded to disk"}
+REFUSED_BEFORE = {"shift-average": set(WRAPPERS) - {"torchao"}, "positions": {"quanto"}}
+REFUSED_AFTER = {"shift-average": OFFLOADED}
+# These change less of noise than three times what 8-bit activations do, so that the product shows nothing.
+TOO_COARSE = {
+    (wrapper, fix)
+    for wrapper in ("bitsandbytes, 8 bits", "PyTorch's dynamic quantisation")
+    for fix in ("shift-average", "positions")
+}
+
+
+def refused_if(refused: bool, reason: str) -> AbstractContextManager[Any]:
+    return pytest.raises(vitreg.UnsupportedModelError, match=reason) if refused else nullcontext()
 
 
 @pytest.mark.parametrize("name", FIXES)
 def test_a_fix_before_and_after_the_wrapping(wrapper, name):
+    kind = next(kind for kind, known in WRAPPERS.items() if known is wrapper)
+    if (kind, name) in TOO_COARSE:
+        pytest.skip("the fix does less to noise than the quantisation")
+    refused_before = kind in REFUSED_BEFORE.get(name, ())
+    refused_after = kind in REFUSED_AFTER.get(name, ())
     fix = FIXES[name]()
     wrapped = wrapper.wrap(model())
     twin = wrapper.dense(wrapped, model())
@@ -71,25 +79,23 @@ def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     assert same(plain, output(twin), wrapper.close)
     with fix.applied_to(wrap(twin)):
         expected = output(twin)
-    if same(expected, plain, 3 * wrapper.close):
-        assert wrapper.close > 1e-3
-        pytest.skip("the fix does less to noise than the quantisation")
-    with or_refused(name, "offloaded"), fix.applied_to(wrap(wrapped)):
+    assert not same(expected, plain, 3 * wrapper.close)
+    with refused_if(refused_after, "offloaded"), fix.applied_to(wrap(wrapped)):
         assert same(output(wrapped), expected, wrapper.close)
     assert torch.equal(output(wrapped), plain)
     first = model()
     handle = fix.apply(wrap(first))
     wrapped = wrapper.wrap(first)
-    with or_refused(name, "was applied"):
+    with refused_if(refused_before, "was applied"):
         assert same(output(wrapped), expected, wrapper.close)
     handle.undo()
     assert torch.equal(output(wrapped), plain)
-    with or_refused(name, "offloaded"), fix.applied_to(wrap(wrapped)):
+    with refused_if(refused_after, "offloaded"), fix.applied_to(wrap(wrapped)):
         assert same(output(wrapped), expected, wrapper.close)
 
 
 class Around(nn.Module):
-    """What many repositories put around a block: a time it, log it or scale it."""
+    """What many repositories put around a block: something that times or logs it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -121,7 +127,7 @@ def test_a_fix_before_and_after_something_is_put_around_blocks(name, around):
     first = model()
     handle = fix.apply(wrap(first))
     put_around(first)
-    with or_refused(name, "was applied"):
+    with refused_if(name == "shift-average", "was applied"):
         assert same(output(first), expected, 1e-5)
     handle.undo()
     assert torch.equal(output(first), plain)

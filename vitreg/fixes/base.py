@@ -153,8 +153,9 @@ class Applied:
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
-        blocks = list(self._stack.children())  # others may take their place in the stack, around them
-        self._blocks = {layer: blocks[layer] for layer in edits}
+        blocks = list(self._stack.children())
+        # The modules themselves: others may take their place in the stack, around them.
+        self._edited: list[tuple[nn.Module, BlockEdit]] = [(blocks[i], edit) for i, edit in edits.items()]
         for edit in edits.values():
             edit.stream = vit.anatomy.stream
 
@@ -168,8 +169,8 @@ class Applied:
         return None if carry is None else carry.latest
 
     def install(self) -> None:
-        for layer, edit in self.edits.items():
-            install(self._blocks[layer], edit)
+        for module, edit in self._edited:
+            install(module, edit)
         self._stack.__dict__.setdefault(_FIXES, []).append(self)
 
     def undo(self) -> None:
@@ -181,8 +182,8 @@ class Applied:
             raise FixError(
                 f"fixes are undone in reverse order: undo {present[-1].fix.type!r}, applied later, first."
             )
-        for layer, edit in self.edits.items():
-            uninstall(self._blocks[layer], edit)
+        for module, edit in self._edited:
+            uninstall(module, edit)
         present.pop()
         if not present:
             del self._stack.__dict__[_FIXES]

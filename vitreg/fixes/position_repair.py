@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.anatomy import TokenLayout
-from vitreg.carry import BlockEdit, Carry, Inner, install, uninstall
+from vitreg.carry import BlockEdit, Carry, Inner
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
@@ -155,16 +155,8 @@ class _Applied(Applied):
                 "the positions that the fix would repair are not those that it was made for: these weights"
                 " are others, or repaired already. Calibrate with this model: PositionRepair.calibrate(vit)."
             )
-        self._module = vit.model.get_submodule(positions.module)
-        self._edit = _Add(fix, vit.layout, repaired)
-
-    def install(self) -> None:
-        super().install()
-        install(self._module, self._edit)
-
-    def undo(self) -> None:
-        super().undo()
-        uninstall(self._module, self._edit)
+        adding = vit.model.get_submodule(positions.module)
+        self._edited.append((adding, _Add(fix, vit.layout, repaired)))
 
 
 class _Add(BlockEdit):

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, Carry, Inner, install, uninstall
-from vitreg.errors import FixError, UnsupportedModelError
-from vitreg.fixes.base import Applied, Fix, applied, backbone_of, first_patch
+from vitreg.carry import BlockEdit, Carry, Inner, install
+from vitreg.errors import UnsupportedModelError
+from vitreg.fixes.base import Applied, Fix, first_patch
 from vitreg.models import Backbone
 from vitreg.neurons import RegisterNeurons
 from vitreg.probe import evaluating, first_tensor
@@ -72,15 +72,9 @@ class ShiftAverage(Fix):
         chosen = [every[i] for i in order[: self.views].tolist()]
         return [(down, right, self.flip and view % 2 == 0) for view, (down, right) in enumerate(chosen)]
 
-    def apply(self, model: nn.Module | Backbone) -> Applied:
-        """As every fix; raises UnsupportedModelError for a model that is not given (b, 3, h, w) images."""
-        vit = backbone_of(model)
-        self.check(vit)
-        if any(handle.fix == self for handle in applied(vit.model)):
-            raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
-        handle = _Applied(self, vit)
-        handle.install()
-        return handle
+    def handle(self, vit: Backbone) -> Applied:
+        """Raises UnsupportedModelError for a model that is not given (b, 3, h, w) images, or has no copy."""
+        return _Applied(self, vit)
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         return _Applied(self, vit).edits
@@ -93,16 +87,7 @@ class _Applied(Applied):
         last = vit.anatomy.depth - 1
         carry: Carry[Tensor] = Carry()  # the views' patches (v, b, p, d), from the entrance to the last block
         super().__init__(fix, vit, {last: _Combine(carry, last, first_patch(vit, last), fix.reduce)})
-        self._entrance = _entrance(vit)
-        self._run_views = _RunViews(carry, vit, fix.shifts())
-
-    def install(self) -> None:
-        super().install()
-        install(self._entrance, self._run_views)
-
-    def undo(self) -> None:
-        super().undo()
-        uninstall(self._entrance, self._run_views)
+        self._edited.append((_entrance(vit), _RunViews(carry, vit, fix.shifts())))
 
 
 def _entrance(vit: Backbone) -> nn.Module:
@@ -245,8 +230,10 @@ class _Original:
 
     def check(self) -> None:
         """Raises UnsupportedModelError if modules were replaced or wrapped since."""
-        self.parts = self.parts or _parts(self.model)
-        if _parts(self.model) != self.parts:
+        parts = _parts(self.model)
+        if self.parts is None:
+            self.parts = parts
+        if self.parts != parts:
             raise UnsupportedModelError(
                 "parts of the model were replaced or wrapped after ShiftAverage was applied (adapters,"
                 " quantisation, sharding), and its views would run without that. Undo it, and apply it last."
