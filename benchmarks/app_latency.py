@@ -24,10 +24,10 @@ import torch
 from vitreg.app import explorer_of, serve
 from vitreg.app.explorer import Explorer
 from vitreg.app.view import View
-from vitreg.images import demo_photos, read_images
-from vitreg.models import load
-from vitreg.phantom import plant
-from vitreg.probe import evaluating
+from vitreg.data.images import demo_photos, read_images
+from vitreg.models.loading import load
+from vitreg.models.probe import evaluating
+from vitreg.phantoms.phantom import plant
 
 TABS = ("norms", "attention", "neurons", "objects")
 

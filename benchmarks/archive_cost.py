@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 import vitreg
-from vitreg.archive.engine import ray_session
-from vitreg.decoding import decode
-from vitreg.probe import evaluating
+from vitreg.archive.ray_engine import ray_session
+from vitreg.data.decoding import decode
+from vitreg.models.probe import evaluating
 
 
 def bare_loop(vit: vitreg.Backbone, paths: Sequence[Path], batch_size: int) -> tuple[float, float, float]:

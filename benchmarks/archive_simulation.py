@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from vitreg.archive.engine import hand_out, ray_session
 from vitreg.archive.manifest import Extraction, finished
-from vitreg.archive.parts import Parts
-from vitreg.archive.place import Place
 from vitreg.archive.plan import Settings, read_shard, settle
+from vitreg.archive.ray_engine import hand_out, ray_session
+from vitreg.archive.shard_files import Parts
 from vitreg.archive.sources import Archive
 from vitreg.archive.stopwatch import Stopwatch
+from vitreg.archive.storage import Place
 from vitreg.archive.worker import DONE
 
 IMAGES = 10**9

@@ -146,7 +146,7 @@ def build_transformers(name: str, config: Any) -> nn.Module:
     """The model of this class, or of its vision part alone where the whole is too large."""
     import transformers
 
-    from vitreg.from_transformers import vision_towers
+    from vitreg.models.from_transformers import vision_towers
 
     cls = getattr(transformers, name)
     try:

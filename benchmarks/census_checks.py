@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import vitreg
-from vitreg.probe import first_tensor
+from vitreg.models.probe import first_tensor
 
 
 class DisagreementError(Exception):

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import vitreg
+from vitreg.data.listing import photos_in
+from vitreg.data.spread import spread
 from vitreg.evals import Result, differences
-from vitreg.evals.datasets.classes import photos_in
 from vitreg.evals.discovery import DiscoveryConfig
 from vitreg.evals.discovery import evaluate as discover
-from vitreg.evals.features import spread
 from vitreg.evals.result import written
 from vitreg.evals.segmentation import SegmentationConfig
 from vitreg.evals.segmentation import evaluate as segment

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
-from vitreg.probe import evaluating
+from vitreg.models.probe import evaluating
 
 
 class Noise:

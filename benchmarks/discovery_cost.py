@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vitreg
-from vitreg.decoding import decode
-from vitreg.evals.datasets.boxes import boxed_photos
+from vitreg.config.settings import with_settings
+from vitreg.data.datasets.boxes import boxed_photos
+from vitreg.data.decoding import decode
 from vitreg.evals.discovery import DiscoveryConfig, evaluate, prepared
-from vitreg.evals.features import extract_features
-from vitreg.evals.framing import Framing, normalisation_of
 from vitreg.evals.lost import Found, Grid, lost
-from vitreg.evals.resizing import at_any_size
 from vitreg.evals.tokencut import tokencut
-from vitreg.probe import evaluating
-from vitreg.settings import with_settings
+from vitreg.features.any_size import at_any_size
+from vitreg.features.extraction import extract_features
+from vitreg.features.framing import Framing, normalisation_of
+from vitreg.models.probe import evaluating
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import vitreg
 from vitreg.evals import Result, differences
-from vitreg.evals.config import default_cache
 from vitreg.evals.discovery import DiscoveryConfig, evaluate
 from vitreg.evals.result import written
+from vitreg.features.config import default_cache
 
 TREATMENTS: dict[str, dict[str, Any]] = {
     "LOST, plain": {"method": "lost"},

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vitreg
-from vitreg.diagnosis import versions
+from vitreg.config.settings import with_settings
 from vitreg.evals import Result, differences, find_task
-from vitreg.evals.config import default_cache
 from vitreg.evals.result import written
+from vitreg.features.config import default_cache
+from vitreg.files import write_atomically
 from vitreg.fixes import Fix
-from vitreg.neurons import RegisterNeurons
-from vitreg.output import write_atomically
-from vitreg.settings import with_settings
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.version import versions
 
 MODELS = {"ViT-Ti": "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "DeiT-Ti": "deit_tiny_patch16_224"}
 PHOTOS = "data/imagenet-sample-1000"

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
-from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
-from vitreg.probe import evaluating
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.models.probe import evaluating
+from vitreg.search.neurons import find_register_neurons
 
 LAYERS = {12: 1, 13: 1, 14: 8, 15: 9, 16: 9, 17: 17}
 FORKED = 0.02

@@ -29,9 +29,9 @@ import numpy as np
 from mutated_formats import FORMATS, HEIGHT, WIDTH, Account, Format, Shards, photo, save
 from PIL import Image
 
-import vitreg.listing
+import vitreg.data.listing
+from vitreg.data.listing import printable
 from vitreg.errors import VitregError
-from vitreg.listing import printable
 
 LIMIT = 60  # seconds, after which a reader is said to wait
 ENDINGS = (".png", ".jpg", ".jpeg", ".heic", ".cr2", ".jxl", ".tif")
@@ -318,7 +318,7 @@ def lost_members(account: Account, members: list[str]) -> list[str]:
 
 def run(seeds: range) -> tuple[Counter[str], list[tuple[int, str, list[str], list[str]]]]:
     """Outcomes, and the failures: seed, format, what was done, what is wrong."""
-    vitreg.listing.SHOWN = 10**9  # notes name everything
+    vitreg.data.listing.SHOWN = 10**9  # notes name everything
     signal.signal(signal.SIGALRM, waited)
     outcomes: Counter[str] = Counter()
     failures = []

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from vitreg.archive.sources import find_archive, items
+from vitreg.data.datasets import boxes, classes, depth_pairs, foreground, masks
+from vitreg.data.images import read_images
+from vitreg.data.listing import FailedImage, photos_in, printable
 from vitreg.errors import VitregError
-from vitreg.evals.datasets import boxes, classes, depth_pairs, foreground, masks
-from vitreg.images import read_images
-from vitreg.listing import FailedImage, photos_in, printable
 from vitreg.training.data import Photos
 from vitreg.training.pairs import ImageTextShards
 

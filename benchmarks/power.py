@@ -40,8 +40,8 @@ from rich.console import Console
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis import SURENESS_POWER, Diagnosis, sureness
-from vitreg.judging import Evidence, Judgement, judge
+from vitreg.diagnosis.judging import Evidence, Judgement, judge
+from vitreg.diagnosis.result import SURENESS_POWER, Diagnosis, sureness
 
 from catalog import CATALOG  # isort: skip - power_trials knows where it lies
 

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 import vitreg
-from vitreg.anatomy import TokenLayout
-from vitreg.models import Backbone
-from vitreg.probe import evaluating
-from vitreg.statistics import Collector, Statistics
-from vitreg.trace import trace
+from vitreg.diagnosis.statistics import Collector, Statistics
+from vitreg.models.anatomy import TokenLayout
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating
+from vitreg.tracing.trace import trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from catalog import randomise, timm_model

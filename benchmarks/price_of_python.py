@@ -23,9 +23,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vitreg
-from vitreg.carry import BlockEdit, install, uninstall
 from vitreg.fixes import AttentionBias, Fix, TestTimeRegisters
-from vitreg.neurons import RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, install, uninstall
 
 WIDTH = 16
 

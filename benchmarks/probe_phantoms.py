@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
+from vitreg.data.listing import photos_in
+from vitreg.data.spread import spread
 from vitreg.evals import Metric, position, reconstruction
-from vitreg.evals.datasets.classes import photos_in
-from vitreg.evals.features import spread
 from vitreg.evals.probes import PatchConfig, drawn_patches
 from vitreg.evals.result import written
 from vitreg.fixes import Fix, TestTimeRegisters, TokenSplitting
-from vitreg.neurons import find_register_neurons
+from vitreg.search.neurons import find_register_neurons
 
 PLANTED_ON = 100  # photos; also what the fixes are made from
 

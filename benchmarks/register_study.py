@@ -17,9 +17,10 @@ from pathlib import Path
 from rich.console import Console
 
 import vitreg
-from vitreg.fixes.marks import mean_outliers, measure_marks
-from vitreg.measures import KINDS, Resampled
-from vitreg.verify import Measured
+from vitreg.fixes.calibration import mean_outliers, measure_marks
+from vitreg.verification.measures import KINDS
+from vitreg.verification.resampling import Resampled
+from vitreg.verification.verify import Measured
 
 HEADER = """# What a test-time register can do, and what splitting does
 

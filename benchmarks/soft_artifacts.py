@@ -3,8 +3,9 @@
     python benchmarks/soft_artifacts.py MODEL PHOTOS --sizes 224 448 --markdown docs/soft-artifacts.md
 
 A second population of norms needs a gain of 12 per 1000 patches to count, 4.8 where its direction is
-clear (vitreg.judging). The direction is that of the largest 1% of the norms, each over its photo's own, less
-that of patches below the median. A patch carries it that goes more than half as far along it as these do.
+clear (vitreg.diagnosis.judging). The direction is that of the largest 1% of the norms, each over its photo's
+own, less that of patches below the median. A patch carries it that goes more than half as far along it as
+these do.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 import vitreg
-from vitreg.bins import NORMS
-from vitreg.populations import Population, second_population
-from vitreg.probe import evaluating
-from vitreg.statistics import ordinary_norm
+from vitreg.diagnosis.bins import NORMS
+from vitreg.diagnosis.populations import Population, second_population
+from vitreg.diagnosis.statistics import ordinary_norm
+from vitreg.models.probe import evaluating
 
 LARGEST = 0.01  # of the norms
 HEADS = ("size", "block", "gain, norms", "gain, relative", "second population", "one direction", "carry it")

@@ -13,11 +13,11 @@ from PIL import Image
 from test_models import tiny_timm
 
 import vitreg
-from vitreg.archive.parts import PATCHES, VECTORS
-from vitreg.archive.place import Place
 from vitreg.archive.plan import settle
 from vitreg.archive.run import features_of, job_of, settings_of
+from vitreg.archive.shard_files import PATCHES, VECTORS
 from vitreg.archive.sources import find_archive
+from vitreg.archive.storage import Place
 from vitreg.archive.worker import DONE, TRYING, ShardWorker
 from vitreg.fixes.base import unfixed
 

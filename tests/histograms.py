@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitreg.bins import NORMS
-from vitreg.statistics import BINS
+from vitreg.diagnosis.bins import NORMS
+from vitreg.diagnosis.statistics import BINS
 
 
 def histogram(norms: np.ndarray) -> Tensor:

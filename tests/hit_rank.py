@@ -10,9 +10,9 @@ import time
 
 import torch.distributed as dist
 
-from vitreg.cli import main
+from vitreg.cli.main import main
+from vitreg.distributed import Ranks
 from vitreg.errors import NonFiniteError
-from vitreg.ranks import Ranks
 
 how, victim = sys.argv[1], int(sys.argv[2])
 gather, leave, rounds = Ranks.gather, dist.destroy_process_group, 0

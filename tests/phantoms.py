@@ -17,10 +17,10 @@ from catalog import CATALOG
 from torch import Tensor
 
 import vitreg
+from vitreg.data.images import demo_photos
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.images import demo_photos
-from vitreg.neurons import find_register_neurons
-from vitreg.phantom import Activation
+from vitreg.phantoms.phantom import Activation
+from vitreg.search.neurons import find_register_neurons
 
 ARCHITECTURES = [
     "timm vit",

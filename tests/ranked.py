@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import vitreg
+from vitreg.distributed import Ranks
 from vitreg.errors import RankError
-from vitreg.ranks import Ranks
 
 T = TypeVar("T")
 

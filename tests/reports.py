@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import vitreg
-from vitreg.diagnosis import Diagnosis
-from vitreg.measures import Estimate
-from vitreg.verdict import Control, Measure, Verdict
+from vitreg.diagnosis.result import Diagnosis
+from vitreg.intervals import Estimate
+from vitreg.verification.verdict import Control, Measure, Verdict
 
 DEPTH, ONSET = 4, 2
 PLANTED = (0, 7)  # grid cells, row-major

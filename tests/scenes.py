@@ -8,8 +8,8 @@ from test_phantom import crops
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis import collect
-from vitreg.kinds import Context
+from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.kinds import Context
 
 # Models with a grid of 8 x 10: ten times an even share is half of all attention on the catalog's 4 x 5.
 LARGER = (64, 80)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg import Anatomy, NonFiniteError, TokenLayout, UnsupportedModelError
-from vitreg.probe import evaluating, first_tensor
+from vitreg.models.probe import evaluating, first_tensor
 
 # -- token layouts ---------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from vitreg import ImageError
 from vitreg.app import explorer_of, shown
 from vitreg.app.explorer import AS_IT_IS, Explorer
 from vitreg.app.view import MEAN, SHIFT, View
-from vitreg.images import demo_photos
-from vitreg.looking import look
+from vitreg.data.images import demo_photos
+from vitreg.diagnosis.one_image import look
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from explorers import small_explorer
 
 from vitreg.app import serve
 from vitreg.app.explorer import Explorer
-from vitreg.images import demo_photos
+from vitreg.data.images import demo_photos
 
 # Closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
 pytestmark = [

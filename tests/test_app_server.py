@@ -13,7 +13,7 @@ from explorers import small_explorer
 from vitreg import OutputError
 from vitreg.app import serve
 from vitreg.app.explorer import Explorer
-from vitreg.images import demo_photos
+from vitreg.data.images import demo_photos
 
 pytest.importorskip("gradio", reason="needs gradio. Install it with: pip install -e '.[app]'")
 import httpx

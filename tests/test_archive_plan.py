@@ -7,9 +7,9 @@ import torch
 from archives import photos, png, tiny, worker
 
 import vitreg
-from vitreg.archive.place import Place
 from vitreg.archive.plan import read_shard
 from vitreg.archive.run import features_of
+from vitreg.archive.storage import Place
 from vitreg.errors import ArchiveError, DataError, UnsupportedModelError
 
 

@@ -19,9 +19,10 @@ from test_archive_worker import contents
 from typer.testing import CliRunner
 
 import vitreg
-from vitreg.archive import engine, run
-from vitreg.archive.engine import share
-from vitreg.cli import app
+from vitreg.archive import ray_engine as engine
+from vitreg.archive import run
+from vitreg.archive.ray_engine import share
+from vitreg.cli.main import app
 from vitreg.errors import (
     ArchiveError,
     DataError,

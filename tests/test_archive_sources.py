@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from archives import BAD, parquet, photos, png, tar
 
-from vitreg.archive.place import Place
 from vitreg.archive.sources import Shard, find_archive, image_column, items
+from vitreg.archive.storage import Place
+from vitreg.data.listing import FailedImage
 from vitreg.errors import DataError, OutputError
-from vitreg.listing import FailedImage
 
 
 def read(archive, images=10, column=None):

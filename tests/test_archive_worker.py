@@ -14,12 +14,12 @@ from runs import full_disk
 from safetensors.torch import load_file
 
 import vitreg
-from vitreg.archive import parts as parts_module
+from vitreg.archive import shard_files as parts_module
 from vitreg.archive import worker as worker_module
-from vitreg.decoding import decode
+from vitreg.data.decoding import decode
 from vitreg.errors import ArchiveError, DataError, OutputError
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.trace import trace
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.tracing.trace import trace
 
 
 def plain(vit, numbers) -> torch.Tensor:

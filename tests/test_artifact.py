@@ -20,11 +20,11 @@ from test_models import into_cache
 
 import vitreg
 from vitreg.errors import FixError, FixWarning, OutputError
-from vitreg.fingerprint import Fingerprint
 from vitreg.fixes import TestTimeRegisters
-from vitreg.fixes.artifact import load_fix, save_fix
 from vitreg.fixes.attention_bias import AttentionBias
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.fixes.saving import load_fix, save_fix
+from vitreg.models.fingerprint import Fingerprint
 
 EVIDENCE = {"images": 96, "threshold": 41.5, "before": 0.02, "after": 0.0, "verdict": "helps"}
 
@@ -167,7 +167,7 @@ def test_where_a_local_model_lay_is_not_told(tmp_path, name, saved):
 def test_classes_are_imported_when_they_are_needed(tmp_path):
     """In a fresh process, by our own table."""
     folder = bias().save(tmp_path / "fix")
-    code = f"import sys; from vitreg.fixes.artifact import load_fix; print(load_fix({str(folder)!r}).type)"
+    code = f"import sys; from vitreg.fixes.saving import load_fix; print(load_fix({str(folder)!r}).type)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "bias\n"
 
@@ -406,7 +406,7 @@ def test_a_document_that_cannot_be_read(folder, monkeypatch):
     def deny(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("vitreg.fixes.artifact.open", deny, raising=False)
+    monkeypatch.setattr("vitreg.fixes.saving.open", deny, raising=False)
     assert "Permission denied. See to its permissions" in refusal(folder)
 
 

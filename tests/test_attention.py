@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitreg.attention import AttentionCall, intercept
 from vitreg.errors import UnsupportedModelError
+from vitreg.hooks.attention import AttentionCall, intercept
 
 B, H, N, C = 2, 4, 6, 8
 ROWS = torch.tensor([4, 0, 5])

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import vitreg
-from vitreg.carry import BlockEdit, Carry, bare, edits_of, inserted_tokens, install, uninstall
+from vitreg.hooks.block_edit import BlockEdit, bare, edits_of, inserted_tokens, install, uninstall
+from vitreg.hooks.carry import Carry
 
 
 class Add(BlockEdit):

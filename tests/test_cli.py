@@ -19,8 +19,8 @@ from test_phantom import crops
 from timm.models._hub import save_for_hf
 
 import vitreg
-from vitreg.cli import Size, TrustRemoteCode, app, main
-from vitreg.images import demo_photos
+from vitreg.cli.main import Size, TrustRemoteCode, app, main
+from vitreg.data.images import demo_photos
 
 EXPECTED_KEYS = {
     "model", "images", "failed_images", "grid", "prefix_tokens", "verdict", "reason", "threshold",
@@ -198,7 +198,7 @@ def test_output_is_whole_or_absent(run, model, photos, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "d.json").write_text("the old result")
-    monkeypatch.setattr("vitreg.output.os.fsync", full)
+    monkeypatch.setattr("vitreg.files.os.fsync", full)
     code, _, err = run("diagnose", model, photos, "--json", tmp_path / "d.json")
     assert code == 1
     assert "No space left" in err

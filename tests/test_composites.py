@@ -18,8 +18,8 @@ from test_models import message, rewrite_weights
 
 import vitreg
 from vitreg.errors import ModelWarning
-from vitreg.models import load
-from vitreg.preprocessing import HfPreprocess, hf_preprocess
+from vitreg.models.loading import load
+from vitreg.models.preprocessing import HfPreprocess, hf_preprocess
 
 PHOTOS = (
     PIL.Image.linear_gradient("L").convert("RGB").resize((90, 60)),

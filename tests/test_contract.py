@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vitreg
-from vitreg.probe import first_tensor
+from vitreg.models.probe import first_tensor
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EVERYTHING: dict[str, Any] = {"residuals": True, "neurons": True, "attention": "full", "qkv": True}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vitreg.archive import engine
-from vitreg.cpus import usable_cpus
+from vitreg.archive import ray_engine as engine
+from vitreg.data.cpus import usable_cpus
 
 
 @pytest.fixture

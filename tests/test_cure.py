@@ -9,10 +9,8 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
-from vitreg import choosing
-from vitreg import cure as curing
-from vitreg.choosing import Trial
-from vitreg.cure import find_cure
+from vitreg.diagnosis.kinds import Finding
+from vitreg.diagnosis.outliers import OutlierRule
 from vitreg.fixes import (
     AttentionBias,
     Fix,
@@ -24,16 +22,18 @@ from vitreg.fixes import (
     TokenSplitting,
     projection,
 )
-from vitreg.kinds import Finding
-from vitreg.neurons import find_register_neurons
-from vitreg.outliers import OutlierRule
 from vitreg.phantoms import (
     OriginPhantom,
     plant_attention_outliers,
     plant_patch_outliers,
     plant_position_outliers,
 )
-from vitreg.report import write
+from vitreg.reports.report import write
+from vitreg.search import choosing
+from vitreg.search import find_fix as curing
+from vitreg.search.choosing import Trial
+from vitreg.search.find_fix import find_cure
+from vitreg.search.neurons import find_register_neurons
 
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]
 

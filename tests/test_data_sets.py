@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitreg.data.datasets import depth_pairs
+from vitreg.data.datasets.boxes import boxed_photos
+from vitreg.data.datasets.classes import by_folder, by_wordnet, splits
+from vitreg.data.datasets.ids import read_mask
+from vitreg.data.datasets.masks import train_and_val, voc
+from vitreg.data.imagenet import wordnet_names
+from vitreg.data.images import read_images
+from vitreg.data.listing import list_photos, photos_in
 from vitreg.errors import DataError
-from vitreg.evals.datasets import depth_pairs
-from vitreg.evals.datasets.boxes import boxed_photos
-from vitreg.evals.datasets.classes import by_folder, by_wordnet, splits
-from vitreg.evals.datasets.ids import read_mask
-from vitreg.evals.datasets.masks import train_and_val, voc
-from vitreg.images import read_images
-from vitreg.labels import wordnet_names
-from vitreg.listing import list_photos, photos_in
 
 
 def tree(root: Path, *names: str) -> Path:

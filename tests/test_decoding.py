@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitreg.decoding import decode, photo_extensions, reason, upright_size, why_unread
+from vitreg.data.decoding import decode, photo_extensions, reason, upright_size, why_unread
 from vitreg.errors import ImageError
 
 
@@ -136,7 +136,7 @@ def test_what_is_missing_is_said_whatever_the_file_is_called(tmp_path, monkeypat
         Image.init()
         monkeypatch.delitem(Image.OPEN, plugin, raising=False)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name in Image.OPEN])
-    monkeypatch.setattr("vitreg.decoding._register_heif", lambda: None)
+    monkeypatch.setattr("vitreg.data.decoding._register_heif", lambda: None)
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ImageError) as error:
         decode(str(tmp_path / "x.jpg"))

@@ -11,10 +11,10 @@ import pytest
 from reports import make_report
 
 import vitreg
-from vitreg import cli
+from vitreg.cli import main as cli
 from vitreg.demo import LAYER, REAL, run, run_real
-from vitreg.example import HELD_OUT, measure, object_cover, scenes
-from vitreg.plot_versions import before_after
+from vitreg.diagnosis.version_figures import before_after
+from vitreg.phantoms.example import HELD_OUT, measure, object_cover, scenes
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from catalog import CATALOG, images
 from test_models import tiny_timm
 
 import vitreg
-from vitreg.diagnosis import describe_places
+from vitreg.diagnosis.result import describe_places
 
 
 def spiked(tokens: list[int], layer: int = 1, size: float = 500.0, name: str = "timm vit") -> vitreg.Backbone:

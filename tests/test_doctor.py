@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vitreg
-from vitreg.doctor import COLUMNS
-from vitreg.findings import wrappers
-from vitreg.trials import FIXES, trials
+from vitreg.examination.doctor import COLUMNS
+from vitreg.examination.findings import wrappers
+from vitreg.examination.trials import FIXES, trials
 
 KINDS = [f"fix: {kind}" for kind in FIXES]
 READ = ["forward pass", "residual stream", "attention rows", "neurons"]

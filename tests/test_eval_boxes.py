@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from vitreg.data.datasets.boxes import boxed_photos
 from vitreg.errors import DataError
-from vitreg.evals.datasets.boxes import boxed_photos
 
 OBJECT = "<object><name>cat</name><bndbox>{}</bndbox></object>"
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torchmetrics.functional import mean_squared_error
 
 import vitreg
+from vitreg.config.settings import with_settings
+from vitreg.data.datasets.depth_pairs import read_depth, train_and_val
 from vitreg.errors import DataError
-from vitreg.evals.datasets.depth_pairs import read_depth, train_and_val
 from vitreg.evals.dense_head import splits_of
 from vitreg.evals.depth import (
     DepthConfig,
@@ -29,8 +30,7 @@ from vitreg.evals.depth import (
     spaced_layers,
     within,
 )
-from vitreg.settings import with_settings
-from vitreg.style import png
+from vitreg.plots.style import png
 
 
 @pytest.fixture(scope="module")

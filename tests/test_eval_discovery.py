@@ -17,18 +17,18 @@ from test_eval_boxes import voc_object, voc_xml
 from torch import Tensor
 
 import vitreg
-from vitreg.carry import edits_of
+from vitreg.data.datasets.boxes import boxed_photos
+from vitreg.data.images import Preprocess
 from vitreg.errors import DataError, NonFiniteError, UnsupportedModelError
-from vitreg.evals.datasets.boxes import boxed_photos
 from vitreg.evals.discovery import DiscoveryConfig, Scene, evaluate, locate, prepared, scenes_of
-from vitreg.evals.features import extract_features
-from vitreg.evals.framing import Framing, normalisation_of
 from vitreg.evals.lost import Found, lost
-from vitreg.evals.resizing import at_any_size
 from vitreg.evals.tokencut import tokencut
+from vitreg.features.any_size import at_any_size
+from vitreg.features.extraction import extract_features
+from vitreg.features.framing import Framing, normalisation_of
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.images import Preprocess
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.hooks.block_edit import edits_of
 
 # -- slow reimplementations, from the papers' descriptions ------------------------------------------
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from vitreg.errors import DataError
 from vitreg.evals import pairs
 from vitreg.evals.discovery import DiscoveryConfig, evaluate
-from vitreg.evals.framing import Framing, Normalisation
-from vitreg.evals.keys import preprocess_key
 from vitreg.evals.lost import Found, extent_around, lost, lost_by_bias
 from vitreg.evals.tokencut import MOST_SOLVED, tokencut
+from vitreg.features.framing import Framing, Normalisation
+from vitreg.features.keys import preprocess_key
 
 # Below and beyond what is solved as a whole; flat, tall, of a number of patches that no byte divides.
 GRIDS = [(3, 4), (7, 8), (1, 90), (16, 16), (17, 16), (2, 150)]

@@ -12,14 +12,15 @@ from PIL import Image
 from test_models import tiny_timm
 
 import vitreg
-from vitreg.carry import bare
+from vitreg.data.spread import spread
 from vitreg.errors import ImageError, UnsupportedModelError
-from vitreg.evals import features as module
-from vitreg.evals.config import Config
-from vitreg.evals.features import extract_features, spread
-from vitreg.evals.framing import Framing, Windows, normalisation_of
-from vitreg.evals.keys import model_key, preprocess_key
-from vitreg.evals.observer import Observer
+from vitreg.features import extraction as module
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.features.framing import Framing, Windows, normalisation_of
+from vitreg.features.keys import model_key, preprocess_key
+from vitreg.features.observer import Observer
+from vitreg.hooks.block_edit import bare
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_the_observer_agrees_with_a_trace(name):
     found = Observer(vit, names)(pixels)
     with torch.no_grad(), vitreg.trace(vit, residuals=True, qkv=True, attention="cls") as t:
         vit(pixels)
-    norm = vitreg.labels.find_readout(vit).norm or (lambda x: x)
+    norm = vitreg.models.head.find_readout(vit).norm or (lambda x: x)
     stream = norm(t.residuals).detach()
     patches = layout.patch_slice
     expected = {

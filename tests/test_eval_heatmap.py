@@ -13,11 +13,11 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
 import vitreg
+from vitreg.data.datasets.foreground import foreground
 from vitreg.errors import DataError, MissingExtraError, UnsupportedModelError
 from vitreg.evals import find_task
-from vitreg.evals.datasets.foreground import foreground
-from vitreg.evals.framing import Framing, normalisation_of
 from vitreg.evals.zero_shot_segmentation import HeatmapConfig, evaluate, heatmap
+from vitreg.features.framing import Framing, normalisation_of
 
 SIZES = [(60, 80), (90, 70), (64, 64)]  # (height, width) of the photos
 

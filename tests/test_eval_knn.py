@@ -11,16 +11,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 import vitreg
+from vitreg.config.settings import with_settings
+from vitreg.data.datasets.classes import Labelled
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.evals import knn
-from vitreg.evals.datasets.classes import Labelled
-from vitreg.evals.framing import Framing, Normalisation
 from vitreg.evals.knn import KnnConfig, evaluate, vote
-from vitreg.evals.observer import Observer
-from vitreg.evals.pooling import pooled, poolings_of
+from vitreg.features.framing import Framing, Normalisation
+from vitreg.features.observer import Observer
+from vitreg.features.pooling import pooled, poolings_of
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.settings import with_settings
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 
 VIT = CATALOG["timm vit"].backbone()
 QUICK = KnnConfig(workers=0)

@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from test_eval_knn import CLASSES, VIT, by_hand, write_photos
 
 import vitreg
+from vitreg.config.settings import with_settings
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.evals import find_task, linear
 from vitreg.evals.linear import LinearConfig, evaluate, hold_out, trained
-from vitreg.evals.pooling import Pooled
-from vitreg.settings import with_settings
+from vitreg.features.pooling import Pooled
 
 LOGISTIC = LinearConfig(protocol="logistic", workers=0, held_out=0.25)
 SGD = LinearConfig(protocol="dinov2", workers=0, steps=150, train_batch=32, held_out=0.25)

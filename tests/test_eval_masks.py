@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitreg.data.datasets.masks import ade20k, folder, photo_size, read_mask, train_and_val, voc
 from vitreg.errors import DataError
-from vitreg.evals.datasets.masks import ade20k, folder, photo_size, read_mask, train_and_val, voc
 
 
 def photo(path: Path, height: int = 6, width: int = 8) -> None:

@@ -15,18 +15,30 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vitreg
-from vitreg.cli import app
+from vitreg.cli.main import app
+from vitreg.config.settings import with_settings
+from vitreg.data.spread import spread
 from vitreg.errors import DataError, ModelLoadError
-from vitreg.evals.features import spread
-from vitreg.evals.framing import Framing, Normalisation
-from vitreg.evals.papers import DATA, TABLES, Recipe, Row, Table, listing, overview, run_table, table_text
+from vitreg.evals.papers import (
+    DATA,
+    TABLES,
+    Recipe,
+    Row,
+    Table,
+    overview,
+    run_table,
+    table_text,
+)
+from vitreg.evals.papers import (
+    overview as listing,
+)
 from vitreg.evals.papers.kept import keep, measured
-from vitreg.evals.papers.listing import command, number
+from vitreg.evals.papers.overview import command, number
 from vitreg.evals.papers.running import found_fix, run_row, some_photos
 from vitreg.evals.tasks import find_task
+from vitreg.features.framing import Framing, Normalisation
 from vitreg.fixes.attention_bias import AttentionBias
-from vitreg.phantom import plant
-from vitreg.settings import with_settings
+from vitreg.phantoms.phantom import plant
 from vitreg.training.recipe import bundled
 
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows]

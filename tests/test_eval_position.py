@@ -12,7 +12,7 @@ from vitreg.errors import DataError
 from vitreg.evals import evaluate
 from vitreg.evals.position import PositionConfig, measured, where_outliers_are
 from vitreg.evals.probes import PatchConfig, Patches, drawn_patches
-from vitreg.probe import evaluating
+from vitreg.models.probe import evaluating
 
 GRID = (4, 5)
 PATCHES = 20

@@ -9,12 +9,12 @@ from phantoms import Planted, save_crops
 from sklearn.linear_model import Ridge
 
 import vitreg
+from vitreg.data.spread import spread
 from vitreg.evals import Metric, evaluate, position, reconstruction
-from vitreg.evals.features import spread
 from vitreg.evals.probes import PatchConfig, Patches, by_photo, drawn_patches, fitted
 from vitreg.evals.reconstruction import ReconstructionConfig, like_outliers, pixels_of
 from vitreg.fixes import TokenSplitting
-from vitreg.neurons import find_register_neurons
+from vitreg.search.neurons import find_register_neurons
 
 GRID = (4, 5)
 

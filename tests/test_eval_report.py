@@ -11,8 +11,8 @@ from test_report import Page
 
 import vitreg
 from vitreg.evals.classification import evaluate
-from vitreg.evals.config import Config
-from vitreg.evals.report import _some
+from vitreg.features.config import Config
+from vitreg.reports.evaluation import _some
 
 
 def page_of(path: Path) -> Page:

@@ -7,13 +7,13 @@ import pytest
 from test_cli import model, photos, run  # noqa: F401 - fixtures
 
 import vitreg
+from vitreg.config.settings import with_settings
+from vitreg.data.datasets.classes import by_wordnet, splits
+from vitreg.data.images import demo_photos
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals import TASKS, Metric, Result, compare, differences, find_task
-from vitreg.evals.config import Config, default_cache
-from vitreg.evals.datasets.classes import by_wordnet, splits
 from vitreg.evals.knn import KnnConfig
-from vitreg.images import demo_photos
-from vitreg.settings import with_settings
+from vitreg.features.config import Config, default_cache
 
 
 def result(*metrics: Metric, **changes) -> Result:

@@ -12,7 +12,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 import vitreg
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
 from vitreg.evals.dense_head import DenseConfig, Frame, Tokens, former_outliers, splits_of
 from vitreg.evals.segmentation import (
     SegmentationConfig,
@@ -25,7 +24,8 @@ from vitreg.evals.segmentation import (
     segmentation_metrics,
 )
 from vitreg.evals.tasks import find_task
-from vitreg.style import png
+from vitreg.features.config import Config
+from vitreg.plots.style import png
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from catalog import CATALOG
 from phantoms import Planted, save_crops
 
 import vitreg
+from vitreg.data.datasets.classes import splits
 from vitreg.errors import DataError
 from vitreg.evals import evaluate, tokens
-from vitreg.evals.datasets.classes import splits
 from vitreg.evals.outliers import outlier_masks, unfixed_diagnosis
 from vitreg.evals.tokens import TokensConfig
-from vitreg.probe import evaluating
+from vitreg.models.probe import evaluating
 
 COLOURS = ("dark", "light")
 

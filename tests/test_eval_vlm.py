@@ -12,10 +12,10 @@ from PIL import Image
 from ranked import differences, of_each
 
 import vitreg
+from vitreg.distributed import ALONE, Ranks
 from vitreg.errors import ModelLoadError, UnsupportedModelError
 from vitreg.evals.vlm import Vlm, VlmConfig, evaluate, image_attention, load
-from vitreg.phantom import Phantom, plant
-from vitreg.ranks import ALONE, Ranks
+from vitreg.phantoms.phantom import Phantom, plant
 
 transformers = pytest.importorskip("transformers")
 

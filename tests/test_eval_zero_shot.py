@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import vitreg
-from vitreg.cli import main
+from vitreg.cli.main import main
+from vitreg.config.settings import with_settings
+from vitreg.data.imagenet import wordnet_classes
 from vitreg.errors import DataError, MissingExtraError, ModelLoadError, UnsupportedModelError
 from vitreg.evals import find_task, zero_shot
 from vitreg.evals.zero_shot import ZeroShotConfig, class_embeddings, evaluate, load
 from vitreg.fixes import TestTimeRegisters
-from vitreg.labels import wordnet_classes
-from vitreg.settings import with_settings
 
 NAME = "open_clip:vitreg-tiny"
 WORDNET = list(wordnet_classes(1000))

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import vitreg
-from vitreg.attention import AttentionCall
+from vitreg.diagnosis.statistics import query_tokens
 from vitreg.fixes import TestTimeRegisters, applied
 from vitreg.fixes.base import backbone_of
-from vitreg.probe import first_tensor
-from vitreg.statistics import query_tokens
+from vitreg.hooks.attention import AttentionCall
+from vitreg.models.probe import first_tensor
 
 NEURONS = {0: [3, 7], 1: [11, 5]}
 FIX = TestTimeRegisters(NEURONS, registers=2)

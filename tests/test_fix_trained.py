@@ -15,19 +15,19 @@ from test_fix_contract import close, compiled, different, pickled, residuals, tw
 from torch import Tensor, nn
 
 import vitreg
-from vitreg.carry import bare
-from vitreg.controls import controls_of
 from vitreg.errors import FixError, FixWarning
-from vitreg.evals.config import Config
-from vitreg.evals.keys import model_key
 from vitreg.evals.outliers import unfixed_diagnosis
 from vitreg.evals.result import fixes_on
-from vitreg.fingerprint import Fingerprint
+from vitreg.features.config import Config
+from vitreg.features.keys import model_key
 from vitreg.fixes import TestTimeRegisters, TrainedRegisters, applied, load_fix
+from vitreg.fixes.added_registers import add_registers
 from vitreg.fixes.base import unfixed
 from vitreg.fixes.hub import model_card
-from vitreg.neurons import RegisterNeurons
-from vitreg.training.registers import add_registers
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import bare
+from vitreg.models.fingerprint import Fingerprint
+from vitreg.verification.controls import controls_of
 
 # Plain, another library's, rotary, with a positional bias, nn.MultiheadAttention.
 FEW = ["timm vit", "hf dinov2", "timm dinov3", "timm beit", "open_clip vit"]
@@ -319,7 +319,7 @@ def test_tied_weights_can_be_saved(tmp_path):
 
 
 def test_what_is_too_large_is_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setitem(vitreg.fixes.artifact._MOST_BYTES, "fix.safetensors", 1000)
+    monkeypatch.setitem(vitreg.fixes.saving._MOST_BYTES, "fix.safetensors", 1000)
     with pytest.raises(FixError, match=r"bytes of tensors; expected at most 1,000\. .* a model of its own"):
         made(built("timm vit")).save(tmp_path / "fix")
     assert not (tmp_path / "fix").exists()

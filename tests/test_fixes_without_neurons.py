@@ -26,11 +26,11 @@ from test_fix_contract import (
 from test_phantom import crops
 
 import vitreg
-from vitreg.controls import controls_of
 from vitreg.errors import FixError, FixWarning
 from vitreg.fixes import Fix, Inpainting, PositionRepair, Projection, TestTimeRegisters, load_fix
-from vitreg.fixes.artifact import _CLASSES
-from vitreg.neurons import RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.fixes.saving import _CLASSES
+from vitreg.verification.controls import controls_of
 
 # Their outputs say something of patches; with a norm behind the positions, and sizes of their own.
 FEW = ["timm siglip", "timm so150m", "hf clip", "hf siglip2"]

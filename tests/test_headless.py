@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg import UnsupportedModelError
-from vitreg.evals.observer import Observer
-from vitreg.headless import without_output
-from vitreg.labels import find_readout
-from vitreg.looking import look
+from vitreg.diagnosis.one_image import look
+from vitreg.features.observer import Observer
+from vitreg.models.head import find_readout
+from vitreg.models.headless import without_output
 
 VISION = HF_SMALL | {"image_size": 32, "intermediate_size": 128}
 

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from vitreg import images as images_module
-from vitreg.cpus import usable_cpus
+import vitreg
+from vitreg.data.batches import Batch
+from vitreg.data.cpus import usable_cpus
+from vitreg.data.images import Images, demo_photos, read_images
 from vitreg.errors import ImageError, MissingExtraError
-from vitreg.images import Batch, Images, demo_photos, read_images
 
 
 def mean_colour(image: Image.Image) -> Tensor:
@@ -698,7 +699,7 @@ def test_workers_that_are_not_forked(tmp_path: Path) -> None:
 import multiprocessing, sys
 from torchvision.transforms import ToTensor
 from vitreg.errors import ImageError
-from vitreg.images import read_images
+from vitreg.data.images import read_images
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     print([len(batch.names) for batch in read_images(sys.argv[1], ToTensor(), batch_size=6, workers=1)])
@@ -712,8 +713,8 @@ if __name__ == "__main__":
         [sys.executable, "-W", "error", tmp_path / "script.py", tmp_path],
         capture_output=True,
         text=True,
-        cwd=Path(images_module.__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": str(Path(images_module.__file__).parents[1])},
+        cwd=Path(vitreg.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(vitreg.__file__).parents[1])},
         check=False,
     )
     sizes, message = result.stdout.splitlines()

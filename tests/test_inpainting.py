@@ -13,12 +13,12 @@ from test_position_repair import massive_vector
 from torch import Tensor
 
 import vitreg
-from vitreg.carry import BlockEdit, install, uninstall
 from vitreg.errors import FixError
 from vitreg.fixes import Inpainting, TestTimeRegisters, TokenSplitting
 from vitreg.fixes.inpainting import common_directions
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, install, uninstall
 
 SOME = ["timm vit", "timm dinov3", "timm beit", "hf dinov2 registers", "open_clip vit", "torchvision vit"]
 SEEDS = range(3)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg.fixes import TestTimeRegisters
-from vitreg.fixes.artifact import load_fix
-from vitreg.neurons import RegisterNeurons
-from vitreg.probe import first_tensor
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.fixes.saving import load_fix
+from vitreg.models.probe import first_tensor
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 SIZE = (32, 32)

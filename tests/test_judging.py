@@ -9,8 +9,8 @@ from catalog import CATALOG, images
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis import LayerDiagnosis, sureness
-from vitreg.judging import Evidence, Judgement
+from vitreg.diagnosis.judging import Evidence, Judgement
+from vitreg.diagnosis.result import LayerDiagnosis, sureness
 
 PHOTOS, PATCHES, WIDTH, LAYER = 96, 20, 32, 2
 SEEDS = range(3)

@@ -10,11 +10,11 @@ from scenes import findings
 from test_phantom import crops
 
 import vitreg
-from vitreg.diagnosis import collect
-from vitreg.kinds import Finding
-from vitreg.kinds.low_norm import LowNorm
-from vitreg.kinds.massive_dimensions import MassiveDimensions
-from vitreg.kinds.sinks import Sinks
+from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.kinds import Finding
+from vitreg.diagnosis.kinds.low_norm import LowNorm
+from vitreg.diagnosis.kinds.massive_dimensions import MassiveDimensions
+from vitreg.diagnosis.kinds.sinks import Sinks
 
 METERS = (Sinks, LowNorm, MassiveDimensions)
 KINDS = ("attention sinks", "low-norm outliers", "massive dimensions")

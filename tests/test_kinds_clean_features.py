@@ -6,12 +6,12 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
-from vitreg.kinds.base import Finding
+from vitreg.diagnosis.kinds.base import Finding
 
 KINDS = ("position pattern", "locality", "token content")
 
 
-def kinds(vit: vitreg.Backbone, photos: vitreg.images.Images | list[torch.Tensor]) -> dict[str, Finding]:
+def kinds(vit: vitreg.Backbone, photos: vitreg.data.images.Images | list[torch.Tensor]) -> dict[str, Finding]:
     found = {finding.kind: finding for finding in vitreg.diagnose(vit, photos, examples=0).kinds}
     return {kind: found[kind] for kind in KINDS}
 

@@ -8,10 +8,10 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
-from vitreg.anatomy import TokenLayout
-from vitreg.kinds.locality import Locality, Pairs
+from vitreg.diagnosis.kinds.locality import Locality, Pairs
+from vitreg.models.anatomy import TokenLayout
+from vitreg.phantoms.changed_patches import patches_after
 from vitreg.phantoms.locality import plant_lost_locality
-from vitreg.phantoms.stream import patches_after
 
 # Random models whose photos' locality survives their blocks, so that there is something to lose.
 PLANTED = [
@@ -91,7 +91,7 @@ def test_few_images_and_noise_cannot_tell():
 
 def test_a_common_part_in_all_patches_is_no_loss():
     """Patches that come to share one large component are all alike, and still in their order."""
-    from vitreg.phantoms.stream import with_changed_patches
+    from vitreg.phantoms.changed_patches import with_changed_patches
 
     vit = CATALOG["timm beit"].backbone()
     photos = crops(vit, 96, 0)

@@ -5,9 +5,9 @@ import torch
 from catalog import CATALOG
 from scenes import finding, scenes
 
-from vitreg.bins import LogBins
-from vitreg.kinds import Context
-from vitreg.kinds.low_norm import LowNorm, LowNormFinding
+from vitreg.diagnosis.bins import LogBins
+from vitreg.diagnosis.kinds import Context
+from vitreg.diagnosis.kinds.low_norm import LowNorm, LowNormFinding
 from vitreg.phantoms.low_norm import plant_low_norms
 
 KIND = "low-norm outliers"

@@ -9,10 +9,10 @@ from ranked import copied, differences, of_each
 from test_phantom import crops
 
 import vitreg
-from vitreg.images import read_images
-from vitreg.kinds.position_pattern import PositionPattern, components
+from vitreg.data.images import read_images
+from vitreg.diagnosis.kinds.position_pattern import PositionPattern, components
+from vitreg.phantoms.changed_patches import patches_after
 from vitreg.phantoms.position_pattern import plant_position_pattern
-from vitreg.phantoms.stream import patches_after
 
 PLANTED = [
     "timm vit",

@@ -7,14 +7,14 @@ from scenes import LARGER_GRID, finding, scenes
 from test_phantom import crops
 
 import vitreg
-from vitreg.attention import SdpaCall
+from vitreg.diagnosis.kinds import Context
+from vitreg.diagnosis.kinds.base import AttentionRows, shares_of_patches
+from vitreg.diagnosis.kinds.sinks import SINK, SinkFinding, Sinks
+from vitreg.diagnosis.statistics import spread_patches
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.kinds import Context
-from vitreg.kinds.base import AttentionRows, shares_of_patches
-from vitreg.kinds.sinks import SINK, SinkFinding, Sinks
-from vitreg.neurons import find_register_neurons
+from vitreg.hooks.attention import SdpaCall
 from vitreg.phantoms.sinks_without_norm import plant_sinks
-from vitreg.statistics import spread_patches
+from vitreg.search.neurons import find_register_neurons
 
 KIND = "attention sinks"
 

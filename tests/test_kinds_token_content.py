@@ -10,12 +10,12 @@ from ranked import copied, differences, of_each
 from test_phantom import crops
 
 import vitreg
+from vitreg.data.images import read_images
+from vitreg.diagnosis.kinds import strip_test
+from vitreg.diagnosis.kinds.token_content import TokenContent, fixed_and_proxies
+from vitreg.diagnosis.kinds.token_sample import Sampled, TokenSample
 from vitreg.errors import ImageError
-from vitreg.images import read_images
-from vitreg.kinds import strip_test
-from vitreg.kinds.token_content import TokenContent, fixed_and_proxies
-from vitreg.kinds.token_sample import Sampled, TokenSample
-from vitreg.phantoms.stream import patches_after
+from vitreg.phantoms.changed_patches import patches_after
 from vitreg.phantoms.token_content import plant_token_content
 
 PLANTED = [

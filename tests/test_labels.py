@@ -5,7 +5,8 @@ import torch
 from catalog import CATALOG, images
 
 import vitreg
-from vitreg.labels import class_of, find_readout, logits_of, wordnet_classes, wordnet_id
+from vitreg.data.imagenet import class_of, wordnet_classes, wordnet_id
+from vitreg.models.head import find_readout, logits_of
 
 
 @pytest.mark.parametrize(

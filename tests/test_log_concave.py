@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from vitreg import log_concave
-from vitreg.log_concave import KNOT_GAIN, fit, log_likelihood, mixture
+from vitreg.diagnosis import log_concave
+from vitreg.diagnosis.log_concave import KNOT_GAIN, fit, log_likelihood, mixture
 
 BINS = 120
 SHAPES = {

@@ -7,9 +7,9 @@ from catalog import CATALOG, images
 
 import vitreg
 from vitreg import NonFiniteError
-from vitreg.labels import class_names
-from vitreg.looking import look, queries
-from vitreg.probe import evaluating
+from vitreg.diagnosis.one_image import look, queries
+from vitreg.models.head import class_names
+from vitreg.models.probe import evaluating
 
 MODELS = ["timm vit", "timm dinov2 registers", "timm siglip", "hf dinov2 registers", "open_clip vit"]
 

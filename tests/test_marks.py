@@ -9,9 +9,10 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
-from vitreg.fixes.marks import IMAGES, MARK, SMALLEST, _levelled, measure_marks
+from vitreg.fixes.calibration import IMAGES, MARK, SMALLEST, _levelled, measure_marks
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.fixes.splitting import _Marker
-from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
+from vitreg.search.neurons import find_register_neurons
 
 NEURON = RegisterNeuron(1, 3)
 

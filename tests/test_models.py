@@ -13,7 +13,8 @@ import transformers
 from timm.models._hub import save_for_hf
 
 import vitreg
-from vitreg.models import load, wrap
+from vitreg.models.backbone import wrap
+from vitreg.models.loading import load
 
 SMALL_HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -10,15 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import mutated_folders
 import mutated_formats
 
-from vitreg.evals.datasets import boxes
-from vitreg.listing import LeftOut
+from vitreg.data.datasets import boxes
+from vitreg.data.listing import LeftOut
 
 FEW = range(2 * len(mutated_formats.FORMATS))
 
 
 @pytest.fixture(autouse=True)
 def everything_is_named(monkeypatch):
-    monkeypatch.setattr("vitreg.listing.SHOWN", 3)  # put back after the run
+    monkeypatch.setattr("vitreg.data.listing.SHOWN", 3)  # put back after the run
 
 
 def test_forty_mutated_folders_of_all_formats():

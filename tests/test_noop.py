@@ -9,10 +9,10 @@ from catalog import CATALOG, images
 from test_phantom import crops
 
 import vitreg
-from vitreg.attention import intercept
-from vitreg.labels import find_readout
-from vitreg.neurons import RegisterNeurons
-from vitreg.noop import _centred, _others, _seen, _value_reader, _visibility, _Without, noop_test
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.attention import intercept
+from vitreg.models.head import find_readout
+from vitreg.studies.noop import _centred, _others, _seen, _value_reader, _visibility, _Without, noop_test
 
 LAYER = 1
 KINDS_OF_ATTENTION = ["timm vit", "timm dinov3", "timm relpos cls", "torchvision vit", "open_clip vit"]

@@ -12,7 +12,6 @@ from torch import nn
 
 import vitreg
 from vitreg.fixes import TestTimeRegisters
-from vitreg.origin import Candidate, Origin, _as_many_others, find_origin
 from vitreg.phantoms import (
     OriginPhantom,
     origins,
@@ -20,7 +19,8 @@ from vitreg.phantoms import (
     plant_patch_outliers,
     plant_position_outliers,
 )
-from vitreg.removal import Where, without_attention, without_mlps
+from vitreg.search.origin import Candidate, Origin, _as_many_others, find_origin
+from vitreg.tracing.removal import Where, without_attention, without_mlps
 
 # With nn.MultiheadAttention: open_clip vit, torchvision vit. With a norm before block 0, so that only blocks
 # can be planted: hf clip, open_clip vit. Positions are resampled in hf siglip2, added in place in naflexvit.
@@ -151,7 +151,7 @@ def test_what_no_candidate_makes_is_unknown(vit, photos, monkeypatch):
 
 def test_of_two_that_explain_them_the_one_that_adds_most_is_named(phantom, photos, diagnosis, monkeypatch):
     both = [Candidate("neurons", (1,), adds, left, 1.0) for adds, left in ((0.3, 0.0), (0.7, 0.1))]
-    monkeypatch.setattr("vitreg.origin._tried", lambda passes: both)
+    monkeypatch.setattr("vitreg.search.origin._tried", lambda passes: both)
     assert find_origin(phantom.vit, [photos], diagnosis).adds == 0.7
 
 
@@ -165,7 +165,7 @@ def test_two_causes_of_half_of_them_each_are_not_one(vit, photos):
 
 
 def test_a_removal_that_does_the_same_elsewhere_does_not_count(phantom, photos, diagnosis, monkeypatch):
-    monkeypatch.setattr("vitreg.origin._as_many_others", lambda mask, generator: mask)
+    monkeypatch.setattr("vitreg.search.origin._as_many_others", lambda mask, generator: mask)
     origin = find_origin(phantom.vit, [photos], diagnosis)
     assert origin.kind == "unknown"
     assert "without the MLP of block 1 they are gone, but they also are when" in str(origin)
@@ -181,7 +181,7 @@ def test_the_control_takes_as_many_patches_of_each_image_and_no_outlier():
 
 
 def test_the_shares_of_the_excess_sum_to_one(phantom, photos, diagnosis, monkeypatch):
-    monkeypatch.setattr("vitreg.origin.TRIED", -1e9)  # every branch of every block
+    monkeypatch.setattr("vitreg.search.origin.TRIED", -1e9)  # every branch of every block
     single = [c for c in find_origin(phantom.vit, [photos], diagnosis).candidates if len(c.layers) <= 1]
     assert len(single) == 2 + 2 * (diagnosis.detect_layer + 1)
     assert sum(candidate.adds for candidate in single) == pytest.approx(1, abs=1e-4)

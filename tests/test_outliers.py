@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitreg.outliers import OutlierRule
+from vitreg.diagnosis.outliers import OutlierRule
 
 CURVE = ((10.0, 0.1), (20.0, 0.4), (40.0, 0.9))
 NORMS = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=20)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vitreg.errors import OutputError
-from vitreg.output import check_writable, write_atomically
+from vitreg.files import check_writable, write_atomically
 
 
 def names(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from catalog import CATALOG, images
 from phantoms import ARCHITECTURES, Member, crops, members
 
 import vitreg
-from vitreg.phantom import plant
+from vitreg.phantoms.phantom import plant
 
 PLANTED = [*ARCHITECTURES, "timm beit", "timm relpos cls", "timm hybrid", "hf siglip2"]
 

@@ -17,12 +17,13 @@ from phantoms import Member
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis import Diagnosis, Sink
-from vitreg.emergence import Emergence
-from vitreg.evals.config import Config
+from vitreg.diagnosis.emergence import Emergence
+from vitreg.diagnosis.result import Diagnosis, Sink
+from vitreg.diagnosis.wording import name_of_queries, words_of_sink
 from vitreg.evals.result import Metric, concluded
+from vitreg.features.config import Config
 from vitreg.fixes import TestTimeRegisters
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
 from vitreg.phantoms import plant_attention_outliers, plant_patch_outliers, plant_position_outliers
 from vitreg.phantoms.locality import plant_lost_locality
 from vitreg.phantoms.low_norm import plant_low_norms
@@ -30,9 +31,9 @@ from vitreg.phantoms.massive_dimensions import plant_massive_dimensions
 from vitreg.phantoms.position_pattern import plant_position_pattern
 from vitreg.phantoms.sinks_without_norm import plant_sinks
 from vitreg.phantoms.token_content import plant_token_content
-from vitreg.report import write
-from vitreg.report_parts import key_facts
-from vitreg.wording import PHANTOM, name_of_queries, words_of_sink
+from vitreg.reports.parts import key_facts
+from vitreg.reports.report import write
+from vitreg.text import PHANTOM
 
 MEMBER = Member("timm vit")
 PLANTERS: dict[str, Callable[[Backbone, Tensor], Any]] = {

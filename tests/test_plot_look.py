@@ -7,8 +7,8 @@ import pytest
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from vitreg.plot_look import axis_of, norm_histogram, photo_with_patches, side_by_side
-from vitreg.style import png
+from vitreg.plots.maps import axis_of, norm_histogram, photo_with_patches, side_by_side
+from vitreg.plots.style import png
 
 GRID = (4, 5)
 

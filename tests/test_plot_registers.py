@@ -14,10 +14,10 @@ from timm.models import VisionTransformer
 import vitreg
 from vitreg.errors import ImageError, UnsupportedModelError
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.register_maps import RegisterStudy, what_registers_learn
-from vitreg.style import png
-from vitreg.training.registers import add_registers
+from vitreg.fixes.added_registers import add_registers
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.plots.style import png
+from vitreg.studies.register_maps import RegisterStudy, what_registers_learn
 
 NEURON = RegisterNeurons((RegisterNeuron(1, 3, threshold=0.1),))
 

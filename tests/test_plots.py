@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from reports import DEPTH, ONSET, PLANTED, make_report
 
-from vitreg import plots
-from vitreg.plot_photos import _edges, patch_maps
-from vitreg.style import number, number_ticks, percent, png, safe, short_name
+from vitreg.diagnosis import figures as plots
+from vitreg.diagnosis.photo_figures import patch_maps
+from vitreg.plots.outlines import _edges
+from vitreg.plots.style import number, number_ticks, percent, png, safe, short_name
 
 FIGURES = {
     "norm_histograms": plots.norm_histograms,
@@ -78,7 +79,8 @@ def test_drawing_ignores_and_keeps_the_callers_settings(found):
 
 
 def test_plots_never_import_pyplot():
-    code = "import sys, vitreg.plots, vitreg.report; assert 'matplotlib.pyplot' not in sys.modules"
+    modules = "sys, vitreg.diagnosis.figures, vitreg.reports.report"
+    code = f"import {modules}; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -9,9 +9,9 @@ from histograms import best_f1, f1, histogram, two_populations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg.bins import PER_OCTAVE
-from vitreg.populations import detectable_ratio, needed_gain, quantile, second_population
-from vitreg.statistics import BINS, EDGES
+from vitreg.diagnosis.bins import PER_OCTAVE
+from vitreg.diagnosis.populations import detectable_ratio, needed_gain, quantile, second_population
+from vitreg.diagnosis.statistics import BINS, EDGES
 
 COUNT = 20000
 

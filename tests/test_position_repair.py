@@ -16,7 +16,7 @@ import vitreg
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes import PositionRepair
 from vitreg.fixes.position_repair import outlying_rows, repaired_rows
-from vitreg.positions import added_positions, position_parameter
+from vitreg.models.positions import added_positions, position_parameter
 
 # Where each keeps its table, and how many of its rows are those of a prefix. A norm follows CLIP's and PE's,
 # and one comes before AIMv2's.

@@ -12,11 +12,11 @@ from test_phantom import crops
 from torch import Tensor, nn
 
 import vitreg
-from vitreg.carry import BlockEdit, install, uninstall
 from vitreg.errors import FixError, ImageError
 from vitreg.fixes import Projection, TestTimeRegisters
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.projection import massive_channels
-from vitreg.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, install, uninstall
 
 SOME = ["timm vit", "timm dinov3", "timm beit", "hf dinov2 registers", "open_clip vit", "torchvision vit"]
 SEEDS = range(3)

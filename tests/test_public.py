@@ -12,7 +12,7 @@ from test_phantom import crops
 
 import vitreg
 import vitreg.errors
-from vitreg.images import demo_photos
+from vitreg.data.images import demo_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def test_every_error_is_public_and_drawn_in_the_tree():
 
 def test_optional_and_heavy_libraries_wait_until_they_are_used():
     heavy = ("timm", "transformers", "open_clip", "torchvision", "matplotlib", "webdataset")
-    code = f"import sys, vitreg.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, vitreg.cli.main; print([m for m in {heavy} if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"
 

@@ -17,13 +17,14 @@ from phantoms import Planted, save_crops
 from ranked import copied, differences, of_each
 
 import vitreg
-from vitreg.cure import find_cure
-from vitreg.diagnosis import diagnose
+from vitreg.data.first_images import First, first_images
+from vitreg.data.images import Images, read_images
+from vitreg.diagnosis.diagnose import diagnose
+from vitreg.distributed import ALONE, Ranks, joined
 from vitreg.errors import DataError, ImageError, RankError
 from vitreg.evals import Config, extract_features
-from vitreg.images import First, Images, first_images, read_images
-from vitreg.ranks import ALONE, Ranks, joined
-from vitreg.verify import verify
+from vitreg.search.find_fix import find_cure
+from vitreg.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from phantoms import save_crops
 from ranked import differences
 from typer.testing import CliRunner
 
-from vitreg.cli import app
+from vitreg.cli.main import app
 
 HERE = Path(__file__).parent
 

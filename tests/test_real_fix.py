@@ -7,7 +7,8 @@ import torch
 
 import vitreg
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.neurons import RegisterNeurons, find_register_neurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.search.neurons import find_register_neurons
 
 SIDE = 14
 CORNERS = torch.zeros(SIDE, SIDE, dtype=torch.bool)

@@ -11,9 +11,10 @@ from test_phantom import crops
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis import diagnose
+from vitreg.diagnosis.diagnose import diagnose
 from vitreg.fixes import TestTimeRegisters
-from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.search.neurons import find_register_neurons
 
 NAME = "timm dinov2 registers"  # CLS and 4 trained registers in front of the patches
 VIT = built(NAME)

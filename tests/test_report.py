@@ -13,13 +13,13 @@ import PIL.Image
 import pytest
 from reports import ONSET, make_report, make_verdict
 
-import vitreg.report
-from vitreg.cure import Cure
-from vitreg.emergence import Emergence
+import vitreg.reports.report
+from vitreg.diagnosis.emergence import Emergence
+from vitreg.diagnosis.wording import words_of_sink
 from vitreg.errors import OutputError
-from vitreg.page import data_block, photo_source, text
-from vitreg.report import write, write_comparison, write_cure, write_report, write_verdict
-from vitreg.wording import words_of_sink
+from vitreg.reports.html import data_block, photo_source, text
+from vitreg.reports.report import write, write_comparison, write_cure, write_report, write_verdict
+from vitreg.search.find_fix import Cure
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
 
@@ -88,7 +88,7 @@ def test_loads_nothing_from_outside(written):
     data, script = page.named("script")
     assert data == {"type": "application/json", "id": "view-data"}
     assert script == {}
-    ours = Path(vitreg.report.__file__).with_name("report_view.js").read_bytes()
+    ours = Path(vitreg.reports.report.__file__).with_name("viewer.js").read_bytes()
     assert f"script-src 'sha256-{b64encode(sha256(ours).digest()).decode()}'" in policy
 
 

@@ -11,11 +11,11 @@ import pytest
 from browser import Visit, chromium
 from reports import ONSET, make_report, make_verdict
 
-from vitreg.diagnosis import Example
-from vitreg.plot_photos import _edges
-from vitreg.plot_versions import _maps
-from vitreg.report import write_comparison, write_report, write_verdict
-from vitreg.report_view import view
+from vitreg.diagnosis.result import Example
+from vitreg.diagnosis.version_figures import _maps
+from vitreg.plots.outlines import _edges
+from vitreg.reports.report import write_comparison, write_report, write_verdict
+from vitreg.reports.viewer import view
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit=1'>\"'&.jpg"
 NORMS, ATTENTION = ".stage[data-kind=norms]", ".stage[data-kind=attention]"

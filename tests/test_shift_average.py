@@ -15,9 +15,9 @@ import vitreg
 from vitreg.errors import FixError
 from vitreg.fixes import applied
 from vitreg.fixes.attention_bias import AttentionBias
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.fixes.shift_average import ShiftAverage, _Seen
-from vitreg.neurons import RegisterNeurons
 
 SOME = ["timm vit", "timm dinov3", "timm hybrid", "hf dinov2 backbone", "hf clip", "open_clip vit"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,13 +10,13 @@ from test_contract import footprint, same, tensors
 from test_phantom import crops
 
 import vitreg
+from vitreg.diagnosis.figures import png
 from vitreg.errors import FixError
 from vitreg.fixes import TokenSplitting
-from vitreg.fixes.shifting import ShiftSink, V, drawn
-from vitreg.neurons import RegisterNeurons
-from vitreg.phantom import plant
-from vitreg.plot_shift import shift_figure
-from vitreg.plots import png
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.fixes.shift_sink import ShiftSink, V, drawn
+from vitreg.phantoms.phantom import plant
+from vitreg.studies.shift_figures import shift_figure
 
 NEURONS = RegisterNeurons.of({0: [1, 5], 1: [7]})
 PLACES = [(0, 1), (2, 3)]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import vitreg
 from vitreg.archive.run import features_of
 from vitreg.errors import ModelWarning, UnsupportedModelError
-from vitreg.evals.observer import Observer
-from vitreg.sizes import parse_size, shows_photos, size_of_photos
+from vitreg.features.observer import Observer
+from vitreg.models.sizes import parse_size, shows_photos, size_of_photos
 
 PATCHES = ((8, 8), (8, 4))
 SIZES = ((32, 32), (24, 48), (36, 45), (30, 61))  # square, oblong, and two that patches do not divide

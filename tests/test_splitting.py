@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import vitreg
 from vitreg.fixes import TokenSplitting, applied
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

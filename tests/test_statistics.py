@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from ranked import of_each
 
 import vitreg
-from vitreg.anatomy import TokenLayout
-from vitreg.diagnosis import collect
-from vitreg.probe import evaluating
-from vitreg.statistics import EDGES, neighbour_similarity, share_by_chance
+from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.statistics import EDGES, neighbour_similarity, share_by_chance
+from vitreg.models.anatomy import TokenLayout
+from vitreg.models.probe import evaluating
 
 VIT = CATALOG["timm dinov2 registers"].backbone()
 IMAGES = images(VIT, 12)
 
 
-def statistics(*batches: torch.Tensor) -> vitreg.statistics.Statistics:
+def statistics(*batches: torch.Tensor) -> vitreg.diagnosis.statistics.Statistics:
     return collect(VIT, batches, examples=0).statistics
 
 

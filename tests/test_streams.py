@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import vitreg
 from vitreg import UnsupportedModelError
 from vitreg.fixes import Fix
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.probe import evaluating
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.models.probe import evaluating
 
 NEURONS = {0: [3, 7], 1: [11, 5]}
 MARKED = RegisterNeurons((RegisterNeuron(0, 3, threshold=0.5), RegisterNeuron(1, 11, threshold=0.5)))

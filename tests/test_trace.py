@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vitreg
 from vitreg import UnsupportedModelError
-from vitreg.attention import AttentionCall
-from vitreg.trace import token_norms
+from vitreg.hooks.attention import AttentionCall
+from vitreg.tracing.trace import token_norms
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from runs import CPU, Hit, Hits, save_classes, tiny
 from timm.models import create_model, save_for_hf
 
 from vitreg.errors import DataError, OutputError
-from vitreg.style import png
+from vitreg.plots.style import png
 from vitreg.training.ablation import Ablation, ablate
 from vitreg.training.log import read_log
 from vitreg.training.loop import Run

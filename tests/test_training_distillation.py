@@ -12,13 +12,13 @@ from PIL import Image
 
 import vitreg
 from vitreg.errors import DataError
+from vitreg.fixes.added_registers import NAME, add_registers
 from vitreg.training.distillation import Distillation
 from vitreg.training.loop import train
-from vitreg.training.order import seed_all
 from vitreg.training.recipe import find_recipe
-from vitreg.training.registers import NAME, add_registers
-from vitreg.training.seeding import _smooth, position_table, seed
-from vitreg.training.tuned import top1
+from vitreg.training.register_init import _smooth, position_table, seed
+from vitreg.training.sampler import seed_all
+from vitreg.training.tuned_model import top1
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 QUICK = Distillation(

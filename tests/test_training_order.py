@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vitreg.errors import DataError
-from vitreg.training.order import MicroBatches, Seeded, seed_all
+from vitreg.training.sampler import MicroBatches, Seeded, seed_all
 
 
 class Draws:

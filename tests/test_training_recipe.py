@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from runs import tiny
 
+from vitreg.config.settings import pairs, with_settings
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.settings import pairs, with_settings
 from vitreg.training.recipe import bundled, find_recipe
 
 GOOD = """

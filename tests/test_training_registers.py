@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 import vitreg
 from vitreg.errors import FixError
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.training.registers import NAME, add_registers, has_added_registers, remove_registers
+from vitreg.fixes.added_registers import NAME, add_registers, has_added_registers, remove_registers
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 
 # Plain, distilled, another library's, rotary, with a positional bias, nn.MultiheadAttention.
 MARKS = RegisterNeuron(1, 3, threshold=0.1)

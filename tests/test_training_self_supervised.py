@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from runs import CPU, losses, save_classes
 from torch import Tensor
 
+from vitreg.config.settings import with_settings
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.settings import with_settings
 from vitreg.training.centring import balanced, health
 from vitreg.training.loop import train
-from vitreg.training.order import seed_all
 from vitreg.training.recipe import find_recipe
+from vitreg.training.sampler import seed_all
 from vitreg.training.self_supervised import DinoIbot, SelfSupervised
 
 pytest.importorskip("lightly")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import vitreg
-from vitreg.example import HELD_OUT, SHOWN, load_example, measure, scenes
+from vitreg.data.shapes import CLASSES, SHAPES, draw
+from vitreg.phantoms.example import HELD_OUT, SHOWN, load_example, measure, scenes
 from vitreg.training.loop import Machine, train
-from vitreg.training.order import Seeded
 from vitreg.training.recipe import find_recipe
-from vitreg.training.shapes import CLASSES, SHAPES, draw
+from vitreg.training.sampler import Seeded
 
 RECIPE = find_recipe("demo")
 

@@ -13,14 +13,14 @@ from runs import CPU, save_classes, tiny
 from timm.models import create_model, save_for_hf
 from torch import Tensor, nn
 
+from vitreg.config.settings import with_settings
 from vitreg.errors import DataError
 from vitreg.fixes import load_fix
-from vitreg.models import load
-from vitreg.settings import with_settings
+from vitreg.fixes.added_registers import NAME
+from vitreg.models.loading import load
 from vitreg.training.loop import train
-from vitreg.training.order import seed_all
 from vitreg.training.recipe import find_recipe
-from vitreg.training.registers import NAME
+from vitreg.training.sampler import seed_all
 from vitreg.training.supervised import SupervisedObjective
 
 PLAIN = {"augment": "", "color_jitter": 0.0, "crop_scale": 1.0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import vitreg
+from vitreg.config.settings import with_settings
 from vitreg.errors import DataError
-from vitreg.settings import with_settings
 from vitreg.training.loop import train
 from vitreg.training.pairs import write_pairs
 from vitreg.training.recipe import find_recipe

@@ -11,8 +11,8 @@ import torch
 from test_cli import run  # noqa: F401 - a fixture
 
 import vitreg
+from vitreg.cli.unexpected import BUG, FAILED, USAGE
 from vitreg.fixes import TestTimeRegisters
-from vitreg.unexpected import BUG, FAILED, USAGE
 
 
 def our_value() -> None:

@@ -11,15 +11,17 @@ from catalog import CATALOG, images, timm_entry
 from test_phantom import crops
 
 import vitreg
-from vitreg.carry import edits_of
-from vitreg.controls import controls_of
+from vitreg.data.batches import Batch
 from vitreg.fixes import TestTimeRegisters
-from vitreg.images import Batch
-from vitreg.labels import find_readout
-from vitreg.measures import KINDS, Estimate, Look, Reference, Resampled, bootstrap, interval, look_at
-from vitreg.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.verdict import Control, Measure
-from vitreg.verify import judge, verify
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.hooks.block_edit import edits_of
+from vitreg.intervals import Estimate, bootstrap, interval
+from vitreg.models.head import find_readout
+from vitreg.verification.controls import controls_of
+from vitreg.verification.measures import KINDS, Look, Reference, look_at
+from vitreg.verification.resampling import Resampled
+from vitreg.verification.verdict import Control, Measure
+from vitreg.verification.verify import judge, verify
 
 LAYER = 1
 
@@ -196,7 +198,7 @@ def test_attention_is_read_behind_what_a_fix_inserts(name):
     fix = TestTimeRegisters({LAYER: [3]}, registers=2)
     with fix.applied_to(vit):
         look = look_at(vit, photos, find_readout(vit))
-        from vitreg.attention import intercept
+        from vitreg.hooks.attention import intercept
 
         with intercept(lambda call: calls.append(call.rows(slice(None)))), torch.no_grad():
             vit(photos)
@@ -435,7 +437,7 @@ def test_the_table_has_a_row_per_measure_and_a_column_per_control(helped):
 
 
 def test_the_figure_shows_every_version(helped):
-    from vitreg.style import png
+    from vitreg.plots.style import png
 
     figure = helped.figure()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [

@@ -70,7 +70,7 @@ def test_a_pipe_of_another_encoding_is_no_traceback(tmp_path):
     """What is piped on Windows is in the encoding of the country."""
     (tmp_path / "日本.jpg").write_bytes(b"no photo")
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys; from vitreg.cli import main; sys.argv[1:] = "
+        [sys.executable, "-c", f"import sys; from vitreg.cli.main import main; sys.argv[1:] = "
          f"['diagnose', {str(tmp_path / '日本')!r}, 'x']; main()"],
         env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)},
         capture_output=True, timeout=300, check=False,

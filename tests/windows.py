@@ -142,8 +142,8 @@ def use_all(folder: Path, photos: Path) -> dict[str, Any]:
     from torchvision.transforms import ToTensor
 
     import vitreg
-    from vitreg.evals.config import Config
-    from vitreg.evals.features import extract_features
+    from vitreg.features.config import Config
+    from vitreg.features.extraction import extract_features
     from vitreg.training.loop import Machine, train
     from vitreg.training.pairs import write_pairs
 

@@ -1,5 +1,5 @@
 """`python -m vitreg` is the `vitreg` command."""
 
-from vitreg.cli import main
+from vitreg.cli.main import main
 
 main()

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
-from vitreg.diagnosis import Diagnosis
-from vitreg.example import HELD_OUT, Measured, example, measure, scenes
-from vitreg.images import demo_photos
-from vitreg.output import write_atomically
-from vitreg.phantom import Phantom, plant
+from vitreg.data.images import demo_photos
+from vitreg.diagnosis.result import Diagnosis
+from vitreg.files import write_atomically
+from vitreg.phantoms.example import HELD_OUT, Measured, example, measure, scenes
+from vitreg.phantoms.phantom import Phantom, plant
 
 REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 LAYER = 3  # (0-based) of the example's six blocks, whose MLP the phantom's neurons are planted in
@@ -155,9 +155,9 @@ def _write(
 
     The picture shows the photos that come first: of a phantom, those with the most planted patches.
     """
-    from vitreg.plot_versions import before_after
-    from vitreg.report import write_cure
-    from vitreg.style import png
+    from vitreg.diagnosis.version_figures import before_after
+    from vitreg.plots.style import png
+    from vitreg.reports.report import write_cure
 
     console.print()
     paths = {"report": write_cure(cure, out / "report.html")}

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from wrapped import FIXES, images, model, wrap
 
 import vitreg
-from vitreg.fingerprint import weights_hash
-from vitreg.weights import is_sharded
+from vitreg.hooks.weights import is_sharded
+from vitreg.models.fingerprint import weights_hash
 
 
 def sharded(vit: nn.Module) -> nn.Module:

@@ -12,9 +12,9 @@ import torch
 from wrapped import FIXES, model, wrap
 
 import vitreg
+from vitreg.data.images import read_images
+from vitreg.distributed import Ranks
 from vitreg.errors import UnsupportedModelError
-from vitreg.images import read_images
-from vitreg.ranks import Ranks
 
 HERE = Path(__file__).parent
 
@@ -77,7 +77,7 @@ def test_what_is_read_of_a_sharded_model(answers):
 def test_photos_are_not_shared_out_where_the_model_is(tmp_path, monkeypatch):
     """Processes that hold a model together run the same passes, or wait for each other for ever."""
     vit = wrap(model())
-    monkeypatch.setattr("vitreg.images.is_sharded", lambda parameter: True)
+    monkeypatch.setattr("vitreg.data.images.is_sharded", lambda parameter: True)
     with pytest.raises(UnsupportedModelError, match="without `ranks`"):
         read_images(tmp_path, vit, ranks=Ranks(0, 2, 2))
     with pytest.raises(vitreg.ImageError):  # the folder is empty

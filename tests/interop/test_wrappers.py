@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from wrapped import FIXES, WRAPPERS, Beside, Sequence, Wrapper, _behind, _beside, images, model, wrap
 
 import vitreg
-from vitreg.fingerprint import Fingerprint, weights_hash
-from vitreg.neurons import RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.models.fingerprint import Fingerprint, weights_hash
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -215,7 +215,7 @@ def test_artifacts_are_not_planted_into_weights_that_cannot_be_set():
     pytest.importorskip("peft")
     vit = wrap(WRAPPERS["LoRA everywhere"].wrap(model()))
     with pytest.raises(vitreg.UnsupportedModelError, match="merge_and_unload"):
-        vitreg.phantom.plant(vit, [images(4)], layer=1)
+        vitreg.phantoms.phantom.plant(vit, [images(4)], layer=1)
 
 
 def test_checkpointing_within_a_fixed_block_is_refused():

@@ -18,8 +18,8 @@ from wrapped import WRAPPERS
 import vitreg
 from vitreg.fixes import AttentionBias, Fix, TestTimeRegisters, TokenSplitting, load_fix
 from vitreg.fixes.base import Applied
-from vitreg.fixes.shifting import ShiftSink
-from vitreg.neurons import RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.fixes.shift_sink import ShiftSink
 
 NAMES = (
     "vit_tiny_patch16_224",

@@ -29,9 +29,9 @@ from vitreg.fixes import (
     TestTimeRegisters,
     TokenSplitting,
 )
-from vitreg.fixes.shifting import ShiftSink
-from vitreg.neurons import RegisterNeurons
-from vitreg.positions import added_positions
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.fixes.shift_sink import ShiftSink
+from vitreg.models.positions import added_positions
 
 WIDTH, DEPTH, SIZE = 32, 3, 32
 NEURONS = {1: list(range(100)), 2: list(range(1, 128, 2))}

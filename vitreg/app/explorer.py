@@ -23,22 +23,24 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from vitreg.cure import build
-from vitreg.decoding import decode, reason
-from vitreg.diagnosis import Diagnosis, diagnose, photos_of
+from vitreg.data.decoding import decode, reason
+from vitreg.data.images import Images
+from vitreg.diagnosis.diagnose import diagnose, photos_of
+from vitreg.diagnosis.figures import norm_range
+from vitreg.diagnosis.one_image import Attention, Look, Query, look, queries
+from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import ImageError
 from vitreg.evals.discovery import DiscoveryConfig, locate, prepared
 from vitreg.fixes import Fix, ShiftSink, TestTimeRegisters
-from vitreg.images import Images
-from vitreg.labels import class_names
-from vitreg.looking import Attention, Look, Query, look, queries
-from vitreg.models import Backbone
-from vitreg.neurons import RegisterNeuron, RegisterNeurons, find_register_neurons
-from vitreg.plots import norm_range
-from vitreg.probe import evaluating
-from vitreg.trace import trace
-from vitreg.verdict import Verdict
-from vitreg.verify import verify
+from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
+from vitreg.models.backbone import Backbone
+from vitreg.models.head import class_names
+from vitreg.models.probe import evaluating
+from vitreg.search.find_fix import build
+from vitreg.search.neurons import find_register_neurons
+from vitreg.tracing.trace import trace
+from vitreg.verification.verdict import Verdict
+from vitreg.verification.verify import verify
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)

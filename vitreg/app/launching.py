@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitreg.app.explorer import Explorer
+from vitreg.data.images import demo_photos, read_images
+from vitreg.data.photo_sources import Source
 from vitreg.demo import planted
 from vitreg.errors import MissingExtraError, OutputError
 from vitreg.fixes import load_fix
-from vitreg.images import Source, demo_photos, read_images
-from vitreg.models import Backbone, load
+from vitreg.models.backbone import Backbone
+from vitreg.models.loading import load
 
 if TYPE_CHECKING:
     from vitreg.fixes import Fix

@@ -21,9 +21,9 @@ from vitreg.app.explorer import Explorer
 from vitreg.app.shown import Shown
 from vitreg.app.view import MEAN, MOST_REGISTERS, OWN, REGISTERS, SHIFT, View, name_of
 from vitreg.errors import ImageError, MissingExtraError, VitregError
-from vitreg.neurons import RegisterNeuron
-from vitreg.plot_look import Patch
-from vitreg.style import number
+from vitreg.fixes.neurons import RegisterNeuron
+from vitreg.plots.maps import Patch
+from vitreg.plots.style import number
 
 try:
     import gradio as gr

@@ -19,12 +19,12 @@ from PIL import Image
 
 from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Version
 from vitreg.app.view import SHIFT, View, place_of
-from vitreg.outliers import OutlierRule
-from vitreg.plot_boxes import BoxedPhoto, box_grid
-from vitreg.plot_look import norm_histogram, photo_with_patches, side_by_side
-from vitreg.plot_verdict import versions_figure
-from vitreg.style import number, percent, png, short_name
-from vitreg.verdict import measure_table
+from vitreg.diagnosis.outliers import OutlierRule
+from vitreg.plots.boxes import BoxedPhoto, box_grid
+from vitreg.plots.maps import norm_histogram, photo_with_patches, side_by_side
+from vitreg.plots.style import number, percent, png, short_name
+from vitreg.verification.figure import versions_figure
+from vitreg.verification.verdict import measure_table
 
 DPI = 130
 

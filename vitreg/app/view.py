@@ -11,7 +11,7 @@ from math import isfinite
 from urllib.parse import urlencode
 
 from vitreg.app.explorer import Explorer, Place
-from vitreg.looking import Query
+from vitreg.diagnosis.one_image import Query
 
 # The tabs, and what each of them shows of a View beside the photo.
 OWN = {

@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vitreg.archive.place import Place
 from vitreg.archive.plan import DOCUMENT
+from vitreg.archive.storage import Place
 from vitreg.archive.worker import DONE, entry_name
+from vitreg.data.listing import FailedImage
 from vitreg.errors import ArchiveError
-from vitreg.listing import FailedImage
 
 MANIFEST = "manifest.json"
 _SHOWN = 5  # reasons and photos that are printed

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from vitreg.archive.place import Place
 from vitreg.archive.sources import Archive, Shard
-from vitreg.decoding import reason
+from vitreg.archive.storage import Place
+from vitreg.data.decoding import reason
 from vitreg.errors import ArchiveError
 
 FORMAT = 1  # of the folder: raised whenever the meaning of a file changes

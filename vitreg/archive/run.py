@@ -9,19 +9,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from vitreg.archive.engine import ray_session, require_ray, run_shards
 from vitreg.archive.manifest import MANIFEST, Extraction, finished
-from vitreg.archive.parts import PATCHES, VECTORS
-from vitreg.archive.place import Place
 from vitreg.archive.plan import Settings, settle
+from vitreg.archive.ray_engine import ray_session, require_ray, run_shards
+from vitreg.archive.shard_files import PATCHES, VECTORS
 from vitreg.archive.sources import Archive, find_archive
+from vitreg.archive.storage import Place
 from vitreg.archive.worker import DONE, TRYING, Job
-from vitreg.carry import bare
 from vitreg.errors import DataError, ImageError, UnsupportedModelError
-from vitreg.evals.keys import digest, preprocess_key
-from vitreg.evals.observer import Observer
+from vitreg.features.keys import preprocess_key
+from vitreg.features.observer import Observer
 from vitreg.fixes.base import applied, unfixed
-from vitreg.models import Backbone
+from vitreg.hooks.block_edit import bare
+from vitreg.models.backbone import Backbone
+from vitreg.provenance import digest
 
 TOKENS = ("cls", "mean", "output", "registers", "patches")
 DTYPES = ("float16", "float32")  # those that Parquet has

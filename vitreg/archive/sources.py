@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vitreg.archive.place import Place
-from vitreg.decoding import reason, why_unread
+from vitreg.archive.storage import Place
+from vitreg.data.decoding import reason, why_unread
+from vitreg.data.listing import FailedImage, LeftOut, is_image, is_shard, notes_on, printable, walk, warn_of
+from vitreg.data.shards import shard_members
 from vitreg.errors import DataError
-from vitreg.listing import FailedImage, LeftOut, is_image, is_shard, notes_on, printable, walk, warn_of
-from vitreg.shards import shard_members
 
 Kind = Literal["images", "tar", "parquet"]
 Item = tuple[str, str | bytes] | FailedImage  # a name and either the bytes or a name in the place

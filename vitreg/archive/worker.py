@@ -20,18 +20,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vitreg.archive.parts import Parts
-from vitreg.archive.place import Place
 from vitreg.archive.plan import read_shard
+from vitreg.archive.shard_files import Parts
 from vitreg.archive.sources import Item, Kind, items
 from vitreg.archive.stopwatch import Stopwatch
-from vitreg.decoding import reason
+from vitreg.archive.storage import Place
+from vitreg.data.batches import Batch, to_batch
+from vitreg.data.decoding import reason
+from vitreg.data.images import read_item
+from vitreg.data.listing import FailedImage, printable
 from vitreg.errors import ArchiveError, ImageError
-from vitreg.evals.observer import Observer
+from vitreg.features.observer import Observer
 from vitreg.fixes.base import Fix
-from vitreg.images import Batch, read_item, to_batch
-from vitreg.listing import FailedImage, printable
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
+from vitreg.version import __version__
 
 T = TypeVar("T")
 TRYING = "trying"  # the folder where shards are counted whose worker may die of them
@@ -248,6 +250,4 @@ def _peak_mib() -> int | None:
 def _versions() -> dict[str, str]:
     import PIL
 
-    import vitreg
-
-    return {"vitreg": vitreg.__version__, "torch": torch.__version__, "pillow": PIL.__version__}
+    return {"vitreg": __version__, "torch": torch.__version__, "pillow": PIL.__version__}

@@ -7,10 +7,10 @@ with fix.applied_to(vit):
 print(compare(result, after))
 """
 
-from vitreg.evals.config import Config
-from vitreg.evals.features import Features, extract_features
 from vitreg.evals.result import Metric, Result, compare, differences
 from vitreg.evals.tasks import TASKS, Task, evaluate, find_task
+from vitreg.features.config import Config
+from vitreg.features.extraction import Features, extract_features
 
 __all__ = [
     "TASKS",

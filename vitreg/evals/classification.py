@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
+from vitreg.data.datasets.classes import by_wordnet
 from vitreg.errors import UnsupportedModelError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import by_wordnet
-from vitreg.evals.features import extract_features
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.headless import without_output
-from vitreg.labels import class_names, find_readout
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.models.backbone import Backbone
+from vitreg.models.head import class_names, find_readout
+from vitreg.models.headless import without_output
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
-from vitreg.evals.features import Features, extract_features
-from vitreg.evals.framing import Framing, Windows, normalisation_of
 from vitreg.evals.outliers import unfixed_diagnosis
+from vitreg.features.config import Config
+from vitreg.features.extraction import Features, extract_features
+from vitreg.features.framing import Framing, Windows, normalisation_of
 from vitreg.fixes.base import unfixed
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
 
 EXAMPLES = 4  # photos that a figure shows
 DIAGNOSED = 32  # photos that say where the outliers begin

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.data.datasets.depth_pairs import DepthPairs, train_and_val
 from vitreg.errors import DataError
-from vitreg.evals.datasets.depth_pairs import DepthPairs, train_and_val
 from vitreg.evals.dense_head import (
     EXAMPLES,
     DenseConfig,
@@ -32,8 +32,8 @@ from vitreg.evals.dense_head import (
     splits_of,
 )
 from vitreg.evals.result import Metric, Result, concluded, ratio
-from vitreg.models import Backbone
-from vitreg.plot_dense import depth_figure
+from vitreg.models.backbone import Backbone
+from vitreg.plots.dense import depth_figure
 
 Unit = Literal["mm", "m", "unknown"]
 _UNKNOWN = (

@@ -20,18 +20,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from vitreg.decoding import decode
+from vitreg.data.datasets.boxes import Boxed, boxed_photos
+from vitreg.data.decoding import decode
+from vitreg.data.spread import spread
 from vitreg.errors import DataError, NonFiniteError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.boxes import Boxed, boxed_photos
-from vitreg.evals.features import extract_features, spread
-from vitreg.evals.framing import Framing, normalisation_of
 from vitreg.evals.lost import Found, Grid, lost, lost_by_bias
-from vitreg.evals.resizing import at_any_size
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.evals.tokencut import tokencut
-from vitreg.models import Backbone
-from vitreg.plot_boxes import BoxedPhoto, box_grid
+from vitreg.features.any_size import at_any_size
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.features.framing import Framing, normalisation_of
+from vitreg.models.backbone import Backbone
+from vitreg.plots.boxes import BoxedPhoto, box_grid
 
 BIASES = tuple(float(bias) for bias in np.linspace(0, -1, 41).round(3))  # that a sweep tries
 _DRAWN = 12  # photos in a picture

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitreg.data.datasets.classes import splits
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import splits
-from vitreg.evals.pooling import OF_ONE_LAYER, pooled, poolings_of
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.pooling import OF_ONE_LAYER, pooled, poolings_of
+from vitreg.models.backbone import Backbone
 
 _AT_ONCE = 2**26  # similarities held at a time
 

@@ -25,12 +25,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from vitreg.data.datasets.classes import splits
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import splits
-from vitreg.evals.pooling import OF_ONE_LAYER, PARTS, Pooled, pooled, poolings_of
 from vitreg.evals.result import Metric, Result, concluded, fixes_on
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.pooling import OF_ONE_LAYER, PARTS, Pooled, pooled, poolings_of
+from vitreg.models.backbone import Backbone
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 DINOV2 = ("cls", "4cls", "cls+mean", "4cls+mean")  # what DINOv2 sweeps over, beside the rates

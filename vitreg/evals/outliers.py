@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from vitreg.diagnosis import Diagnosis, diagnose
-from vitreg.evals.config import Config
-from vitreg.evals.features import extract_features, spread
+from vitreg.data.images import read_images
+from vitreg.data.spread import spread
+from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.result import Diagnosis
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
 from vitreg.fixes.base import unfixed
-from vitreg.images import read_images
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
 
 DIAGNOSED = 64  # photos: enough for artifacts that are worth a row of their own
 

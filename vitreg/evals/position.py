@@ -24,7 +24,7 @@ from vitreg.evals.probes import (
     read_by_own_probe,
 )
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
 
 BOUND = 5  # times an even spread: outliers at the commonest place, beyond which they are bound to places
 _PROBES = logistic(1e-3, 1e-2, 1e-1)

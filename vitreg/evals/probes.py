@@ -21,13 +21,13 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vitreg.data.listing import photos_in
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
-from vitreg.evals.features import extract_features
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, ratio
-from vitreg.listing import photos_in
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.models.backbone import Backbone
 
 Held = tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]]  # rows to fit to, rows to score on
 FEWEST = 20  # photos to make anything of

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
+from vitreg.data.images import read_images
 from vitreg.evals.probes import PatchConfig, Patches, by_photo, drawn_patches, fitted, read_by_own_probe
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.images import read_images
-from vitreg.models import Backbone
+from vitreg.models.backbone import Backbone
 
 ALIKE = 5  # normal patches for each outlier
 _PROBES = [Ridge(strength) for strength in (1e4, 1e3, 1e2, 1e1, 1.0)]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitreg.carry import edits_of
-from vitreg.diagnosis import versions
-from vitreg.evals.config import Config
+from vitreg.features.config import Config
 from vitreg.fixes.base import Fix, applied
-from vitreg.measures import Estimate, bootstrap, interval
-from vitreg.models import Backbone
-from vitreg.wording import called
+from vitreg.hooks.block_edit import edits_of
+from vitreg.intervals import Estimate, bootstrap, interval
+from vitreg.models.backbone import Backbone
+from vitreg.text import called
+from vitreg.version import versions
 
 # From means over images (r, k) of what is kept of each to the metric (r,).
 Reduce = Callable[[Float[np.ndarray, "r k"]], Float[np.ndarray, " r"]]
@@ -159,7 +159,7 @@ def concluded(
 
 
 def _marked(picture: Callable[[], Any], planted: bool) -> Any:
-    from vitreg.style import mark_phantom
+    from vitreg.plots.style import mark_phantom
 
     figure = picture()
     mark_phantom(figure, planted)

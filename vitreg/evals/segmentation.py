@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vitreg.evals.datasets.masks import train_and_val
+from vitreg.data.datasets.masks import train_and_val
 from vitreg.evals.dense_head import (
     EXAMPLES,
     DenseConfig,
@@ -29,8 +29,8 @@ from vitreg.evals.dense_head import (
     splits_of,
 )
 from vitreg.evals.result import Metric, Result, concluded, ratio
-from vitreg.models import Backbone
-from vitreg.plot_dense import segmentation_figure
+from vitreg.models.backbone import Backbone
+from vitreg.plots.dense import segmentation_figure
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vitreg.config.settings import nearest
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.config import Config
 from vitreg.evals.result import Result
-from vitreg.models import Backbone, load
-from vitreg.settings import nearest
+from vitreg.features.config import Config
+from vitreg.models.backbone import Backbone
+from vitreg.models.loading import load
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from vitreg.diagnosis import Diagnosis
+from vitreg.data.datasets.classes import Labelled, splits
+from vitreg.data.spread import spread
+from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import DataError, UnsupportedModelError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import Labelled, splits
-from vitreg.evals.features import extract_features, spread
-from vitreg.evals.observer import Observer
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.probes import Held, at_layer, fitted, logistic
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.features.observer import Observer
+from vitreg.models.backbone import Backbone
 
 FOLDS = 5  # of the training images one fold chooses the regularisation
 _PROBES = logistic(1e-4, 1e-3, 1e-2, 1e-1, 1.0)

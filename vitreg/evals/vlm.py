@@ -21,17 +21,19 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from vitreg.attention import AttentionCall, intercept
-from vitreg.diagnosis import Diagnosis
+from vitreg.data.batches import places_of
+from vitreg.data.images import read_images
+from vitreg.data.listing import photos_in
+from vitreg.data.spread import spread
+from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import UnsupportedModelError
-from vitreg.evals.config import Config
-from vitreg.evals.features import spread
 from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.images import places_of, read_images
-from vitreg.listing import photos_in
-from vitreg.models import Backbone, load_vlm
-from vitreg.probe import NO_ATTENTION_SEEN, evaluating
+from vitreg.features.config import Config
+from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.models.backbone import Backbone
+from vitreg.models.loading import load_vlm
+from vitreg.models.probe import NO_ATTENTION_SEEN, evaluating
 
 MADE_UP = 8  # text tokens of a prompt where there is no tokenizer
 

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitreg.data.datasets.classes import by_wordnet
 from vitreg.errors import MissingExtraError, UnsupportedModelError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.classes import by_wordnet
-from vitreg.evals.features import extract_features
-from vitreg.evals.keys import digest
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.models import Backbone, Tokenize, load_clip
-from vitreg.output import write_atomically
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.files import write_atomically
+from vitreg.models.backbone import Backbone
+from vitreg.models.loading import Tokenize, load_clip
+from vitreg.provenance import digest
 
 try:
     import open_clip

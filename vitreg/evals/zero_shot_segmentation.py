@@ -18,12 +18,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.foreground import foreground
-from vitreg.evals.features import extract_features
-from vitreg.evals.framing import Framing, normalisation_of
+from vitreg.data.datasets.foreground import foreground
 from vitreg.evals.result import Metric, Result, concluded
-from vitreg.models import Backbone
+from vitreg.features.config import Config
+from vitreg.features.extraction import extract_features
+from vitreg.features.framing import Framing, normalisation_of
+from vitreg.models.backbone import Backbone
 
 EXAMPLES = 6  # photos in the picture
 
@@ -138,6 +138,6 @@ def _photo(path: Path, shape: tuple[int, ...]) -> Image.Image:
 
 
 def _picture(photos: list[Image.Image], heats: list[np.ndarray], masks: list[np.ndarray]) -> Figure:
-    from vitreg.plot_heatmaps import heatmaps
+    from vitreg.plots.heatmaps import heatmaps
 
     return heatmaps([np.array(photo) for photo in photos], heats, masks)

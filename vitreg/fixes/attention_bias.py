@@ -19,19 +19,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.attention import AttentionCall, MultiheadCall
-from vitreg.carry import BlockEdit, Inner
+from vitreg.data.batches import Batch, pixels_of
+from vitreg.data.first_images import ranks_of
+from vitreg.distributed import Ranks
 from vitreg.errors import FixError, ImageError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside, within
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
-from vitreg.images import Batch, pixels_of, ranks_of
-from vitreg.models import Backbone
-from vitreg.neuron_edit import edited
-from vitreg.neurons import RegisterNeurons
-from vitreg.probe import evaluating
-from vitreg.ranks import Ranks
-from vitreg.trace import watch
+from vitreg.hooks.attention import AttentionCall, MultiheadCall
+from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.hooks.inside_block import Inside, within
+from vitreg.hooks.neuron_edit import edited
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating
+from vitreg.tracing.trace import watch
 
 
 @dataclass(frozen=True, eq=False)

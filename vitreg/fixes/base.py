@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, inserted_tokens, install, uninstall
 from vitreg.errors import FixError
-from vitreg.fingerprint import Fingerprint
-from vitreg.models import Backbone, wrap
-from vitreg.neurons import RegisterNeurons
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, inserted_tokens, install, uninstall
+from vitreg.models.backbone import Backbone, wrap
+from vitreg.models.fingerprint import Fingerprint
 
 _FIXES = "_vitreg_fixes"
 
@@ -115,8 +115,8 @@ class Fix(ABC):
         vit: Backbone | None = None,
         evidence: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Save as a small folder that `load_fix` reads: see `vitreg.fixes.artifact.save_fix`."""
-        from vitreg.fixes.artifact import save_fix
+        """Save as a small folder that `load_fix` reads: see `vitreg.fixes.saving.save_fix`."""
+        from vitreg.fixes.saving import save_fix
 
         return save_fix(self, folder, vit=vit, evidence=evidence)
 

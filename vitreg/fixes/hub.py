@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vitreg.errors import FixError, OutputError
-from vitreg.fixes.artifact import DOCUMENT, TENSORS, save_fix
 from vitreg.fixes.base import Fix
-from vitreg.models import Backbone
+from vitreg.fixes.saving import DOCUMENT, TENSORS, save_fix
+from vitreg.models.backbone import Backbone
 
 _WHAT = {
     "registers": "moves the activation of register neurons to extra tokens (test-time registers)",

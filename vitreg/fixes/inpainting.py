@@ -17,18 +17,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.carry import BlockEdit
-from vitreg.diagnosis import Diagnosis, diagnose
+from vitreg.data.batches import BATCH, Batch
+from vitreg.data.first_images import first_images
+from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError
-from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.patch_edit import PatchEdit, along, refuse_skewed
-from vitreg.images import Batch, first_images
-from vitreg.models import Backbone
-from vitreg.neurons import BATCH, RegisterNeurons
-from vitreg.probe import evaluating
-from vitreg.trace import token_norms, watch
+from vitreg.hooks.block_edit import BlockEdit
+from vitreg.models.backbone import Backbone
+from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.probe import evaluating
+from vitreg.tracing.trace import token_norms, watch
 
 # Images that the outliers' common directions are measured on.
 IMAGES = 64

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, Inner
 from vitreg.fixes.base import first_patch
-from vitreg.models import Backbone
+from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.models.backbone import Backbone
 
 
 class PatchEdit(BlockEdit):

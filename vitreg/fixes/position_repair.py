@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitreg.anatomy import TokenLayout
-from vitreg.carry import BlockEdit, Carry, Inner
+from vitreg.data.batches import Batch
+from vitreg.data.first_images import first_images
 from vitreg.errors import FixError, UnsupportedModelError
-from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
-from vitreg.images import Batch, first_images
-from vitreg.models import Backbone
-from vitreg.neurons import RegisterNeurons
-from vitreg.positions import added_positions, form_of_patches
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.hooks.carry import Carry
+from vitreg.models.anatomy import TokenLayout
+from vitreg.models.backbone import Backbone
+from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.positions import added_positions, form_of_patches
 
 # A row stands out if it is twice as long as the median row, and eight robust standard deviations of the
 # logarithms of the lengths beyond it.

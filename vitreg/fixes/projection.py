@@ -18,17 +18,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.carry import BlockEdit
+from vitreg.data.batches import Batch, pixels_of
+from vitreg.data.first_images import ranks_of
+from vitreg.distributed import Ranks
 from vitreg.errors import FixError, ImageError
-from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Fix, same_values
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.patch_edit import PatchEdit, along, refuse_skewed
-from vitreg.images import Batch, pixels_of, ranks_of
-from vitreg.models import Backbone
-from vitreg.neurons import RegisterNeurons
-from vitreg.probe import evaluating
-from vitreg.ranks import Ranks
-from vitreg.trace import watch
+from vitreg.hooks.block_edit import BlockEdit
+from vitreg.models.backbone import Backbone
+from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.probe import evaluating
+from vitreg.tracing.trace import watch
 
 # A channel is massive if its typical absolute value is so many times the median channel's, and it holds so
 # large a share of the patches' typical energy.

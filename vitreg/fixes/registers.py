@@ -18,16 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, Carry, Inner
+from vitreg.data.batches import Batch
 from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch, uncompiled
-from vitreg.fixes.inside import Inside, given_mask, within
-from vitreg.images import Batch
-from vitreg.models import Backbone
-from vitreg.neuron_edit import edited
-from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.probe import evaluating
-from vitreg.stream import Stream
+from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.hooks.carry import Carry
+from vitreg.hooks.inside_block import Inside, given_mask, within
+from vitreg.hooks.neuron_edit import edited
+from vitreg.hooks.stream import Stream
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class TestTimeRegisters(Fix):
         many as an image has outliers on average (up to 8), each like those at one of the most frequent
         places. `feeders` moves the neurons that lead up to the outliers, too (see marks.py).
         """
-        from vitreg.fixes.marks import mean_outliers, measure_marks
+        from vitreg.fixes.calibration import mean_outliers, measure_marks
 
         if feeders:
             neurons, _ = measure_marks(vit, images, neurons)

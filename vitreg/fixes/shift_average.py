@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit, Carry, Inner, install
 from vitreg.errors import UnsupportedModelError
 from vitreg.fixes.base import Applied, Fix, first_patch
-from vitreg.models import Backbone
-from vitreg.neurons import RegisterNeurons
-from vitreg.probe import evaluating, first_tensor
+from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit, Inner, install
+from vitreg.hooks.carry import Carry
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating, first_tensor
 
 Shift = tuple[int, int, bool]  # rows, columns, and whether the shifted image is flipped
 

@@ -26,21 +26,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitreg.arrangement import ArrangedCall, arranged, shown_as
-from vitreg.attention import AttentionCall, MultiheadCall, SdpaCall
-from vitreg.carry import BlockEdit, Carry, Inner
+from vitreg.data.batches import Batch
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.inside import Inside, within
-from vitreg.fixes.marks import measure_marks
-from vitreg.images import Batch
-from vitreg.models import Backbone
-from vitreg.neuron_edit import edited
-from vitreg.neurons import NeuronTensors, RegisterNeurons
-from vitreg.probe import evaluating
-from vitreg.stream import Stream
-from vitreg.weights import is_affine, weight_columns
-from vitreg.write_gain import write_gains
+from vitreg.fixes.calibration import measure_marks
+from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
+from vitreg.hooks.attention import AttentionCall, MultiheadCall, SdpaCall
+from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.hooks.carry import Carry
+from vitreg.hooks.inside_block import Inside, within
+from vitreg.hooks.neuron_edit import edited
+from vitreg.hooks.stream import Stream
+from vitreg.hooks.token_order import ArrangedCall, arranged, shown_as
+from vitreg.hooks.weights import is_affine, weight_columns
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating
+from vitreg.models.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
 ROOM = 1.5

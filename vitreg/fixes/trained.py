@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitreg.carry import BlockEdit
 from vitreg.errors import FixError
-from vitreg.fingerprint import Fingerprint
 from vitreg.fixes.base import Applied, Fix, applied, backbone_of
+from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
-from vitreg.models import Backbone
-from vitreg.neurons import RegisterNeurons
+from vitreg.hooks.block_edit import BlockEdit
+from vitreg.models.backbone import Backbone
+from vitreg.models.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class TrainedRegisters(Fix):
 
         Raises FixError for models that are no two versions of one, that do not differ, or that have a fix.
         """
-        from vitreg.training.registers import NAME
+        from vitreg.fixes.added_registers import NAME
 
         vit, trained = backbone_of(before), _module(after)
         for model in (vit.model, trained):

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vitreg.models import Backbone
-from vitreg.phantoms.stream import with_changed_patches
+from vitreg.models.backbone import Backbone
+from vitreg.phantoms.changed_patches import with_changed_patches
 
 SHUFFLES = 64
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.models import Backbone
-from vitreg.phantom import Phantom, plant
+from vitreg.models.backbone import Backbone
+from vitreg.phantoms.phantom import Phantom, plant
 from vitreg.phantoms.swapped import directions, write_instead
 
 

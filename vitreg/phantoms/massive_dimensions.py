@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.models import Backbone
-from vitreg.planting import phantom_of, plain_linear
-from vitreg.probe import evaluating
-from vitreg.trace import trace
+from vitreg.models.backbone import Backbone
+from vitreg.models.probe import evaluating
+from vitreg.phantoms.planting import phantom_of, plain_linear
+from vitreg.tracing.trace import trace
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitreg.attention import intercept
-from vitreg.carry import bare
 from vitreg.errors import UnsupportedModelError
-from vitreg.models import Backbone
-from vitreg.neurons import Enough, run_until
-from vitreg.planting import phantom_of
-from vitreg.positions import position_parameter
-from vitreg.probe import evaluating, first_tensor
-from vitreg.removal import entering
-from vitreg.trace import token_norms, watch
+from vitreg.hooks.attention import intercept
+from vitreg.hooks.block_edit import bare
+from vitreg.models.backbone import Backbone
+from vitreg.models.positions import position_parameter
+from vitreg.models.probe import evaluating, first_tensor
+from vitreg.phantoms.planting import phantom_of
+from vitreg.tracing.early_stop import Enough, run_until
+from vitreg.tracing.removal import entering
+from vitreg.tracing.trace import token_norms, watch
 
-WRITTEN_DIMENSIONS = 3  # as in vitreg.phantom
+WRITTEN_DIMENSIONS = 3  # as in vitreg.phantoms.phantom
 # Directions to mark patches by, of which the one with the widest space at its boundary is taken.
 DIRECTIONS = 32
 

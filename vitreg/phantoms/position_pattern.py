@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.models import Backbone
-from vitreg.phantoms.stream import patches_after, with_changed_patches
+from vitreg.models.backbone import Backbone
+from vitreg.phantoms.changed_patches import patches_after, with_changed_patches
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.phantom import Phantom
-from vitreg.probe import evaluating
-from vitreg.trace import trace
+from vitreg.models.probe import evaluating
+from vitreg.phantoms.phantom import Phantom
+from vitreg.tracing.trace import trace
 
 
 def write_instead(

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.models import Backbone
-from vitreg.phantoms.stream import patches_after, with_changed_patches
+from vitreg.models.backbone import Backbone
+from vitreg.phantoms.changed_patches import patches_after, with_changed_patches
 
 Says = Literal["the same", "the photo"]
 

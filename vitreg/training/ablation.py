@@ -19,18 +19,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vitreg.config.settings import with_settings
 from vitreg.errors import DataError
-from vitreg.evals.config import Config
 from vitreg.evals.result import Result, differences, written
 from vitreg.evals.tasks import Task, find_task
-from vitreg.models import Backbone, load, wrap
-from vitreg.output import check_writable, write_atomically
-from vitreg.settings import with_settings
-from vitreg.style import png
+from vitreg.features.config import Config
+from vitreg.files import check_writable, write_atomically
+from vitreg.models.backbone import Backbone, wrap
+from vitreg.models.loading import load
+from vitreg.plots.style import png
 from vitreg.training import checkpoint
 from vitreg.training.cost import CLAIMED, Cost, cost, papers_models, seconds
+from vitreg.training.fabric import Machine, quiet
 from vitreg.training.loop import Run, train
-from vitreg.training.machine import Machine, quiet
 from vitreg.training.recipe import Recipe
 
 # What the regimes log as the metric of the whole photo.
@@ -102,7 +103,7 @@ class Ablation:
 
     def figure(self) -> Any:
         """Metrics, artifacts and cost by registers, as a matplotlib Figure."""
-        from vitreg.plot_ablation import ablation as draw
+        from vitreg.training.ablation_figure import ablation as draw
 
         return draw(self)
 

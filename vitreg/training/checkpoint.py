@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitreg.config.codec import encode
 from vitreg.errors import DataError, OutputError
-from vitreg.fixes.codec import encode
-from vitreg.training.machine import Fabric, first
+from vitreg.training.fabric import Fabric, first
 from vitreg.training.recipe import Recipe
 
 NAME = "last.ckpt"

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitreg.models import build_timm
-from vitreg.probe import evaluating
+from vitreg.models.loading import build_timm
+from vitreg.models.probe import evaluating
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
-from vitreg.decoding import decode, reason
+from vitreg.data.decoding import decode, reason
+from vitreg.data.images import read_images
+from vitreg.data.listing import printable
+from vitreg.data.spread import spread
 from vitreg.errors import DataError
-from vitreg.evals.features import spread
-from vitreg.images import read_images
-from vitreg.listing import printable
 
 Transform = Callable[[PIL.Image.Image], Any]
 

@@ -17,20 +17,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from vitreg.data.images import read_images
+from vitreg.data.listing import photos_in
 from vitreg.errors import DataError
-from vitreg.evals.framing import normalisation_of
+from vitreg.features.framing import normalisation_of
 from vitreg.fixes import Fix, ShiftAverage, load_fix
-from vitreg.images import read_images
-from vitreg.labels import find_readout, logits_of
-from vitreg.listing import photos_in
-from vitreg.models import Backbone, load
-from vitreg.probe import first_tensor
+from vitreg.fixes.added_registers import add_registers
+from vitreg.models.backbone import Backbone
+from vitreg.models.head import find_readout, logits_of
+from vitreg.models.loading import load
+from vitreg.models.probe import first_tensor
 from vitreg.training.data import Photos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
-from vitreg.training.registers import add_registers
-from vitreg.training.seeding import position_table, seed
-from vitreg.training.tuned import top1, write_tuned
+from vitreg.training.register_init import position_table, seed
+from vitreg.training.tuned_model import top1, write_tuned
 
 PARTS = ("positions", "patches", "last block", "all")
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitreg.errors import FixError, UnsupportedModelError
+from vitreg.fixes.added_registers import has_added_registers, remove_registers
 from vitreg.fixes.base import applied
 from vitreg.fixes.trained import TrainedRegisters
-from vitreg.models import Backbone, wrap
-from vitreg.probe import evaluating
-from vitreg.training.registers import has_added_registers, remove_registers
+from vitreg.models.backbone import Backbone, wrap
+from vitreg.models.probe import evaluating
 
 INSTEAD = (
     "Keep the state dict, which loads after add_registers(model, n), or make a fix:"

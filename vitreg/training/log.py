@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.errors import DataError, MissingExtraError, OutputError
-from vitreg.output import write_atomically
+from vitreg.files import write_atomically
 
 NAME = "log.jsonl"
 

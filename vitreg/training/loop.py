@@ -25,17 +25,17 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vitreg.config.settings import nearest
 from vitreg.errors import DataError, NonFiniteError, OutputError
-from vitreg.output import check_writable
-from vitreg.settings import nearest
+from vitreg.files import check_writable
 from vitreg.training import checkpoint
+from vitreg.training.diagnosis_log import diagnosed
+from vitreg.training.fabric import Fabric, Machine, first, plain_attention, quiet, whole
 from vitreg.training.log import Log, read_log
-from vitreg.training.machine import Fabric, Machine, first, plain_attention, quiet, whole
 from vitreg.training.objective import Objective
-from vitreg.training.order import MicroBatches, Seeded, seed_all
 from vitreg.training.progress import Progress
 from vitreg.training.recipe import Recipe
-from vitreg.training.watching import diagnosed
+from vitreg.training.sampler import MicroBatches, Seeded, seed_all
 
 __all__ = ["Machine", "Run", "train"]
 

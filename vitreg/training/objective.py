@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from vitreg.training.registers import NAME as ADDED
+from vitreg.fixes.added_registers import NAME as ADDED
 
 
 @runtime_checkable

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vitreg.decoding import check_regular, photo_extensions, reason
+from vitreg.data.decoding import check_regular, photo_extensions, reason
+from vitreg.data.imagenet import wordnet_classes
+from vitreg.data.listing import LeftOut, is_shard, notes_on, photos_in, printable, walk, warn_of
+from vitreg.data.shards import CheckedHeader, why_left_out
 from vitreg.errors import DataError, ImageError, MissingExtraError, OutputError
-from vitreg.labels import wordnet_classes
-from vitreg.listing import LeftOut, is_shard, notes_on, photos_in, printable, walk, warn_of
-from vitreg.output import write_atomically
-from vitreg.shards import CheckedHeader, why_left_out
+from vitreg.files import write_atomically
 from vitreg.training.data import IN_A_ROW, readable
 
 try:

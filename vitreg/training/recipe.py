@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 import vitreg.training.recipes
+from vitreg.config.settings import nearest
 from vitreg.errors import DataError, VitregError
-from vitreg.settings import nearest
 from vitreg.training.objective import Objective
 
 
@@ -92,7 +92,7 @@ class Recipe(ABC):
 
         `classes` is the width of its head (0: none). Raises ModelLoadError for what timm does not have.
         """
-        from vitreg.models import build_timm
+        from vitreg.models.loading import build_timm
 
         return build_timm(
             self.model,

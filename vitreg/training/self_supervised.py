@@ -16,16 +16,16 @@ from jaxtyping import Bool
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from vitreg.data.datasets.classes import splits
+from vitreg.data.listing import photos_in
 from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals import knn
-from vitreg.evals.datasets.classes import splits
-from vitreg.listing import photos_in
-from vitreg.models import wrap
+from vitreg.models.backbone import wrap
 from vitreg.training.centring import DinoLoss, IbotLoss, balanced, health
 from vitreg.training.data import Photos, watched
-from vitreg.training.network import Network
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
+from vitreg.training.student import Network
 
 try:
     from lightly.loss import KoLeoLoss

@@ -13,17 +13,18 @@ from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from vitreg.data.datasets.classes import by_wordnet, splits
+from vitreg.data.images import read_images
+from vitreg.data.listing import warn_of
 from vitreg.errors import DataError
-from vitreg.evals.datasets.classes import by_wordnet, splits
-from vitreg.images import read_images
-from vitreg.labels import class_names, find_readout
-from vitreg.listing import warn_of
-from vitreg.models import load, wrap
+from vitreg.fixes.added_registers import add_registers
+from vitreg.models.backbone import wrap
+from vitreg.models.head import class_names, find_readout
+from vitreg.models.loading import load
 from vitreg.training.data import Photos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
-from vitreg.training.registers import add_registers
-from vitreg.training.tuned import top1, write_tuned
+from vitreg.training.tuned_model import top1, write_tuned
 
 
 @dataclass(frozen=True)

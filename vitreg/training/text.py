@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
+from vitreg.data.datasets.classes import Labelled, by_folder
+from vitreg.data.images import read_images
+from vitreg.data.listing import printable, warn_of
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.datasets.classes import Labelled, by_folder
-from vitreg.images import read_images
-from vitreg.listing import printable, warn_of
-from vitreg.models import load
-from vitreg.probe import evaluating
+from vitreg.fixes.added_registers import add_registers
+from vitreg.models.loading import load
+from vitreg.models.probe import evaluating
 from vitreg.training.data import watched
 from vitreg.training.objective import Objective
 from vitreg.training.pairs import ImageTextShards, class_name
 from vitreg.training.recipe import Recipe
-from vitreg.training.registers import add_registers
 
 try:
     import open_clip

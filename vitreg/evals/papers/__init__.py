@@ -5,7 +5,7 @@ run_table("test-time-segmentation", Path("/data"), load)
 print(table_text("test-time-segmentation"))
 """
 
-from vitreg.evals.papers.listing import overview, table_text
+from vitreg.evals.papers.overview import overview, table_text
 from vitreg.evals.papers.running import run_table
 from vitreg.evals.papers.tables import DATA, TABLES, DataSet, Recipe, Row, Table
 

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vitreg.evals.config import default_cache
 from vitreg.evals.papers.tables import Row
 from vitreg.evals.result import Result
-from vitreg.output import write_atomically
+from vitreg.features.config import default_cache
+from vitreg.files import write_atomically
 
 
 def keep(table: str, row: Row, result: Result) -> None:

@@ -11,25 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitreg.diagnosis import diagnose
+from vitreg.config.settings import with_settings
+from vitreg.data.datasets.depth_pairs import nyu
+from vitreg.data.datasets.foreground import foreground
+from vitreg.data.images import read_images
+from vitreg.data.listing import photos_in
+from vitreg.data.spread import spread
+from vitreg.diagnosis.diagnose import diagnose
 from vitreg.errors import DataError, VitregError
-from vitreg.evals.config import Config
-from vitreg.evals.datasets.depth_pairs import nyu
-from vitreg.evals.datasets.foreground import foreground
-from vitreg.evals.features import spread
 from vitreg.evals.papers.kept import keep, measured
-from vitreg.evals.papers.listing import find_table, needs
+from vitreg.evals.papers.overview import find_table, needs
 from vitreg.evals.papers.tables import DATA, ROOT, Recipe, Row
 from vitreg.evals.result import Result
 from vitreg.evals.tasks import find_task
+from vitreg.features.config import Config
 from vitreg.fixes import Fix
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.fixes.registers import TestTimeRegisters
-from vitreg.images import read_images
-from vitreg.listing import photos_in
-from vitreg.models import Backbone
-from vitreg.neurons import find_register_neurons
-from vitreg.settings import with_settings
+from vitreg.models.backbone import Backbone
+from vitreg.search.neurons import find_register_neurons
 
 PHOTOS = 256  # that a fix is found on
 Load = Callable[[Row, Callable[..., Backbone]], Backbone]

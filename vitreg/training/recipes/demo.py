@@ -17,11 +17,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 
-from vitreg.example import HELD_OUT, measure, scenes
-from vitreg.models import wrap
+from vitreg.data.shapes import CLASSES, draw
+from vitreg.models.backbone import wrap
+from vitreg.phantoms.example import HELD_OUT, measure, scenes
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
-from vitreg.training.shapes import CLASSES, draw
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -1,0 +1,79 @@
+"""When do artifacts emerge: over training steps, or over the sizes of a model?
+
+found = Emergence([diagnose(vit, photos) for vit in checkpoints])
+print(found)                      # one table
+found.figure()                    # outlier fraction by checkpoint and by layer
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vitreg.diagnosis.kinds.locality import Locality
+from vitreg.diagnosis.result import Diagnosis
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """Diagnoses of several checkpoints or sizes of a model, in the order given."""
+
+    diagnoses: list[Diagnosis]
+
+    def __post_init__(self) -> None:
+        if not self.diagnoses:
+            raise ValueError("there are no diagnoses to compare; expected at least one.")
+
+    @property
+    def labels(self) -> list[str]:
+        """A short name for each: the last part of the model's name that tells them apart."""
+        return short_labels([diagnosis.model for diagnosis in self.diagnoses])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "models": [{"label": x} | d.to_json() for x, d in zip(self.labels, self.diagnoses, strict=True)]
+        }
+
+    def figure(self) -> Any:
+        """Outlier fraction by model and by layer, as a matplotlib Figure."""
+        from vitreg.diagnosis.figures import emergence as draw
+
+        return draw(list(zip(self.labels, self.diagnoses, strict=True)))
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False, header_style="")
+        for heading in ("model", "verdict", "onset", "outliers", "norms", "attention", "locality"):
+            table.add_column(heading, justify="left" if heading in ("model", "verdict") else "right")
+        for label, d in zip(self.labels, self.diagnoses, strict=True):
+            best = d.layers[d.detect_layer]
+            table.add_row(
+                label,
+                d.verdict + (" (a phantom)" if d.planted else ""),
+                "-" if d.onset_layer is None else f"block {d.onset_layer}",
+                f"{d.outlier_fraction:.2%}",
+                f"{best.ratio:.1f}x" if d.has_artifacts else "-",
+                f"{d.attention_to_outliers:.1%}",
+                _locality(d),
+            )
+        text = io.StringIO()
+        Console(file=text, width=120, no_color=True).print(table)
+        notes = "outliers: share of patch tokens; norms: outliers' median over the others'"
+        return (
+            f"{text.getvalue()}{notes}; attention: share on outliers, last block\n"
+            "locality: how much more patches resemble their neighbours than far ones, last block (1: wholly)"
+        )
+
+
+def _locality(diagnosis: Diagnosis) -> str:
+    finding = diagnosis.kind(Locality.kind)
+    return f"{finding.kept[-1]:.2f}" if isinstance(finding, Locality) else "-"
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """The last part of each name, or the whole names where these would be the same."""
+    ends = [Path(name).name.rpartition(":")[2] for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)

@@ -1,0 +1,250 @@
+"""Where things are in a Vision Transformer, found by structure and checked by one forward pass.
+
+    anatomy = find_anatomy(model, forward, image_size=(224, 224))
+    layout = anatomy.layout(image_size=(224, 224))
+    patches = residual[:, layout.patch_slice]
+
+No library is named here. The block stack is the first homogeneous list of modules that hold linear
+layers; the neurons of a block are what enters its MLP's down-projection; prefix tokens are those that
+do not depend on the image. Layers are 0-based: layer i is the residual stream after block i, before
+any final norm. Token order is always [prefix | registers | patches], and `TokenLayout` is the only
+place that turns this into indices.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from vitreg.errors import NonFiniteError, UnsupportedModelError
+from vitreg.hooks.block_edit import bare
+from vitreg.hooks.stream import Stream
+from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
+from vitreg.models.patches import measure_patches
+from vitreg.models.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+
+_REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the tokens of one forward pass are ordered: [prefix | registers | patches].
+
+    `prefix` counts CLS and distillation tokens, `registers` the trained register tokens, `grid` is
+    (rows, columns) of patches, in row-major order.
+    """
+
+    prefix: int
+    registers: int
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.registers + self.patches
+
+    @property
+    def prefix_slice(self) -> slice:
+        return slice(0, self.prefix)
+
+    @property
+    def register_slice(self) -> slice:
+        return slice(self.prefix, self.prefix + self.registers)
+
+    @property
+    def patch_slice(self) -> slice:
+        return slice(self.prefix + self.registers, self.tokens)
+
+    def patch(self, row: int, column: int) -> int:
+        """Index of the token of one patch."""
+        return self.prefix + self.registers + row * self.grid[1] + column
+
+    def as_grid(self, x: Shaped[Tensor, "*b p"]) -> Shaped[Tensor, "*b gh gw"]:
+        """Values per patch, laid out as the image is."""
+        return x.unflatten(-1, self.grid)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a model keeps its blocks and neurons, and how its tokens are ordered.
+
+    `blocks` is the dotted path of the block stack, `down_projection` the path within a block of the
+    MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
+    whose output is the patch grid before positions are added (None: not found, and what needs it is
+    left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
+    are given must agree with it. `padding` (height, width): pixels that the model adds to an image before it
+    cuts patches; without it, what does not fill a patch is left out. Also measured: `masked`, whether
+    attention has a mask or a positional bias; `stream`, where the blocks' calls and outputs hold the residual
+    stream; `head_error`, what the model raises after its last block when it is given images alone ("" if
+    nothing).
+    """
+
+    blocks: str
+    down_projection: str
+    prefix: int
+    registers: int
+    patch_size: tuple[int, int]
+    patch_embedding: str | None = None
+    depth: int = 0
+    width: int = 0
+    neurons: int = 0
+    heads: int = 0
+    masked: bool = False
+    padding: tuple[int, int] = (0, 0)
+    stream: Stream = field(default_factory=Stream)
+    head_error: str = ""
+
+    def block_modules(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.get_submodule(self.blocks).children())
+
+    def down_projections(self, model: nn.Module) -> list[nn.Module]:
+        """The module of each block that the neurons enter (hooks/weights.py: what it multiplies by)."""
+        return [block.get_submodule(self.down_projection) for block in self.block_modules(model)]
+
+    def layout(self, image_size: tuple[int, int]) -> TokenLayout:
+        """The token layout of a forward pass on images of (height, width) pixels."""
+        (height, width), (high, wide), (below, beside) = image_size, self.patch_size, self.padding
+        return TokenLayout(self.prefix, self.registers, ((height + below) // high, (width + beside) // wide))
+
+    def pixels(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the images that a grid of patches covers, without any rest."""
+        return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
+
+
+def find_anatomy(
+    model: nn.Module, forward: Forward, image_size: tuple[int, int], given: Anatomy | None = None
+) -> Anatomy:
+    """Find the parts of `model`, or check those of `given`, by one forward pass on noise images.
+
+    `forward` runs the model on (b, 3, h, w) images; it may run a larger model that contains `model`.
+    Raises UnsupportedModelError with the reason for a model that is not a plain Vision Transformer,
+    NonFiniteError for weights with NaN or infinity.
+    """
+    refuse_compiled(model)
+    _refuse_non_finite(model)
+    with bare(model):
+        return _found(model, forward, image_size, given)
+
+
+def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], given: Anatomy | None) -> Anatomy:
+    stack = given.blocks if given else _find_block_stack(model)
+    probe = Probe(model, stack, image_size, given.patch_embedding if given else None)
+    probe.run(forward)
+    probe.check_stream()
+    heads = probe.heads()
+    return _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+
+
+def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:
+    registers = _count_registers(model, probe.constant_tokens())
+    patches = measure_patches(probe, forward)
+    return Anatomy(
+        blocks=stack,
+        down_projection=probe.down_projection(),
+        prefix=probe.constant_tokens() - registers,
+        registers=registers,
+        patch_size=patches.size,
+        patch_embedding=patches.embedding,
+        padding=patches.padding,
+    )
+
+
+def _measured(anatomy: Anatomy, model: nn.Module, probe: Probe, heads: int) -> Anatomy:
+    """The anatomy with its counts filled in; an error where it contradicts the probe."""
+    layout = anatomy.layout(probe.image_size)
+    if layout.tokens != probe.tokens:
+        height, width = probe.image_size
+        raise UnsupportedModelError(
+            f"expected {layout.tokens} tokens ({layout}) for {height}x{width} pixels,"
+            f" found {probe.tokens} in the blocks. Correct the Anatomy, or switch token dropping off."
+        )
+    neurons = _count_neurons(anatomy.down_projection, probe)
+    probe.check_embedding(anatomy.patch_embedding, layout.grid)
+    measured = replace(
+        anatomy,
+        depth=probe.depth,
+        width=probe.width,
+        neurons=neurons,
+        heads=heads,
+        masked=probe.masked,
+        stream=probe.place(anatomy.down_projection),
+        head_error=probe.head_error,
+    )
+    for name in ("depth", "width", "neurons", "heads"):
+        stated, found = getattr(anatomy, name), getattr(measured, name)
+        if stated not in (0, found):
+            raise UnsupportedModelError(
+                f"expected {name} {stated}, found {found}. Correct the Anatomy, or leave {name} out: it is"
+                " measured."
+            )
+    return measured
+
+
+def _count_neurons(down: str, probe: Probe) -> int:
+    """The neurons of each block: what the modules at `down` take. An error where they are no such modules."""
+    modules = [part(block, down) for block in probe.blocks]
+    try:
+        sizes = {(inputs_of(module), outputs_of(module)) for module in modules}
+    except UnsupportedModelError:
+        sizes = set()
+    if len(sizes) != 1 or {size[1] for size in sizes} != {probe.width}:
+        raise UnsupportedModelError(
+            f"expected a linear layer to width {probe.width} at {down!r} in each of {probe.depth} blocks,"
+            f" found {modules[0]}. Correct the Anatomy."
+        )
+    return sizes.pop()[0]
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where torch.compile would run a graph past every hook."""
+    for name, module in model.named_modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled:
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is compiled with torch.compile, which hides what happens inside."
+                " Give vitreg the model as it was before (compiled._orig_mod) and compile afterwards."
+            )
+
+
+def _refuse_non_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_ordinary(parameter) or not parameter.is_floating_point():
+            continue  # offloaded, sharded or packed: the probe sees what they compute
+        # The sum of finite numbers is finite (in float32 and up), and far cheaper than isfinite().all().
+        if not parameter.sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
+            raise NonFiniteError(
+                f"weight {name} holds NaN or infinity. The checkpoint is damaged or training diverged;"
+                " load an earlier one."
+            )
+
+
+def _find_block_stack(model: nn.Module) -> str:
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    for least in (2, 1):  # one block alone is rare, and many things are lists of one
+        for name, module in lists:
+            if _is_stack(module, least):
+                return name
+    raise UnsupportedModelError(
+        f"found no stack of transformer blocks in {type(model).__name__}: no ModuleList or Sequential of"
+        f" modules of one class with at least 2 linear layers each. {PASS_AN_ANATOMY}"
+    )
+
+
+def _is_stack(module: nn.Module, least: int) -> bool:
+    children = list(module.children())
+    # By name: of blocks of one class, FSDP or a fix may have given some a subclass of that name.
+    one_class = len({type(child).__name__ for child in children}) == 1
+    return len(children) >= least and one_class and all(count_linears(child) >= 2 for child in children)
+
+
+def _count_registers(model: nn.Module, constant_tokens: int) -> int:
+    """Trained registers, told from CLS and distillation tokens by the name of their parameter."""
+    for name, parameter in model.named_parameters():
+        if _REGISTER_NAME.search(name) and parameter.dim() >= 2 and parameter.shape[-2] <= constant_tokens:
+            return parameter.shape[-2]
+    return 0

@@ -1,0 +1,392 @@
+"""One watched forward pass over noise images, and what it shows of a model's parts.
+
+What is the same for different images is a prefix token; what attention receives tells the heads; the linear
+layer that leads back to the width is the MLP's down-projection.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitreg.errors import NonFiniteError, UnsupportedModelError
+from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.stream import Stream, tensors_in
+from vitreg.models.block_calls import BlockCalls
+from vitreg.models.down_projection import (
+    Call,
+    Shape,
+    is_linear,
+    leading_down,
+    without_attention,
+    without_bottlenecks,
+)
+from vitreg.models.placement import device_of, dtype_of
+
+Forward = Callable[[Tensor], Any]
+
+PASS_AN_ANATOMY = "Pass an Anatomy to override."
+NO_ATTENTION_SEEN = (
+    "made no call of scaled-dot-product attention. If it computes such attention step by step, select a fused"
+    " kernel: model.set_attn_implementation('sdpa') in transformers, timm.layers.set_fused_attn(True) before"
+    " building in timm. Other kinds of attention, or none, are not supported"
+)
+IMAGES = 3  # of a probe: two different ones, and the first again
+
+
+def part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path that an Anatomy names."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"expected a module at {path!r} in {type(module).__name__}, found none. Correct the Anatomy."
+        ) from error
+
+
+def count_linears(module: nn.Module) -> int:
+    return sum(map(is_linear, module.modules()))
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of what enters or leaves a module."""
+    return next((tensor for _, tensor in tensors_in(value)), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients, and each module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Feature(NamedTuple):
+    """What a layer made before block 0: the shape of its output, and the sides of the map that entered it."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    entering: tuple[int, ...]  # (height, width), or (0, 0) where no map entered
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of a map (b, c, rows, columns)."""
+        return self.shape[2], self.shape[3]
+
+
+class Probe:
+    """One watched forward pass over two noise images and the first again, and what it showed."""
+
+    def __init__(
+        self, model: nn.Module, stack: str, image_size: tuple[int, int], embedding: str | None = None
+    ) -> None:
+        self.model, self.image_size, self.embedding = model, image_size, embedding
+        self.blocks = list(part(model, stack).children())
+        self.depth = len(self.blocks)
+        if not self.blocks:
+            raise UnsupportedModelError(f"expected blocks in {stack!r}, found none. Correct the Anatomy.")
+        self.calls = BlockCalls(IMAGES)
+        self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
+        self.called: list[Call] = []  # of the modules within block 0, in order
+        self.features: list[Feature] = []  # outputs before block 0, in order
+        self.masked = False  # attention in the blocks has a mask or positional bias
+        self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
+        self._inside: int | None = None
+        self._running = False
+        self.head_error = ""  # what the model raised after the last block
+
+    # -- watching --------------------------------------------------------------------------------
+
+    def run(self, forward: Forward) -> None:
+        images = self._noise()
+        with ExitStack() as stack, evaluating(self.model):
+            for hook in self._hooks():
+                stack.callback(hook.remove)
+            stack.enter_context(intercept(self._saw_attention))
+            try:
+                forward(images)
+            except Exception as error:
+                if not self.calls.inputs:
+                    raise UnsupportedModelError(
+                        f"{type(self.model).__name__} could not run on images of shape"
+                        f" {tuple(images.shape)} ({type(error).__name__}: {_one_line(error)}). Give vitreg"
+                        " the vision encoder itself (of a larger model, its vision tower), a matching size,"
+                        " or a `forward` that says how to call it."
+                    ) from error
+                if len(self.calls.outputs) < self.depth:
+                    raise
+                # Past the blocks: a head that wants more than images does not concern us.
+                self.head_error = f"{type(error).__name__}: {_one_line(error)}"
+
+    def entering(self, forward: Forward, images: Tensor) -> Tensor:
+        """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
+        streams: list[Tensor] = []
+        hook = self.blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: streams.append(self._place.of_call(args, kwargs)), with_kwargs=True
+        )
+        try:
+            with evaluating(self.model):
+                forward(images)
+        except Exception:
+            if not streams:
+                raise
+        finally:
+            hook.remove()
+        return streams[0]
+
+    def _noise(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, 3, *self.image_size, generator=generator)[[0, 1, 0]] * 2 - 1
+        return images.to(device_of(self.model), dtype_of(self.model))
+
+    def _hooks(self) -> Iterator[Any]:
+        yield self.model.register_forward_pre_hook(lambda module, args: self._run(True))
+        yield self.model.register_forward_hook(lambda module, args, output: self._run(False))
+        for index, block in enumerate(self.blocks):
+            yield block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
+            yield block.register_forward_hook(self._leave)
+        for name, module in self.blocks[0].named_modules():
+            if name:
+                yield module.register_forward_hook(self._saw_call(name), with_kwargs=True)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) or name == self.embedding:
+                yield module.register_forward_hook(self._saw_feature(name))
+
+    def _enter(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = index
+            self.calls.enter(module, args, kwargs)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside = None
+        self.calls.leave(output)
+
+    def _saw_call(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next(iter((*args, *kwargs.values())), None)
+            if isinstance(given, Tensor) and isinstance(output, Tensor):
+                self.called.append(Call(name, module, given, tuple(output.shape)))
+
+        return hook
+
+    def _saw_feature(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not self.calls.inputs and (found := first_tensor(output)) is not None:
+                entering = first_tensor(args)
+                sides = (0, 0) if entering is None or entering.dim() != 4 else tuple(entering.shape[2:])
+                self.features.append(Feature(name, module, tuple(found.shape), sides))
+
+        return hook
+
+    def _run(self, running: bool) -> None:
+        self._running = running
+
+    def _saw_attention(self, call: AttentionCall) -> None:
+        shape = tuple(call.q.shape)
+        if self._inside is not None:
+            self.attention.append((self._inside, shape))
+            self.masked |= call.mask is not None
+        elif self._running and call.tokens == call.k.shape[-2] > 1:
+            self.elsewhere.append(shape)
+
+    # -- concluding ------------------------------------------------------------------------------
+
+    @cached_property
+    def _place(self) -> Stream:
+        found = self.calls.stream()
+        assert found is not None, "check_stream comes first"
+        return found
+
+    def place(self, down: str) -> Stream:
+        """Where calls and outputs hold the residual stream; `down` is the path of the down-projection."""
+        shape = next((call.output for call in self.called if call.name == down), None)
+        return replace(self._place, neurons_tokens_first=shape == (self.tokens, IMAGES, self.width))
+
+    @cached_property
+    def stream(self) -> Tensor:
+        """The residual stream that enters block 0, (IMAGES, n, d)."""
+        entered = self.calls.entered[self._place.argument]
+        return entered.transpose(0, 1) if self._place.tokens_first else entered
+
+    @property
+    def tokens(self) -> int:
+        return self.stream.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.stream.shape[2]
+
+    def check_stream(self) -> None:
+        """Every block must map one (b, n, d) stream to another of the same shape, once per pass."""
+        if not self.calls.inputs:
+            raise self._unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
+        if len(self.calls.inputs) == self.depth == len(self.calls.outputs):
+            rivals = self.calls.rivals()
+            if len(rivals) > 1:
+                raise self._unsupported(
+                    f"they hand on {len(rivals)} tensors of tokens that differ from block to block"
+                    f" ({' and '.join(map(str, rivals))}). Which of them is the residual stream cannot be"
+                    " told"
+                )
+        if self.calls.stream() is None:
+            self._refuse_shapes()
+        if len(self.calls.inputs) != self.depth or len(self.calls.outputs) != self.depth:
+            raise self._unsupported(f"a forward pass calls them {len(self.calls.inputs)} times")
+        others = {shape for shape in self.elsewhere if shape[-2] != self.tokens}
+        if others:
+            raise self._unsupported(
+                f"outside them the model computes self-attention over {sorted(s[-2] for s in others)} tokens,"
+                f" not {self.tokens}. Hierarchical models and those with a decoder are not supported; of the"
+                " latter, give vitreg the encoder alone"
+            )
+        if not self.stream.isfinite().all():
+            raise NonFiniteError("the input of block 0 holds NaN or infinity for a noise image.")
+        if not bool(_equal_tokens(self.stream[0], self.stream[2]).all()):
+            raise self._unsupported(
+                "the same image gives them other tokens each time. Random masks and shuffles are not"
+                " supported: switch them off, or give vitreg the encoder alone"
+            )
+
+    def _refuse_shapes(self) -> None:
+        """Say why no tensor of a block's call is a residual stream."""
+        shapes = [*self.calls.inputs, *self.calls.outputs]
+        first = shapes[0]
+        if first is None or len(first) == 4:
+            raise self._unsupported(
+                f"block 0 takes {'no tensor' if first is None else f'a 4-dimensional input {first}'}."
+                " Windowed and convolutional models cannot carry extra tokens"
+            )
+        if len(first) != 3 or IMAGES not in first[:2]:
+            raise self._unsupported(
+                f"block 0 takes an input of shape {first} for {IMAGES} images, not (b, n, d)."
+                " Models that split an image into windows or several views are not supported"
+            )
+        changed = next((shape for shape in shapes if shape != first), None)
+        if changed:
+            raise self._unsupported(
+                f"the residual stream changes from {first} to {changed}."
+                " Hierarchical models, which pool or widen tokens on the way, have no fixed patch tokens"
+            )
+        raise self._unsupported(
+            f"no block changes its tokens {first}, or they come and go in other arguments"
+        )
+
+    def constant_tokens(self) -> int:
+        """Tokens that are the same for both images; they must come first (prefix, then registers)."""
+        constant = _equal_tokens(self.stream[0], self.stream[1])
+        count = int(constant.sum())
+        if count == self.tokens:
+            raise self._unsupported("their input does not depend on the image")
+        if not bool(constant[:count].all()):
+            places = constant.nonzero().flatten().tolist()
+            named = ", ".join(map(str, places[:3])) + (", ..." if count > 3 else "")
+            raise self._unsupported(
+                f"of their tokens {count} do not depend on the image (number {named}) and are not in front of"
+                " the patches"
+            )
+        return count
+
+    def down_projection(self) -> str:
+        """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
+        shapes: set[Shape] = {(IMAGES, self.tokens, self.width), (self.tokens, IMAGES, self.width)}
+        with evaluating(self.model):
+            found = leading_down(self.called, shapes)
+        row = (IMAGES * self.tokens, self.width)
+        rows = [call for call in self.called if call.output == row and is_linear(call.module)]
+        if not found and rows:
+            raise self._unsupported(
+                f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"
+                f" {rows[-1].output}), so that it cannot be told which image an activation belongs to"
+            )
+        if not found:
+            raise self._unsupported(
+                f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",
+                PASS_AN_ANATOMY,
+            )
+        if not self._others_lead_down(found[0]):
+            raise self._unsupported(
+                f"attention and MLP share {found[0].name!r}, their only linear layer to the width, so that"
+                " its input is not the neurons alone"
+            )
+        if len(found) > 1:
+            widths = {heads * channels for block, (_, heads, _, channels) in self.attention if block == 0}
+            found = without_bottlenecks(without_attention(found, self.called, widths), self.width)
+        if len(found) != 1:
+            names = ", ".join(call.name for call in found)
+            raise self._unsupported(f"block 0 has {len(found)} MLPs ({names}), not one")
+        return found[0].name
+
+    def _others_lead_down(self, call: Call) -> bool:
+        """Whether a linear layer outside of a module leads to the width too: attention's output does."""
+        return any(
+            is_linear(module) and getattr(module, "out_features", None) == self.width
+            for name, module in self.blocks[0].named_modules()
+            if not f"{name}.".startswith(f"{call.name}.")
+        )
+
+    def check_embedding(self, path: str | None, grid: tuple[int, int]) -> None:
+        """What an Anatomy says of the patch embedding must be what the probe saw of it."""
+        if path is None:
+            return
+        part(self.model, path)
+        shapes = [feature.shape for feature in self.features if feature.name == path]
+        seen = [shape[2:] if len(shape) == 4 else shape[1:2] for shape in shapes]
+        if grid not in seen and (grid[0] * grid[1],) not in seen:
+            raise UnsupportedModelError(
+                f"expected {path!r} to embed {grid[0]}x{grid[1]} patches before block 0, found"
+                f" {seen[-1] if seen else 'no call of it'}. Correct the Anatomy."
+            )
+
+    def heads(self) -> int:
+        """Heads of the one attention that each block must compute over all tokens."""
+        for index in range(self.depth):
+            shapes = [shape for block, shape in self.attention if block == index]
+            if not shapes:
+                raise self._unsupported(f"block {index} {NO_ATTENTION_SEEN}")
+            if len(shapes) > 1:
+                raise self._unsupported(f"block {index} computes attention {len(shapes)} times, not once")
+            if len(shapes[0]) != 4 or shapes[0][0] != IMAGES or shapes[0][2] != self.tokens:
+                raise self._unsupported(
+                    f"attention in block {index} has queries of shape {shapes[0]}, not (b, heads,"
+                    f" {self.tokens} tokens, channels). Windowed models cannot carry extra tokens"
+                )
+        return self.attention[0][1][1]
+
+    def _unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
+        kind = type(self.model).__name__
+        found = "stages of several blocks" if _holds_blocks(self.blocks[0]) else "blocks"
+        return UnsupportedModelError(
+            f"{kind} is not a Vision Transformer that vitreg can read: found {self.depth} {found}, but"
+            f" {reason}. {hint}".rstrip()
+        )
+
+
+def _equal_tokens(one: Tensor, other: Tensor) -> Tensor:
+    """Which tokens are equal, up to rounding, which in some kernels differs within a batch."""
+    one, other = one.float(), other.float()
+    scale = one.abs().amax(-1) + other.abs().amax(-1)
+    return (one - other).abs().amax(-1) <= 1e-4 * scale
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module of the stack is itself a stage: a list of things with attention and an MLP."""
+    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    # Four linear layers at least: q, k, v (or all in one), out, up, down.
+    return any(min(map(count_linears, stack)) >= 4 for stack in stacks)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

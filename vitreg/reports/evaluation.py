@@ -1,0 +1,89 @@
+"""What `vitreg eval --report` writes: one evaluation, or a model without and with a fix, as an HTML file.
+
+write_evaluation([before, after], vit, fix, config, "report.html")
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitreg.data.images import read_images
+from vitreg.data.spread import spread
+from vitreg.diagnosis.diagnose import diagnose
+from vitreg.evals.outliers import DIAGNOSED
+from vitreg.evals.result import Result, comparison_rows
+from vitreg.features.config import Config
+from vitreg.files import write_atomically
+from vitreg.fixes.base import Fix
+from vitreg.models.backbone import Backbone
+from vitreg.plots.style import safe, short_name
+from vitreg.reports.html import facts, note, page, picture, section, table
+from vitreg.reports.parts import banner, photos, photos_before_and_after
+from vitreg.reports.viewer import script_for
+
+EXAMPLES = 12
+_INTERVALS = "In brackets, 95% bootstrap intervals over images; paired for the difference."
+
+
+def write_evaluation(
+    results: Sequence[Result], vit: Backbone, fix: Fix | None, config: Config, path: str | Path
+) -> Path:
+    """Write the report on one result, or on two of a model without and with `fix`; returns the path.
+
+    What can be chosen in the page, norms and attention, is of a diagnosis of some of the photos, made here.
+    """
+    last = results[-1]
+    title = f"{last.task}{', without and with a fix' if len(results) == 2 else ''}"
+    about = [f"on {last.data}, n = {last.n:,}", *([f"fix: {last.fix}"] if last.fix else [])]
+    body = [
+        banner("", title.capitalize(), last.model, about, last.planted),
+        section("Result", _metrics(results)),
+        *_pictures(results),
+        *_photos(vit, fix, last, config),
+        section("Settings", facts((key, str(value)) for key, value in last.config.items())),
+    ]
+    headline = f"{safe(short_name(last.model), 60)}: {title}"
+    return write_atomically(path, page(headline, body, last.versions, script_for(body)))
+
+
+def _metrics(results: Sequence[Result]) -> str:
+    if len(results) == 2:
+        heads, *rows = comparison_rows(*results)
+    else:
+        heads, rows = ("", results[0].fix or "as it is"), results[0].rows()
+    notes = dict.fromkeys((_INTERVALS, *(words for result in results for words in result.notes)))
+    return table(heads, rows) + "".join(map(note, notes))
+
+
+def _pictures(results: Sequence[Result]) -> list[str]:
+    """Each result's picture, if its task has one; two beside each other where there is room."""
+    drawn = [
+        picture(x.picture(), f"{x.task}, {x.fix or 'as it is'}", (x.fix or "as it is").capitalize())
+        for x in results
+        if x.picture is not None
+    ]
+    return [section("What was found", f'<div class="beside">{"".join(drawn)}</div>')] if drawn else []
+
+
+def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> list[str]:
+    """The model's norms and attention on some of the photos, with a fix before and after it."""
+    if not result.photos:
+        return []
+    some = _some(result.photos, config)
+    images = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
+    before = diagnose(vit, images, examples=EXAMPLES)
+    words = f"A diagnosis of {before.images} of the photos, evenly spread, finds {before.verdict}:"
+    words = f"{words} {before.reason}"
+    if fix is None:
+        return [section("Photos", note(words) + photos(before))]
+    with fix.applied_to(vit):
+        after = diagnose(vit, images, examples=EXAMPLES)
+    words += f" With the fix: {after.verdict}."
+    return [section("Before and after", note(words) + photos_before_and_after(before, after))]
+
+
+def _some(paths: Sequence[Path], config: Config) -> list[Path]:
+    """Evenly spread photos, first those that will be shown."""
+    used = [paths[i] for i in spread(len(paths), config.limit)]
+    some = [used[i] for i in spread(len(used), DIAGNOSED)]
+    first = [some[i] for i in spread(len(some), EXAMPLES)]
+    return [*first, *(path for path in some if path not in first)]
