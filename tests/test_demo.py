@@ -99,7 +99,7 @@ def test_nothing_to_measure():
 
 def test_the_example_is_small():
     """It is in the repository and in the wheel."""
-    folder = Path(vitreg.__file__).parent / "example"
+    folder = Path(vitreg.__file__).parent / "phantoms" / "example"
     assert 1e6 < sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 4e6
 
 
