@@ -19,7 +19,7 @@ from test_phantom import crops
 from timm.models._hub import save_for_hf
 
 import vitreg
-from vitreg.cli.main import Size, TrustRemoteCode, app, main
+from vitreg.cli.main import app, main
 from vitreg.data.images import demo_photos
 
 EXPECTED_KEYS = {
@@ -229,11 +229,14 @@ def test_words_that_are_no_size(run, model, photos, size):
 
 
 def test_every_command_with_a_model_has_the_same_options_for_it():
-    for command in app.registered_commands:
-        parameters = inspect.get_annotations(command.callback)
-        if "size" in parameters:
-            assert parameters["size"] is Size
-            assert parameters["trust_remote_code"] is TrustRemoteCode
+    seen = {}
+    for command in typer.main.get_command(app).commands.values():
+        for option in command.params:
+            if option.name in ("size", "trust_remote_code", "random_weights"):
+                seen.setdefault(option.name, []).append((option.opts, option.help, option.default))
+    assert {name: len(options) for name, options in seen.items()} == dict.fromkeys(seen, 8)
+    for options in seen.values():
+        assert all(option == options[0] for option in options)
 
 
 def test_what_is_said_of_a_model_is_one_line(run, photos, tmp_path):

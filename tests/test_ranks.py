@@ -22,7 +22,7 @@ from vitreg.data.images import Images, read_images
 from vitreg.diagnosis.diagnose import diagnose
 from vitreg.distributed import ALONE, Ranks, joined
 from vitreg.errors import DataError, ImageError, RankError
-from vitreg.evals import Config, extract_features
+from vitreg.features import Config, extract_features
 from vitreg.search.find_fix import find_cure
 from vitreg.verification.verify import verify
 

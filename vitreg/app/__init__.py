@@ -12,6 +12,6 @@ explorer.py holds the model and what was seen of it, view.py what a user has cho
 like, page.py the components.
 """
 
-from vitreg.app.launching import example_explorer, explorer_of, launch, serve
+import lazy_loader
 
-__all__ = ["example_explorer", "explorer_of", "launch", "serve"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,6 @@ shard's files (parts.py) and its entry, engine.py runs workers on Ray, run.py dr
 gathers the entries. place.py is a folder anywhere.
 """
 
-from vitreg.archive.manifest import Extraction
-from vitreg.archive.run import extract_archive
+import lazy_loader
 
-__all__ = ["Extraction", "extract_archive"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,5 +1,1 @@
-"""The `vitreg` command: one module for each family of commands."""
-
-from vitreg.cli.main import main
-
-__all__ = ["main"]
+"""The `vitreg` command: one module for each family of commands, main.py joins them."""

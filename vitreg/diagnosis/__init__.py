@@ -1,0 +1,5 @@
+"""Does a model have attention artifacts: which, where, from which layer on?"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

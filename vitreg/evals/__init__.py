@@ -7,21 +7,6 @@ with fix.applied_to(vit):
 print(compare(result, after))
 """
 
-from vitreg.evals.result import Metric, Result, compare, differences
-from vitreg.evals.tasks import TASKS, Task, evaluate, find_task
-from vitreg.features.config import Config
-from vitreg.features.extraction import Features, extract_features
+import lazy_loader
 
-__all__ = [
-    "TASKS",
-    "Config",
-    "Features",
-    "Metric",
-    "Result",
-    "Task",
-    "compare",
-    "differences",
-    "evaluate",
-    "extract_features",
-    "find_task",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitreg.config.settings import nearest
 from vitreg.errors import DataError, MissingExtraError
-from vitreg.evals.result import Result
-from vitreg.features.config import Config
-from vitreg.models.backbone import Backbone
-from vitreg.models.loading import load
+
+if TYPE_CHECKING:  # at run time the list of tasks needs no torch
+    from vitreg.evals.result import Result
+    from vitreg.features.config import Config
+    from vitreg.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,21 @@ class Task:
             raise MissingExtraError(str(error.name), "eval") from error
 
     @property
-    def config(self) -> type[Config]:
+    def config(self) -> "type[Config]":
         """The class of its settings."""
         found: type[Config] = getattr(self.module, f"{self.title}Config")
         return found
 
     @property
-    def load(self) -> Callable[..., Backbone]:
+    def load(self) -> "Callable[..., Backbone]":
         """What builds its models: vitreg.load, or the module's own where a task needs more than a ViT."""
+        from vitreg.models.loading import load
+
         found: Callable[..., Backbone] = getattr(self.module, "load", load)
         return found
 
     @property
-    def evaluate(self) -> Callable[[Backbone, str | Path, Any], Result]:
+    def evaluate(self) -> "Callable[[Backbone, str | Path, Any], Result]":
         found: Callable[[Backbone, str | Path, Any], Result] = self.module.evaluate
         return found
 
@@ -86,7 +89,7 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def evaluate(task: str, vit: Backbone, data: str | Path, config: Config | None = None) -> Result:
+def evaluate(task: str, vit: "Backbone", data: str | Path, config: "Config | None" = None) -> "Result":
     """Run one task on a model, with whatever fix is applied to it."""
     found = find_task(task)
     return found.evaluate(vit, data, config or found.config())

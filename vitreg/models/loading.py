@@ -25,6 +25,7 @@ from vitreg.errors import (
 from vitreg.models.backbone import Backbone, warn_about, wrap
 from vitreg.models.built import Built
 from vitreg.models.from_transformers import build_hf, build_vlm, processor_of
+from vitreg.models.names import SCHEMES
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.sizes import (
     FALLBACK,
@@ -39,11 +40,6 @@ Tokenize = Callable[[list[str]], Tensor]  # texts -> token ids (texts, length)
 
 
 Builder = Callable[[Pair | None, bool], Built]
-
-
-SCHEMES = (
-    "timm:NAME, timm:hf-hub:ID, hf:ID, open_clip:ARCH/TAG, or a folder in timm's or transformers' format"
-)
 
 
 def load(

@@ -4,11 +4,6 @@ phantom = plant_position_outliers(vit, [(0, 0), (3, 4)])
 find_origin(phantom.vit, images, diagnose(phantom.vit, images))
 """
 
-from vitreg.phantoms.origins import (
-    OriginPhantom,
-    plant_attention_outliers,
-    plant_patch_outliers,
-    plant_position_outliers,
-)
+import lazy_loader
 
-__all__ = ["OriginPhantom", "plant_attention_outliers", "plant_patch_outliers", "plant_position_outliers"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

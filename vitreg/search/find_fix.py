@@ -23,6 +23,7 @@ from vitreg.errors import FixError, ImageError
 from vitreg.fixes import AttentionBias, Fix, PositionRepair, ShiftAverage, TestTimeRegisters
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.models.backbone import Backbone
+from vitreg.search.choices import FixKind, Method
 from vitreg.search.choosing import (
     PROJECTED,
     choose,
@@ -33,14 +34,11 @@ from vitreg.search.choosing import (
     registers_for,
     splitting_for,
 )
-from vitreg.search.neurons import SEARCHED, Method, find_register_neurons
+from vitreg.search.neurons import SEARCHED, find_register_neurons
 from vitreg.search.origin import Origin, find_origin
 from vitreg.verification.verdict import Verdict
 from vitreg.verification.verify import verify
 
-Kind = Literal[
-    "auto", "registers", "splitting", "bias", "shift-average", "positions", "inpainting", "projection"
-]
 # The kinds that edit neurons, or may.
 OF_NEURONS = ("auto", "registers", "splitting", "bias")
 # Rounds of find, fix and find again, for models with several populations of outliers.
@@ -109,7 +107,7 @@ def find_cure(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
     *,
-    kind: Kind = "auto",
+    kind: FixKind = "auto",
     method: Method = "contrast",
     top_k: int | Literal["auto"] = "auto",
     recursive: bool = False,
@@ -186,7 +184,7 @@ def build(
     images: Iterable[Batch] | Iterable[Tensor],
     rounds: Sequence[RegisterNeurons],
     report: Diagnosis,
-    kind: Kind = "auto",
+    kind: FixKind = "auto",
 ) -> tuple[Fix, str]:
     """A fix of the wanted kind, calibrated, and one line that says why it is of this kind.
 

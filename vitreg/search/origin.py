@@ -35,7 +35,7 @@ from vitreg.tracing.early_stop import Enough, run_until
 from vitreg.tracing.removal import Where, entering, mean_over, without_attention, without_mlps
 from vitreg.tracing.trace import token_norms, watch
 
-Kind = Literal["neurons", "position embedding", "attention output", "patch embedding", "unknown"]
+OriginKind = Literal["neurons", "position embedding", "attention output", "patch embedding", "unknown"]
 
 # A branch of a block is a candidate if it adds this share of the excess.
 TRIED = 0.05
@@ -56,7 +56,7 @@ class Candidate(NamedTuple):
     excess it adds at least a quarter.
     """
 
-    kind: Kind
+    kind: OriginKind
     layers: tuple[int, ...]
     adds: float
     left: float
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
 
     @classmethod
     def of(
-        cls, kind: Kind, layers: Sequence[int], adds: Float[Tensor, " k"], without: "_Pass"
+        cls, kind: OriginKind, layers: Sequence[int], adds: Float[Tensor, " k"], without: "_Pass"
     ) -> "Candidate":
         """From its share of each outlier's excess, and the pass without it."""
         explains = (adds >= ADDS) & ~without.left
@@ -89,7 +89,7 @@ class Origin:
     all that were tried. For "unknown" the shares are 0.
     """
 
-    kind: Kind
+    kind: OriginKind
     layers: tuple[int, ...]
     positions: tuple[tuple[int, int], ...]
     removed: float
@@ -198,16 +198,16 @@ def _tried(passes: "_Passes") -> list[Candidate]:
     return tried
 
 
-def _branches(passes: "_Passes") -> dict[Kind, dict[int, Float[Tensor, " k"]]]:
+def _branches(passes: "_Passes") -> dict[OriginKind, dict[int, Float[Tensor, " k"]]]:
     """Per kind and block, the share of each outlier's excess that a branch adds, where it adds enough."""
-    found: dict[Kind, dict[int, Tensor]] = {"neurons": {}, "attention output": {}}
+    found: dict[OriginKind, dict[int, Tensor]] = {"neurons": {}, "attention output": {}}
     plain = passes.plain
     for layer in range(passes.detect + 1):
         block = plain.after(layer) - plain.after(layer - 1)
         if abs(float(block.mean())) < TRIED:
             continue
         mlp = plain.after(layer) - passes.run("neurons", layer).after(layer)
-        branches: list[tuple[Kind, Tensor]] = [("neurons", mlp), ("attention output", block - mlp)]
+        branches: list[tuple[OriginKind, Tensor]] = [("neurons", mlp), ("attention output", block - mlp)]
         for kind, adds in branches:
             if float(adds.mean()) >= TRIED:
                 found[kind][layer] = adds
@@ -247,11 +247,11 @@ class _Passes:
         generator = torch.Generator().manual_seed(seed)
         self._others = [_as_many_others(mask, generator) for mask in self._masks]
         self._excess: dict[int, Tensor] = {}  # per batch, at the detect layer, (k, d)
-        self._done: dict[tuple[Kind, tuple[int, ...], bool], _Pass] = {}
+        self._done: dict[tuple[OriginKind, tuple[int, ...], bool], _Pass] = {}
         self._positions = _Positions(vit, self._batches, torch.cat(self._masks))
         self.plain = self.run("unknown")
 
-    def run(self, kind: Kind, *layers: int, control: bool = False) -> _Pass:
+    def run(self, kind: OriginKind, *layers: int, control: bool = False) -> _Pass:
         """The pass without a candidate ("unknown": nothing), at the outliers or at as many others."""
         if (kind, layers, control) not in self._done:
             batches = range(len(self._batches))
@@ -260,7 +260,7 @@ class _Passes:
         return self._done[kind, layers, control]
 
     def _run(
-        self, index: int, kind: Kind, layers: tuple[int, ...], control: bool
+        self, index: int, kind: OriginKind, layers: tuple[int, ...], control: bool
     ) -> tuple[Float[Tensor, "l k"], Bool[Tensor, " k"]]:
         outliers = self._masks[index]
         at = self._others[index] if control else outliers
@@ -269,7 +269,9 @@ class _Passes:
         excess = self._excess.setdefault(index, levels[-1])  # of the first, plain pass
         return (levels * excess).sum(-1) / excess.square().sum(-1), left
 
-    def _without(self, kind: Kind, layers: tuple[int, ...], where: Where) -> AbstractContextManager[Any]:
+    def _without(
+        self, kind: OriginKind, layers: tuple[int, ...], where: Where
+    ) -> AbstractContextManager[Any]:
         if kind == "neurons":
             return without_mlps(self._vit, layers, where)
         if kind == "attention output":

@@ -1,9 +1,5 @@
-"""Train Vision Transformers with registers: three regimes, registers for a model one has, and the loop.
+"""Train ViTs with registers, from scratch or into a model that exists."""
 
-    from vitreg.training.loop import train
-    from vitreg.training.recipe import find_recipe
+import lazy_loader
 
-    run = train(find_recipe("supervised_small"), "run/")
-
-The loop needs the extra `train`.
-"""
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Does a fix help? Measured against controls; the answer may be no."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,8 +5,6 @@ run_table("test-time-segmentation", Path("/data"), load)
 print(table_text("test-time-segmentation"))
 """
 
-from vitreg.evals.papers.overview import overview, table_text
-from vitreg.evals.papers.running import run_table
-from vitreg.evals.papers.tables import DATA, TABLES, DataSet, Recipe, Row, Table
+import lazy_loader
 
-__all__ = ["DATA", "TABLES", "DataSet", "Recipe", "Row", "Table", "overview", "run_table", "table_text"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

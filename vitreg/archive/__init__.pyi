@@ -1,0 +1,7 @@
+from .manifest import Extraction
+from .run import extract_archive
+
+__all__ = [
+    "Extraction",
+    "extract_archive",
+]

@@ -1,0 +1,8 @@
+from .codec import decode, encode
+from .settings import with_settings
+
+__all__ = [
+    "decode",
+    "encode",
+    "with_settings",
+]

@@ -1,0 +1,15 @@
+from .overview import overview, table_text
+from .running import run_table
+from .tables import DATA, TABLES, DataSet, Recipe, Row, Table
+
+__all__ = [
+    "DATA",
+    "TABLES",
+    "DataSet",
+    "Recipe",
+    "Row",
+    "Table",
+    "overview",
+    "run_table",
+    "table_text",
+]

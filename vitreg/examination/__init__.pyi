@@ -1,0 +1,6 @@
+from .doctor import Examination, doctor
+
+__all__ = [
+    "Examination",
+    "doctor",
+]

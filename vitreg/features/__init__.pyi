@@ -1,0 +1,9 @@
+from .config import Config, default_cache
+from .extraction import Features, extract_features
+
+__all__ = [
+    "Config",
+    "Features",
+    "default_cache",
+    "extract_features",
+]

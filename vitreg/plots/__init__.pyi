@@ -1,0 +1,6 @@
+from .style import house_style, png
+
+__all__ = [
+    "house_style",
+    "png",
+]

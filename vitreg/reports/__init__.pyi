@@ -1,0 +1,7 @@
+from .evaluation import write_evaluation
+from .report import write
+
+__all__ = [
+    "write",
+    "write_evaluation",
+]

@@ -1,0 +1,9 @@
+from .verdict import Control, Measure, Verdict
+from .verify import verify
+
+__all__ = [
+    "Control",
+    "Measure",
+    "Verdict",
+    "verify",
+]
