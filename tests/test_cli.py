@@ -1,6 +1,5 @@
 """The command line: results on stdout, one line and exit code 1 for our own errors, nothing half-written."""
 
-import inspect
 import json
 import logging
 import shutil
@@ -13,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file, save_file
 from test_models import tiny_timm
 from test_phantom import crops

@@ -1,4 +1,4 @@
-"""What a result depends on: digests of values and files, versions of packages."""
+"""Digests of values and files, so that a result can say what it depends on."""
 
 import hashlib
 from collections.abc import Iterable, Mapping

@@ -84,11 +84,14 @@ def extract_archive(
                 show(entry["images"])
     else:  # the driver may have died before it could sum up
         _gather(place)
-    found = Extraction.read(place.url)
-    if not found.images:
-        first = "; ".join(f"{image.path}: {image.reason}" for image in found.failed[:3])
-        raise ImageError(f"none of {len(found.failed)} photos could be read: {first}.")
-    return found
+    return _not_empty(Extraction.read(place.url))
+
+
+def _not_empty(extraction: Extraction) -> Extraction:
+    if not extraction.images:
+        first = "; ".join(f"{image.path}: {image.reason}" for image in extraction.failed[:3])
+        raise ImageError(f"none of {len(extraction.failed)} photos could be read: {first}.")
+    return extraction
 
 
 def _refuse_inside(out: Place, data: Place) -> None:

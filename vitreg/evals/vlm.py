@@ -31,6 +31,7 @@ from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosi
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.features.config import Config
 from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.loading import load_vlm
 from vitreg.models.probe import NO_ATTENTION_SEEN, evaluating
@@ -182,12 +183,8 @@ def _in_text(vlm: Vlm, see: Callable[[AttentionCall], None]) -> Iterator[None]:
         inside = False
 
     hooks = (vlm.model.register_forward_pre_hook(enter), vlm.model.register_forward_hook(leave))
-    try:
-        with intercept(lambda call: None if inside else see(call)):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), intercept(lambda call: None if inside else see(call)):
+        yield
 
 
 def _metrics(seen: Float[Tensor, "b p"], outliers: Bool[Tensor, "b p"]) -> dict[str, Metric]:

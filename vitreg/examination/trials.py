@@ -243,14 +243,11 @@ def _differentiated(vit: Backbone, images: Tensor) -> str:
         return "all weights are frozen"
     stream: list[Tensor] = []
     last = vit.anatomy.block_modules(vit.model)[-1]
-    hook = last.register_forward_hook(lambda m, args, y: stream.append(vit.anatomy.stream.of_output(y)))
-    try:
+    with last.register_forward_hook(lambda m, args, y: stream.append(vit.anatomy.stream.of_output(y))):
         fix = TestTimeRegisters(_strongest(vit, images))
         with evaluating(vit.model), fix.applied_to(vit), torch.enable_grad():
             vit(images)
             found = torch.autograd.grad(stream[-1].float().square().mean(), weights, allow_unused=True)
-    finally:
-        hook.remove()
     reached = [gradient for gradient in found if gradient is not None]
     if not reached:
         raise _Wrong("no gradient reaches a weight")

@@ -24,6 +24,7 @@ from vitreg.fixes.base import Fix, first_patch, uncompiled
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
 from vitreg.hooks.carry import Carry
+from vitreg.hooks.hooked import hooked
 from vitreg.hooks.inside_block import Inside, given_mask, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.hooks.stream import Stream
@@ -279,11 +280,7 @@ def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
         if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     ]
     hooks.append(vit.anatomy.block_modules(vit.model)[0].register_forward_pre_hook(enters, with_kwargs=True))
-    try:
-        with evaluating(vit.model), uncompiled(vit.model):
-            vit(torch.zeros(1, 3, *vit.image_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(vit.model), uncompiled(vit.model):
+        vit(torch.zeros(1, 3, *vit.image_size))
     start = entered[0].data_ptr()
     return next((module for module, output in made if output.data_ptr() == start), None)

@@ -23,6 +23,7 @@ from vitreg.fixes.base import Applied, Fix, first_patch
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner, install
 from vitreg.hooks.carry import Carry
+from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating, first_tensor
 
@@ -104,12 +105,8 @@ def _entrance(vit: Backbone) -> nn.Module:
 
     inner = [module for module in vit.model.modules() if module is not vit.model]
     hooks = [module.register_forward_pre_hook(enters, with_kwargs=True) for module in inner]
-    try:
-        with evaluating(vit.model):
-            vit(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(vit.model):
+        vit(images)
     if not seen:
         raise UnsupportedModelError(
             f"no part of {type(vit.model).__name__} takes (b, 3, h, w) images: it is given patches, or"

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.data.imagenet import WORDNET_ID, wordnet_names
+from vitreg.hooks.hooked import hooked
 from vitreg.hooks.weights import dense_weight
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -108,10 +109,6 @@ def _after_blocks(vit: Backbone) -> tuple[list[nn.Linear], list[nn.Module], Any]
 
     hooks = [module.register_forward_hook(saw) for module in vit.model.modules()]
     hooks.append(vit.anatomy.block_modules(vit.model)[-1].register_forward_hook(left_blocks))
-    try:
-        with evaluating(vit.model):
-            output = vit(torch.zeros(1, 3, *vit.image_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(vit.model):
+        output = vit(torch.zeros(1, 3, *vit.image_size))
     return linears, norms, output

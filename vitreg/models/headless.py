@@ -26,16 +26,15 @@ def run_without_head(last: nn.Module, forward: Forward, images: Tensor) -> None:
         if threading.get_ident() == thread:
             passed.append(True)
 
-    hook = last.register_forward_hook(leave)  # behind the hooks that are there: what they raise counts
-    try:
-        forward(images)
-    except VitregError:
-        raise
-    except Exception:
-        if not passed:
+    # Behind the hooks that are there: what they raise counts.
+    with last.register_forward_hook(leave):
+        try:
+            forward(images)
+        except VitregError:
             raise
-    finally:
-        hook.remove()
+        except Exception:
+            if not passed:
+                raise
 
 
 def without_output(vit: "Backbone") -> str:

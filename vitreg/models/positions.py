@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.hooks.hooked import hooked
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating, first_tensor
@@ -145,11 +146,8 @@ def _before_blocks(
         for name, module in vit.model.named_modules():
             hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
             hooks.append(module.register_forward_hook(leaves(name)))
-        try:
+        with hooked(hooks):
             vit(probes)
-        finally:
-            for hook in hooks:
-                hook.remove()
     return outputs, inputs
 
 

@@ -131,17 +131,15 @@ class Probe:
     def entering(self, forward: Forward, images: Tensor) -> Tensor:
         """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
         streams: list[Tensor] = []
-        hook = self.blocks[0].register_forward_pre_hook(
+        with self.blocks[0].register_forward_pre_hook(
             lambda module, args, kwargs: streams.append(self._place.of_call(args, kwargs)), with_kwargs=True
-        )
-        try:
-            with evaluating(self.model):
-                forward(images)
-        except Exception:
-            if not streams:
-                raise
-        finally:
-            hook.remove()
+        ):
+            try:
+                with evaluating(self.model):
+                    forward(images)
+            except Exception:
+                if not streams:
+                    raise
         return streams[0]
 
     def _noise(self) -> Tensor:

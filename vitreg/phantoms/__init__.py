@@ -1,6 +1,7 @@
-"""Planted artifacts of known origin: a position embedding, an attention output, the patch embedding.
+"""Models with planted artifacts of every kind and origin, whose truth is known.
 
-phantom = plant_position_outliers(vit, [(0, 0), (3, 4)])
+phantom = plant(vit, images, layer=7)                            # register neurons
+phantom = plant_position_outliers(vit, [(0, 0), (3, 4)])         # an outlying position embedding
 find_origin(phantom.vit, images, diagnose(phantom.vit, images))
 """
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.tracing.trace import watch
@@ -56,12 +57,9 @@ class _Projections:
                 hooks.append(module.register_forward_hook(self._saw_linear))
             elif isinstance(module, nn.MultiheadAttention):
                 hooks.append(module.register_forward_pre_hook(self._saw_multihead, with_kwargs=True))
-        try:
+        with hooked(hooks):
             with evaluating(vit.model), watch(vit, on_attention=partial(self._saw_attention, layer)):
                 vit(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _saw_linear(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
         self._candidates.append((module.weight, args[0], output))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.attention import intercept
 from vitreg.hooks.block_edit import bare
+from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.positions import position_parameter
 from vitreg.models.probe import evaluating, first_tensor
@@ -213,14 +214,14 @@ class Writer:
     def given(self, vit: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """What the module gives before anything is added, all tokens that it has, in float32."""
         seen: list[Tensor | None] = []
-        hook = vit.model.get_submodule(self._path).register_forward_hook(
-            lambda module, args, output: seen.append(first_tensor(output)), prepend=True
-        )
-        try:
-            with evaluating(vit.model), bare(vit.model):
-                vit(images)
-        finally:
-            hook.remove()
+        with (
+            vit.model.get_submodule(self._path).register_forward_hook(
+                lambda module, args, output: seen.append(first_tensor(output)), prepend=True
+            ),
+            evaluating(vit.model),
+            bare(vit.model),
+        ):
+            vit(images)
         x = seen[0]
         assert x is not None
         x = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
@@ -265,12 +266,9 @@ def _attention_module(vit: Backbone, layer: int) -> str:
     for module in block.modules():
         handles.append(module.register_forward_pre_hook(lambda m, args: stack.append(names[m])))
         handles.append(module.register_forward_hook(lambda m, args, output: stack.pop() and None))
-    try:
+    with hooked(handles):
         with evaluating(vit.model), bare(vit.model), intercept(lambda call: found.extend(stack[-1:])):
             vit(torch.zeros(1, 3, *vit.image_size))
-    finally:
-        for handle in handles:
-            handle.remove()
     if found[0] == names[block]:
         raise UnsupportedModelError(
             f"block {layer} of {vit.name} computes its attention itself, in no module whose output could be"

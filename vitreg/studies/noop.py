@@ -23,6 +23,7 @@ from vitreg.data.batches import Batch, pixels_of
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError, ImageError
 from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.hooked import hooked
 from vitreg.hooks.weights import dense_weight
 from vitreg.intervals import Estimate
 from vitreg.models.backbone import Backbone
@@ -337,10 +338,6 @@ def _norms_that_made(x: Tensor, vit: Backbone, images: Tensor, layer: int) -> li
         for module in block.modules()
         if isinstance(getattr(module, "weight", None), Tensor) and "norm" in type(module).__name__.lower()
     ]
-    try:
-        with evaluating(vit.model):
-            vit(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(vit.model):
+        vit(images)
     return found

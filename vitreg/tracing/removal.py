@@ -57,11 +57,8 @@ def entering(vit: Backbone, function: Callable[[Tensor], Tensor | None]) -> Iter
 
     stream = vit.anatomy.stream
     block = vit.anatomy.block_modules(vit.model)[0]
-    handle = block.register_forward_pre_hook(_in_this_thread(hook), with_kwargs=True)
-    try:
+    with block.register_forward_pre_hook(_in_this_thread(hook), with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

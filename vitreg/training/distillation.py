@@ -185,9 +185,6 @@ def _last_block(vit: Backbone, pixels: Tensor) -> tuple[Float[Tensor, "b n d"], 
         assert tokens is not None
         seen.append(tokens)
 
-    hook = vit.anatomy.block_modules(vit.model)[-1].register_forward_hook(saw)
-    try:
+    with vit.anatomy.block_modules(vit.model)[-1].register_forward_hook(saw):
         output = vit(pixels)
-    finally:
-        hook.remove()
     return seen[-1], output

@@ -78,11 +78,8 @@ def _entering(vit: Backbone, images: Iterable[Tensor]) -> Float[Tensor, "b n d"]
         assert tokens is not None
         found.append(tokens.float())
 
-    hook = vit.anatomy.block_modules(vit.model)[0].register_forward_pre_hook(enters, with_kwargs=True)
-    try:
+    with vit.anatomy.block_modules(vit.model)[0].register_forward_pre_hook(enters, with_kwargs=True):
         with evaluating(vit.model):
             for batch in images:
                 vit(batch)
-    finally:
-        hook.remove()
     return torch.cat(found)
