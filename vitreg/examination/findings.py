@@ -19,6 +19,7 @@ from vitreg.fixes.base import applied
 from vitreg.hooks.attention import AttentionCall, MultiheadCall, intercept
 from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import Stream
+from vitreg.hooks.torch_internals import has_hooks, is_compiled, pre_hooks
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.version import __version__
@@ -175,7 +176,7 @@ def _kinds_of_module(module: nn.Module) -> Iterator[str]:
         yield f"{library}'s {kind.__name__}"
     elif any("lora" in name.lower() for name, _ in module.named_parameters(recurse=False)):
         yield f"a low-rank path in {kind.__name__}"
-    if hasattr(module, "_orig_mod") or own.get("_compiled_call_impl") is not None:
+    if is_compiled(module):
         yield "compiled by torch.compile"
     if "forward" in own:
         yield "a forward of its own"
@@ -183,9 +184,9 @@ def _kinds_of_module(module: nn.Module) -> Iterator[str]:
         yield f"accelerate's {type(own['_hf_hook']).__name__}"
     if parametrize.is_parametrized(module):
         yield "parametrized"
-    if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+    if any(isinstance(hook, prune.BasePruningMethod) for hook in pre_hooks(module)):
         yield "pruned"
-    elif module._forward_hooks or module._forward_pre_hooks:
+    elif has_hooks(module):
         yield "hooks"
     if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in kind.__mro__):
         yield "sharded by FSDP"

@@ -21,6 +21,7 @@ from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import RegisterEdit, TestTimeRegisters
 from vitreg.hooks.block_edit import edits_of, install, uninstall
 from vitreg.hooks.carry import Carry
+from vitreg.hooks.torch_internals import compiled_model_of
 from vitreg.models.backbone import Backbone
 
 # No name that a library has for its own registers: they would be taken for these.
@@ -57,7 +58,7 @@ def remove_registers(model: nn.Module | Backbone) -> Float[Tensor, "n d"]:
 
     Raises FixError for a model without any, and while a fix is applied, which was put on top of them.
     """
-    module = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model.model
+    module = compiled_model_of(model) if isinstance(model, nn.Module) else model.model
     if not has_added_registers(module):
         raise FixError(f"found no added registers in this {type(module).__name__}: there are none to remove.")
     _refuse_applied(module)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vitreg.errors import FixError
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, inserted_tokens, install, uninstall
+from vitreg.hooks.torch_internals import compiled_model_of, uncompiled
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.fingerprint import Fingerprint
 
@@ -211,21 +212,9 @@ def backbone_of(model: nn.Module | Backbone) -> Backbone:
     """A Backbone around a model, which may already be fixed or compiled."""
     if isinstance(model, Backbone):
         return model
-    original: nn.Module = getattr(model, "_orig_mod", model)
+    original = compiled_model_of(model)
     with uncompiled(original):
         return wrap(original)
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """The model without what `module.compile()` made of its parts, for as long as one looks inside."""
-    name = "_compiled_call_impl"
-    compiled = {module: module.__dict__.pop(name) for module in model.modules() if name in module.__dict__}
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module.__dict__[name] = call
 
 
 def first_patch(vit: Backbone, layer: int) -> int:

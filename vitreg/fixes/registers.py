@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitreg.data.batches import Batch
 from vitreg.errors import FixError
-from vitreg.fixes.base import Fix, first_patch, uncompiled
+from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
 from vitreg.hooks.carry import Carry
@@ -28,6 +28,7 @@ from vitreg.hooks.hooked import hooked
 from vitreg.hooks.inside_block import Inside, given_mask, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.hooks.stream import Stream
+from vitreg.hooks.torch_internals import uncompiled
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 

@@ -24,6 +24,7 @@ from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner, install
 from vitreg.hooks.carry import Carry
 from vitreg.hooks.hooked import hooked
+from vitreg.hooks.torch_internals import forget_output_hooks, is_replica
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating, first_tensor
 
@@ -124,7 +125,7 @@ class _RunViews(BlockEdit):
         self.patch_size, self.padding = vit.anatomy.patch_size, vit.anatomy.padding
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if getattr(block, "_is_replica", False):
+        if is_replica(block):
             raise UnsupportedModelError(
                 "nn.DataParallel replicates the model, and the views would run on the original. Apply"
                 " ShiftAverage to a model of each process (DistributedDataParallel)."
@@ -202,8 +203,7 @@ class _Twin:
                 f"ShiftAverage runs the views through a copy of the model, and {type(vit.model).__name__} has"
                 f" none (it is sharded, say): {error}. Apply another fix."
             ) from error
-        for module in model.modules():
-            module._forward_hooks.clear()
+        forget_output_hooks(model)
         last = vit.anatomy.depth - 1
         twin = vit.with_model(model, vit.name)
         self._forward = twin if vit.anatomy.head_error else twin.forward or model

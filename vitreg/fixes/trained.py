@@ -21,6 +21,7 @@ from vitreg.fixes.base import Applied, Fix, applied, backbone_of
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.hooks.block_edit import BlockEdit
+from vitreg.hooks.torch_internals import compiled_model_of
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
 
@@ -150,8 +151,7 @@ def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _module(model: nn.Module | Backbone) -> nn.Module:
-    found: nn.Module = model.model if isinstance(model, Backbone) else getattr(model, "_orig_mod", model)
-    return found
+    return model.model if isinstance(model, Backbone) else compiled_model_of(model)
 
 
 def _kept(value: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.neuron_edit import recomputing
 from vitreg.hooks.stream import as_given
+from vitreg.hooks.torch_internals import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.hooks.torch_internals import forget_pre_hook, in_backward, pre_hooks
 
 NeuronEdit = Callable[[Float[Tensor, "b n f"]], Float[Tensor, "b n f"]]
 
@@ -89,7 +90,7 @@ def listen(block: nn.Module, down: str) -> nn.Module:
     if _LISTENS in module.__dict__:
         return module
     module.__dict__[_LISTENS] = True
-    if _ask not in module._forward_pre_hooks.values():  # PyTorch's quantisation copies hooks alone
+    if _ask not in pre_hooks(module):  # PyTorch's quantisation copies hooks alone
         module.register_forward_pre_hook(_ask, with_kwargs=True)
     parent = block.get_submodule(down.rpartition(".")[0])
     if parent is not block and not hasattr(parent, _BASE):
@@ -109,9 +110,7 @@ def stop_listening(block: nn.Module) -> None:
     """No module of a block asks for edits any more."""
     for module in block.modules():
         if module.__dict__.pop(_LISTENS, False):
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _ask]:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            forget_pre_hook(module, _ask)
         if _BASE in vars(type(module)):
             module.__class__ = getattr(type(module), _BASE)
 
@@ -147,7 +146,7 @@ def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 
 def recomputing() -> bool:
     """Whether a backward pass is computing this again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 def _refuse_recomputing() -> None:

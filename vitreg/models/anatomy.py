@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.hooks.block_edit import bare
 from vitreg.hooks.stream import Stream
+from vitreg.hooks.torch_internals import is_compiled
 from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
 from vitreg.models.patches import measure_patches
 from vitreg.models.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
@@ -203,8 +204,7 @@ def _count_neurons(down: str, probe: Probe) -> int:
 def refuse_compiled(model: nn.Module) -> None:
     """Raise UnsupportedModelError where torch.compile would run a graph past every hook."""
     for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled:
+        if is_compiled(module):
             raise UnsupportedModelError(
                 f"{name or 'the model'} is compiled with torch.compile, which hides what happens inside."
                 " Give vitreg the model as it was before (compiled._orig_mod) and compile afterwards."

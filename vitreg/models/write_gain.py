@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.block_edit import bare
+from vitreg.hooks.torch_internals import tree_map_only
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 

@@ -57,9 +57,9 @@ class _Projections:
                 hooks.append(module.register_forward_hook(self._saw_linear))
             elif isinstance(module, nn.MultiheadAttention):
                 hooks.append(module.register_forward_pre_hook(self._saw_multihead, with_kwargs=True))
-        with hooked(hooks):
-            with evaluating(vit.model), watch(vit, on_attention=partial(self._saw_attention, layer)):
-                vit(images)
+        seeing = watch(vit, on_attention=partial(self._saw_attention, layer))
+        with hooked(hooks), evaluating(vit.model), seeing:
+            vit(images)
 
     def _saw_linear(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
         self._candidates.append((module.weight, args[0], output))

@@ -266,9 +266,9 @@ def _attention_module(vit: Backbone, layer: int) -> str:
     for module in block.modules():
         handles.append(module.register_forward_pre_hook(lambda m, args: stack.append(names[m])))
         handles.append(module.register_forward_hook(lambda m, args, output: stack.pop() and None))
-    with hooked(handles):
-        with evaluating(vit.model), bare(vit.model), intercept(lambda call: found.extend(stack[-1:])):
-            vit(torch.zeros(1, 3, *vit.image_size))
+    seeing = intercept(lambda call: found.extend(stack[-1:]))
+    with hooked(handles), evaluating(vit.model), bare(vit.model), seeing:
+        vit(torch.zeros(1, 3, *vit.image_size))
     if found[0] == names[block]:
         raise UnsupportedModelError(
             f"block {layer} of {vit.name} computes its attention itself, in no module whose output could be"

@@ -113,9 +113,9 @@ def _shared_parents(one: str, other: str) -> int:
 def mlp_inputs(vit: Backbone, mlp: Mlp, images: Tensor) -> Float[Tensor, "b n d"]:
     """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
     seen: list[Tensor] = []
-    with mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-        with evaluating(vit.model), bare(vit.model):
-            vit(images)
+    seeing = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with seeing, evaluating(vit.model), bare(vit.model):
+        vit(images)
     return vit.anatomy.stream.neurons(seen[0]).float()
 
 

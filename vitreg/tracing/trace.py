@@ -26,6 +26,7 @@ from vitreg.hooks.attention import AttentionCall, intercept
 from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import tensors_in
 from vitreg.hooks.token_order import in_order, shown
+from vitreg.hooks.torch_internals import in_backward
 from vitreg.models.anatomy import Anatomy, TokenLayout, refuse_compiled
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import NO_ATTENTION_SEEN
@@ -117,7 +118,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
 
     def _ours(self) -> bool:
         # No graph task: not inside a backward pass.
-        return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
+        return threading.get_ident() == self._thread and not in_backward()
 
     def _given(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """What the model is given says the grid: images do, and so does a table of grids beside patches.

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.added_registers import has_added_registers, remove_registers
 from vitreg.fixes.base import applied
 from vitreg.fixes.trained import TrainedRegisters
+from vitreg.hooks.torch_internals import compiled_model_of, tree_leaves
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.probe import evaluating
 
@@ -41,7 +41,7 @@ def export(model: nn.Module) -> nn.Module:
     the model's own size only. Raises FixError for a model with another fix, UnsupportedModelError where there
     is no such class, or where its outputs differ on noise (a norm before the blocks changes the registers).
     """
-    original: nn.Module = getattr(model, "_orig_mod", model)
+    original = compiled_model_of(model)
     plain, registers = _taken_apart(original)
     if len(registers):
         registers = registers.to(next(plain.parameters()))

@@ -78,8 +78,8 @@ def _entering(vit: Backbone, images: Iterable[Tensor]) -> Float[Tensor, "b n d"]
         assert tokens is not None
         found.append(tokens.float())
 
-    with vit.anatomy.block_modules(vit.model)[0].register_forward_pre_hook(enters, with_kwargs=True):
-        with evaluating(vit.model):
-            for batch in images:
-                vit(batch)
+    block = vit.anatomy.block_modules(vit.model)[0]
+    with block.register_forward_pre_hook(enters, with_kwargs=True), evaluating(vit.model):
+        for batch in images:
+            vit(batch)
     return torch.cat(found)
