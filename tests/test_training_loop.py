@@ -4,7 +4,6 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import vitreg
 from vitreg.errors import DataError, MissingExtraError, OutputError
 from vitreg.training.log import Log, read_log
 from vitreg.training.loop import Machine, train
-from vitreg.training.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -120,29 +118,6 @@ def test_tensorboard_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"tensorboard is not installed.*vitreg\[train\]"):
         Log(tmp_path, 0, tensorboard=True)
-
-
-def test_the_bar_has_loss_speed_and_the_time_that_is_left_of_this_run(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("rich.console.monotonic", lambda: clock.now)
-    with Progress(True, 100, 200) as bar:
-        for step in range(101, 111):
-            clock.now += 40.0
-            bar.show(step, {"loss": 1.25, "photos_per_second": 33.3})
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "loss 1.250" in shown.err
-    assert "33 photos/s" in shown.err
-    assert "110/200" in shown.err
-    assert "1:00:00" in shown.err  # 90 steps of 40 s
-
-
-def test_no_bar_unless_asked_for(capfd):
-    with Progress(False, 0, 10) as bar:
-        bar.show(1, {"loss": 1.0, "photos_per_second": 1.0})
-    assert capfd.readouterr() == ("", "")
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The driver: it plans, hands out shards to workers, and gathers what they have made."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vitreg.archive.manifest import MANIFEST, Extraction, finished
 from vitreg.archive.plan import Settings, settle
@@ -23,6 +22,7 @@ from vitreg.fixes.base import applied, unfixed
 from vitreg.hooks.block_edit import bare
 from vitreg.models.backbone import Backbone
 from vitreg.provenance import digest
+from vitreg.text import progress_bar
 
 TOKENS = ("cls", "mean", "output", "registers", "patches")
 DTYPES = ("float16", "float32")  # those that Parquet has
@@ -78,10 +78,12 @@ def extract_archive(
         place.remove(f"{TRYING}/{name}")
     if left:
         job = job_of(vit, settings, archive, place)
-        bar = _bar(planned, planned - len(left), progress)
+        before, images, start = planned - len(left), 0, time.perf_counter()
+        bar = progress_bar(progress, planned, before)
         with ray_session(workers), unfixed(vit.model), _gathering(place), bar as show:
-            for entry in run_shards(job, left, workers, device):
-                show(entry["images"])
+            for done, entry in enumerate(run_shards(job, left, workers, device), before + 1):
+                images += entry["images"]
+                show(done, f"shards, {images / (time.perf_counter() - start):.0f} images/s")
     else:  # the driver may have died before it could sum up
         _gather(place)
     return _not_empty(Extraction.read(place.url))
@@ -216,19 +218,3 @@ def _gather(out: Place) -> None:
         out.remove_partial(folder)
     found = Extraction.gather(out, finished(out))
     out.write(MANIFEST, json.dumps(found.to_json(), indent=1).encode())
-
-
-@contextmanager
-def _bar(shards: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function of the images of one more shard."""
-    columns = BarColumn(), MofNCompleteColumn(), "shards", "{task.fields[rate]}", TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=shards, completed=done, rate="")
-        images = 0
-
-        def show(more: int) -> None:
-            nonlocal images
-            images += more
-            bar.update(task, advance=1, rate=f"{images / (bar.tasks[0].elapsed or 1):.0f} images/s")
-
-        yield show

@@ -14,6 +14,7 @@ Of several processes (see ranks.py) each reads every n-th batch; there, bad file
 import contextlib
 import itertools
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -41,6 +40,7 @@ from vitreg.data.shards import shard_members
 from vitreg.distributed import ALONE, Ranks
 from vitreg.errors import ImageError, UnsupportedModelError
 from vitreg.hooks.weights import is_sharded
+from vitreg.text import progress_bar
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
 
@@ -151,12 +151,13 @@ class Images:
 
     def __iter__(self) -> Iterator[Batch]:
         self._failed = []
-        with contextlib.closing(self._outcomes()) as outcomes, _progress_bar(self.progress) as show:
+        with contextlib.closing(self._outcomes()) as outcomes, progress_bar(self.progress) as show:
             read = self._alone(outcomes) if self.ranks.size == 1 else self._together(outcomes)
-            done = 0
+            done, start = 0, time.perf_counter()
             for some, places, done in read:
                 left = self.total and self.total - len(self._failed)
-                show(done, min((n for n in (self.limit, left) if n is not None), default=None))
+                rate = f"{done / (time.perf_counter() - start or 1):.0f}/s"
+                show(done, rate, min((n for n in (self.limit, left) if n is not None), default=None))
                 if some:
                     yield to_batch(some, places)
         if not done:
@@ -318,18 +319,3 @@ def _nothing(failed: list[FailedImage]) -> ImageError:
     first = "; ".join(f"{image.path}: {image.reason}" for image in failed[:3])
     what = f"none of {len(failed)} images could be read: {first}" if failed else "no image found"
     return ImageError(f"{what}. Expected images that Pillow can read (.jpg, .png, .webp, ...).")
-
-
-@contextlib.contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Gives a function of the images done and in all. No thread draws it: workers are forked meanwhile."""
-    columns = BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def show(done: int, total: int | None) -> None:
-            rate = f"{done / (bar.tasks[0].elapsed or 1):.0f}/s"
-            bar.update(task, completed=done, total=total, rate=rate, refresh=True)
-
-        yield show

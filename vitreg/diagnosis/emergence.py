@@ -5,17 +5,14 @@ print(found)                      # one table
 found.figure()                    # outlier fraction by checkpoint and by layer
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vitreg.diagnosis.kinds.locality import Locality
 from vitreg.diagnosis.result import Diagnosis
+from vitreg.text import text_table
 
 
 @dataclass(frozen=True)
@@ -45,27 +42,26 @@ class Emergence:
         return draw(list(zip(self.labels, self.diagnoses, strict=True)))
 
     def __str__(self) -> str:
-        table = Table(box=None, pad_edge=False, header_style="")
-        for heading in ("model", "verdict", "onset", "outliers", "norms", "attention", "locality"):
-            table.add_column(heading, justify="left" if heading in ("model", "verdict") else "right")
-        for label, d in zip(self.labels, self.diagnoses, strict=True):
-            best = d.layers[d.detect_layer]
-            table.add_row(
-                label,
-                d.verdict + (" (a phantom)" if d.planted else ""),
-                "-" if d.onset_layer is None else f"block {d.onset_layer}",
-                f"{d.outlier_fraction:.2%}",
-                f"{best.ratio:.1f}x" if d.has_artifacts else "-",
-                f"{d.attention_to_outliers:.1%}",
-                _locality(d),
-            )
-        text = io.StringIO()
-        Console(file=text, width=120, no_color=True).print(table)
+        heads = ("model", "verdict", "onset", "outliers", "norms", "attention", "locality")
+        table = text_table(list(map(_row, self.labels, self.diagnoses)), heads, left=2, width=120)
         notes = "outliers: share of patch tokens; norms: outliers' median over the others'"
         return (
-            f"{text.getvalue()}{notes}; attention: share on outliers, last block\n"
+            f"{table}\n{notes}; attention: share on outliers, last block\n"
             "locality: how much more patches resemble their neighbours than far ones, last block (1: wholly)"
         )
+
+
+def _row(label: str, d: Diagnosis) -> list[str]:
+    best = d.layers[d.detect_layer]
+    return [
+        label,
+        d.verdict + (" (a phantom)" if d.planted else ""),
+        "-" if d.onset_layer is None else f"block {d.onset_layer}",
+        f"{d.outlier_fraction:.2%}",
+        f"{best.ratio:.1f}x" if d.has_artifacts else "-",
+        f"{d.attention_to_outliers:.1%}",
+        _locality(d),
+    ]
 
 
 def _locality(diagnosis: Diagnosis) -> str:

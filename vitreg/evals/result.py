@@ -20,7 +20,7 @@ from vitreg.fixes.base import Fix, applied
 from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.backbone import Backbone
-from vitreg.text import called
+from vitreg.text import called, text_table
 from vitreg.version import versions
 
 # From means over images (r, k) of what is kept of each to the metric (r,).
@@ -221,5 +221,4 @@ def written(estimate: Estimate | None, form: str) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [f"  {line}" for line in text_table(rows, left=len(rows[0])).splitlines()]

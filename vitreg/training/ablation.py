@@ -7,7 +7,6 @@
 Each run lies in a folder of its own and is resumed, or left as it is, when the same call is made again.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vitreg.config.settings import with_settings
 from vitreg.errors import DataError
@@ -28,6 +25,7 @@ from vitreg.files import check_writable, write_atomically
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.loading import load
 from vitreg.plots.style import png
+from vitreg.text import text_table
 from vitreg.training import checkpoint
 from vitreg.training.cost import CLAIMED, Cost, cost, papers_models, seconds
 from vitreg.training.fabric import Machine, quiet
@@ -116,33 +114,29 @@ class Ablation:
         ]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, no_color=True)
-        console.print(self.about)
-        console.print(self._results())
-        console.print("\nFLOPs of a forward pass, over those without registers")
-        console.print(self._costs())
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
         fewest = self.arms[0].registers
         base = f"\nhere: over those with {fewest} registers" if fewest else ""
         speed = "speed: photos/s of the forward pass, median (best) of rounds in turn"
         return (
-            f"{text}outliers: share of patch tokens; norms: largest over median; attention: share on"
-            f" outliers, last block\n{speed}{base}"
+            f"{self.about}\n{self._results()}\n\nFLOPs of a forward pass, over those without registers\n"
+            f"{self._costs()}\noutliers: share of patch tokens; norms: largest over median;"
+            f" attention: share on outliers, last block\n{speed}{base}"
         )
 
-    def _results(self) -> Table:
+    def _results(self) -> str:
         tasks = {task: next(iter(result.metrics)) for task, result in self.arms[0].results.items()}
-        table = _table(
+        heads = (
             "registers", "outliers", "norms", "attention", *self._metrics(),
             *(f"{task} {metric}" for task, metric in tasks.items()),
             "GFLOPs", "parameters", "photos/s", "speed",
         )  # fmt: skip
+        rows = []
         for arm in self.arms:
             scores = [
                 written(arm.results[task].estimates()[metric], arm.results[task].metrics[metric].format)
                 for task, metric in tasks.items()
             ]
-            table.add_row(
+            row = [
                 str(arm.registers),
                 _number(arm.logged.get("outliers"), ".2f", "%"),
                 _number(arm.logged.get("norm_ratio"), ".1f", "x"),
@@ -153,31 +147,22 @@ class Ablation:
                 f"{arm.cost.parameters:,}",
                 f"{arm.speed.photos_per_second:.0f}",
                 f"{arm.speed.ratio:.3f} ({arm.speed.best_ratio:.3f})",
-            )
-        return table
+            ]
+            rows.append(row)
+        return text_table(rows, heads, width=140)
 
     def _metrics(self) -> list[str]:
         return [name for name in _GLOBAL if any(name in arm.logged for arm in self.arms)]
 
-    def _costs(self) -> Table:
-        table = _table("registers", *(str(arm.registers) for arm in self.arms))
-        for name, shares in self.growth().items():
-            table.add_row(name, *(f"+{share:.2%}" for share in shares))
+    def _costs(self) -> str:
+        rows = [[name, *(f"+{share:.2%}" for share in shares)] for name, shares in self.growth().items()]
         signs = {4: "<", 16: "<="}
         claims = [
             f"{signs[arm.registers]} {CLAIMED[arm.registers]:.0%}" if arm.registers in CLAIMED else ""
             for arm in self.arms
         ]
-        table.add_row("Darcet et al.", *claims)
-        return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    table.add_column(first)
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
+        heads = ["registers", *(str(arm.registers) for arm in self.arms)]
+        return text_table([*rows, ["Darcet et al.", *claims]], heads, width=140)
 
 
 def _number(value: float | None, form: str, unit: str) -> str:

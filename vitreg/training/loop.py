@@ -28,16 +28,19 @@ from torch.utils.data import DataLoader
 from vitreg.config.settings import nearest
 from vitreg.errors import DataError, NonFiniteError, OutputError
 from vitreg.files import check_writable
+from vitreg.text import progress_bar
 from vitreg.training import checkpoint
 from vitreg.training.diagnosis_log import diagnosed
 from vitreg.training.fabric import Fabric, Machine, first, plain_attention, quiet, whole
 from vitreg.training.log import Log, read_log
 from vitreg.training.objective import Objective
-from vitreg.training.progress import Progress
 from vitreg.training.recipe import Recipe
 from vitreg.training.sampler import MicroBatches, Seeded, seed_all
 
 __all__ = ["Machine", "Run", "train"]
+
+# Seconds of which the mean speed tells the time that is left: many steps, also where one takes a minute.
+_PERIOD = 600.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class _Training:
     def run(self) -> Run:
         shown = self.machine.progress and self.fabric.is_global_zero
         # Data workers start within: they leave signals, which may go to all of a job, to this process.
-        with _told_to_end() as told, Progress(shown, self.step, self.recipe.steps) as bar:
+        bar = progress_bar(shown, self.recipe.steps, self.step, elapsed=True, period=_PERIOD)
+        with _told_to_end() as told, bar as show:
             loader = iter(self._loader())
             while self.step < self.recipe.steps:
                 started = time.monotonic()
@@ -127,7 +131,7 @@ class _Training:
                 stop = self._anywhere(bool(told))
                 values["photos_per_second"] = self.recipe.batch_size / (time.monotonic() - started)
                 self._regularly(values, stop)
-                bar.show(self.step, values)
+                show(self.step, f"loss {values['loss']:.3f}  {values['photos_per_second']:.0f} photos/s")
                 if stop:
                     return self._result(stopped=True, interrupted=self._anywhere(signal.SIGINT in told))
             with whole(self.module):

@@ -1,17 +1,13 @@
 """What `vitreg.verify` says: the verdict, its reason and what was measured, as a table, JSON or figure."""
 
-import io
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.fixes.base import Fix
 from vitreg.intervals import Estimate
-from vitreg.text import called
+from vitreg.text import called, text_table
 from vitreg.verification.measures import KINDS
 from vitreg.version import versions
 
@@ -141,15 +137,8 @@ def measure_table(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
 
 
 def _table(verdict: Verdict) -> str:
-    table = Table(box=None, pad_edge=False, header_style="")
     heads, rows = measure_table(verdict)
-    for heading in heads:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=200, no_color=True).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return text_table(rows, heads)
 
 
 def _written(name: str, estimate: Estimate | None) -> str:
