@@ -11,6 +11,7 @@ would be invisible.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -328,3 +329,11 @@ def torchvision_vit() -> nn.Module:
 TORCHVISION = {"torchvision vit": Entry(torchvision_vit, (32, 32), Truth(1, 0, (4, 4), DEPTH, 32, 128, 4))}
 
 CATALOG: dict[str, Entry] = TIMM | TRANSFORMERS | OPEN_CLIP | TORCHVISION
+
+# One of each kind: plain, another library's, rotary, with a positional bias, nn.MultiheadAttention.
+FEW = ["timm vit", "hf dinov2 registers", "timm dinov3", "timm beit", "hf beit", "open_clip vit"]
+
+
+@cache
+def built(name: str) -> vitreg.Backbone:
+    return CATALOG[name].backbone()

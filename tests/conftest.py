@@ -3,8 +3,14 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from checkpoints import tiny_timm
+from voc_files import save_voc
 
 # No test reaches a hub: what is loaded by a hub's name comes from a cache that the test fills.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,3 +58,66 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the real models and photos in {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+# -- the command line, and what it is given: imported when used, after the hook above --------------
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `vitreg ARGS...` in this process: (exit code, stdout, stderr)."""
+    from vitreg.cli.main import main
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vitreg", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny model."""
+    from timm.models._hub import save_for_hf
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes}
+    save_for_hf(tiny_timm(), folder, model_config=config, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three of the bundled photos."""
+    from PIL import Image
+
+    from vitreg.data.images import demo_photos
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in demo_photos()[:3]:
+        Image.open(path).save(folder / path.name)
+    return folder
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Photos of three classes, as the tiny model, which is three-way, knows them."""
+    from vitreg.data.images import demo_photos
+
+    for i, path in enumerate(demo_photos()[:3]):
+        folder = tmp_path / f"data/class-{i}"
+        folder.mkdir(parents=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+
+    return save_voc(tmp_path / "VOC2012")

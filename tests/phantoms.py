@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from catalog import CATALOG
 from torch import Tensor
 
@@ -150,3 +151,11 @@ class Planted:
         found = find_register_neurons(self.vit, self.images, vitreg.diagnose(self.vit, self.images))
         self.register = TestTimeRegisters(found)
         self.splitting = TokenSplitting.calibrate(self.vit, self.images, found)
+
+
+def massive_vector(width: int, generator: torch.Generator) -> Tensor:
+    """A unit vector in one of 32 dimensions: what a row of a random table held there cannot be told."""
+    few = width // 32
+    vector = torch.zeros(width)
+    vector[torch.randperm(width, generator=generator)[:few]] = torch.randn(few, generator=generator)
+    return F.normalize(vector, dim=0)

@@ -7,10 +7,14 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from catalog import CATALOG, randomise, timm_model
 from torch import Tensor, nn
+
+import vitreg
 
 
 class Pair(NamedTuple):
@@ -148,3 +152,20 @@ SIGNATURES = {
         lambda state: state["x"].transpose(0, 1),
     ),
 }  # fmt: skip
+
+
+@cache
+def plain() -> vitreg.Backbone:
+    torch.manual_seed(0)
+    settings = {"depth": 2, "img_size": 32, "num_classes": 5}
+    return vitreg.wrap(randomise(timm_model("vit_small_patch16_224", **settings)()).eval())
+
+
+def sequence_first_clip() -> tuple[vitreg.Backbone, vitreg.Backbone]:
+    """An open_clip tower as it was before 2024, tokens first in all its blocks, and today's."""
+    today = CATALOG["open_clip vit"].backbone()
+    model = copy.deepcopy(today.model)
+    model.transformer.batch_first = False
+    for block in model.transformer.resblocks:
+        block.attn.batch_first = False
+    return vitreg.wrap(model, image_size=today.image_size), today

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from reports import make_report
+from drawn_reports import make_report
 
 import vitreg
 from vitreg.cli import main as cli

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from catalog import CATALOG
-from test_models import tiny_timm
-from test_phantom import crops
+from checkpoints import tiny_timm
+from phantoms import crops
 
 import vitreg
 import vitreg.errors

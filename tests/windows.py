@@ -138,8 +138,8 @@ def use_all(folder: Path, photos: Path) -> dict[str, Any]:
     import timm
     import torch
     from PIL import Image
-    from runs import Hit, Hits, save_classes, tiny
     from torchvision.transforms import ToTensor
+    from training_runs import Hit, Hits, save_classes, tiny
 
     import vitreg
     from vitreg.features.config import Config
