@@ -201,7 +201,7 @@ def fake_load(calls: list[str]) -> Callable[..., vitreg.Backbone]:
 
 def test_a_table_runs_from_the_weights_to_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("vitreg.evals.tasks.load", fake_load(calls))
+    monkeypatch.setattr("vitreg.models.loading.load", fake_load(calls))
     data, cli = segmentation_data(tmp_path / "data"), CliRunner()
     arguments = ["papers", "--run", "test-time-segmentation", "--data", str(data), "--workers", "0"]
 
