@@ -23,18 +23,19 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitreg.archive.manifest import Extraction, finished
-from vitreg.archive.plan import Settings, read_shard, settle
+from vitreg.archive.plan import ArchiveSettings, read_shard, write_or_check_plan
 from vitreg.archive.ray_engine import hand_out, ray_session
 from vitreg.archive.shard_files import Parts
 from vitreg.archive.sources import Archive
 from vitreg.archive.stopwatch import Stopwatch
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.archive.worker import DONE
 
 IMAGES = 10**9
@@ -57,7 +58,7 @@ def written(width: int, patches: int, tokens: str, dtype: torch.dtype, images: i
     rows = {"cls": (width,), "mean": (width,), "registers": (4, width), "patches": (patches, width)}
     grid = (int(patches**0.5), patches // int(patches**0.5))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-        parts = Parts(Place.at(folder), 0, 10**9, grid, Stopwatch(), pool)
+        parts = Parts(Storage.at(folder), 0, 10**9, grid, Stopwatch(), pool)
         Path(folder, "vectors").mkdir()
         Path(folder, "patches").mkdir()
         names = [f"{i:010d}.tar/{i:020d}.jpg" for i in range(images)]
@@ -95,15 +96,16 @@ def compute(sustained: float) -> None:
 
 
 def books(shards: int, images: int) -> None:
-    settings = Settings(
+    settings = ArchiveSettings(
         "m", "w", "none", (224, 224), "float32", "p", {"cls": (1024,)}, "float16", 64, 1024, None
     )
     with tempfile.TemporaryDirectory() as folder:
-        out = Place.at(folder)
+        out = Storage.at(folder)
         out.make(DONE)
-        archive = Archive(Place.at("/archive"), "tar", {f"{i:06d}.tar": 10**9 for i in range(shards)})
-        print(f"{shards:,} tar shards: plan written in {timed(lambda: settle(out, settings, archive)):.1f} s")
-        print(f"  checked again at a restart in {timed(lambda: settle(out, settings, archive)):.1f} s")
+        archive = Archive(Storage.at("/archive"), "tar", {f"{i:06d}.tar": 10**9 for i in range(shards)})
+        plan = partial(write_or_check_plan, out, settings, archive)
+        print(f"{shards:,} tar shards: plan written in {timed(plan):.1f} s")
+        print(f"  checked again at a restart in {timed(plan):.1f} s")
         print(f"  one worker finds its shard in {timed(lambda: read_shard(out, shards // 2)) * 1e3:.0f} ms")
         files = [
             {"file": f"vectors/000000-{part:03d}.parquet", "rows": 1024, "bytes": 2 << 20}

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import vitreg
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.listing import photos_in
-from vitreg.data.spread import spread
 from vitreg.evals import Result, differences
 from vitreg.evals.discovery import DiscoveryConfig
 from vitreg.evals.discovery import evaluate as discover
@@ -31,7 +31,7 @@ Versions = dict[str, tuple[vitreg.Backbone, Fix | None]]
 def versions(vit: vitreg.Backbone, photos: Path, layer: int, rate: float, norm: float) -> Versions:
     """The model as it was, planted, and planted with each fix; the neurons are found, not told."""
     paths = photos_in(photos)
-    some = [paths[i] for i in spread(len(paths), PLANTED_ON)]
+    some = [paths[i] for i in evenly_spaced(len(paths), PLANTED_ON)]
     images = [batch.pixels for batch in vitreg.read_images(some, vit, batch_size=50)]
     phantom = vitreg.plant(vit, images, layer, rate=rate, norm=norm)
     neurons = vitreg.find_register_neurons(phantom.vit, images, vitreg.diagnose(phantom.vit, images))

@@ -25,7 +25,7 @@ from rich.table import Table
 import vitreg
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.models.probe import evaluating
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 LAYERS = {12: 1, 13: 1, 14: 8, 15: 9, 16: 9, 17: 17}
 FORKED = 0.02

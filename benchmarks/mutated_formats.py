@@ -22,7 +22,7 @@ from vitreg.data.datasets import boxes, classes, depth_pairs, foreground, masks
 from vitreg.data.images import read_images
 from vitreg.data.listing import FailedImage, photos_in, printable
 from vitreg.errors import VitregError
-from vitreg.training.data import Photos
+from vitreg.training.data import TrainingPhotos
 from vitreg.training.pairs import ImageTextShards
 
 HEIGHT, WIDTH = 6, 8
@@ -132,7 +132,7 @@ class Training(Folder):
 
     def read(self, root: Path) -> Account:
         paths = photos_in(root)
-        data = Photos(paths, small)
+        data = TrainingPhotos(paths, small)
         for i in range(len(data)):
             data[i]  # a damaged one is replaced, and named in a warning
         return Account(read=list(map(str, paths)), roots=[root])

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 import vitreg
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.listing import photos_in
-from vitreg.data.spread import spread
 from vitreg.evals import Metric, position, reconstruction
 from vitreg.evals.probes import PatchConfig, drawn_patches
 from vitreg.evals.result import written
 from vitreg.fixes import Fix, TestTimeRegisters, TokenSplitting
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 PLANTED_ON = 100  # photos; also what the fixes are made from
 
@@ -34,7 +34,7 @@ PLANTED_ON = 100  # photos; also what the fixes are made from
 def planted(vit: vitreg.Backbone, photos: Path, layer: int) -> tuple[vitreg.Backbone, dict[str, Fix]]:
     """A phantom, and its fixes."""
     paths = photos_in(photos)
-    some = [paths[i] for i in spread(len(paths), PLANTED_ON)]
+    some = [paths[i] for i in evenly_spaced(len(paths), PLANTED_ON)]
     images = [batch.pixels for batch in vitreg.read_images(some, vit, batch_size=50)]
     phantom = vitreg.plant(vit, images, layer).vit
     neurons = find_register_neurons(phantom, images, vitreg.diagnose(phantom, images))

@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 
 import vitreg
-from vitreg.fixes.calibration import mean_outliers, measure_marks
-from vitreg.verification.measures import KINDS
+from vitreg.fixes.calibration import calibrate_thresholds, mean_outliers
+from vitreg.verification.measures import MEASURES
 from vitreg.verification.resampling import Resampled
-from vitreg.verification.verify import Measured
+from vitreg.verification.verify import VersionMeasures
 
 HEADER = """# What a test-time register can do, and what splitting does
 
@@ -28,7 +28,7 @@ Every row is one way to fix a model that pays for a register. Made by `benchmark
 first lines say what the columns are); neurons and all that is calibrated come from 64 photos without labels.
 
 """
-MEASURES = ["agreement", "logit_change", "largest_norm_of_all", "attention", "likeness"]
+SHOWN = ["agreement", "logit_change", "largest_norm_of_all", "attention", "likeness"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
 def rows(vit: vitreg.Backbone, photos: list, neurons: vitreg.RegisterNeurons) -> list[Row]:
     """The study: what is inserted, when, holding what, and which neurons are moved."""
     registers = vitreg.TestTimeRegisters
-    fed, _ = measure_marks(vit, photos, neurons)
+    fed, _ = calibrate_thresholds(vit, photos, neurons)
     first = min(fed.by_layer)
     own = min(neurons.by_layer)
     at_own = {"initial": mean_outliers(vit, photos, neurons, own, 4)}
@@ -94,17 +94,17 @@ def study(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[st
     say(f"neurons {neurons.by_layer}, {len(ways)} ways, {sum(report.images for report in reports)} photos")
     results = []
     for folder, report in zip(folders, reports, strict=True):
-        measured = Measured(vit, report, labels=True, images=1)
+        measured = VersionMeasures(vit, report, labels=True, images=1)
         for batch in folder:
             measured.add(batch, {row.name: row.fix for row in ways})
             say(f"{measured.images} of {report.images} photos")
         results.append(Resampled(measured.numbers()))
     headings = ["", *(f"top-1, {Path(folder).name}" for folder in args.photos)]
-    headings += [KINDS[name].label.strip() for name in MEASURES]
+    headings += [MEASURES[name].label.strip() for name in SHOWN]
     lines = []
     for version in ("unfixed", *(row.name for row in ways)):
         cells = [_written(result, version, "top1") for result in results]
-        lines.append([version, *cells, *(_written(results[0], version, name) for name in MEASURES)])
+        lines.append([version, *cells, *(_written(results[0], version, name) for name in SHOWN)])
     return headings, lines
 
 
@@ -115,7 +115,9 @@ def every(folder: str, step: int) -> list[str]:
 
 def _written(result: Resampled, version: str, name: str) -> str:
     estimate = result.value(version, name)
-    return "-" if estimate is None else f"{estimate.value:{'.1%' if name == 'top1' else KINDS[name].format}}"
+    return (
+        "-" if estimate is None else f"{estimate.value:{'.1%' if name == 'top1' else MEASURES[name].format}}"
+    )
 
 
 def main() -> None:

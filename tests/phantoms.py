@@ -21,7 +21,7 @@ import vitreg
 from vitreg.data.images import demo_photos
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.phantoms.phantom import Activation
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 ARCHITECTURES = [
     "timm vit",

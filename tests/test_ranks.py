@@ -20,10 +20,10 @@ import vitreg
 from vitreg.data.first_images import First, first_images
 from vitreg.data.images import Images, read_images
 from vitreg.diagnosis.diagnose import diagnose
-from vitreg.distributed import ALONE, Ranks, joined
+from vitreg.distributed import ALONE, Ranks, process_group
 from vitreg.errors import DataError, ImageError, RankError
 from vitreg.features import Config, extract_features
-from vitreg.search.find_fix import find_cure
+from vitreg.search.find_fix import find_fix
 from vitreg.verification.verify import verify
 
 
@@ -194,7 +194,7 @@ def test_one_set_of_examples(planted: Planted, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["auto", "registers", "splitting", "bias"])
 def test_one_fix(planted: Planted, folder: Path, kind: Any) -> None:
-    run = found_by(planted, folder, lambda vit, photos: find_cure(vit, photos, kind=kind))
+    run = found_by(planted, folder, lambda vit, photos: find_fix(vit, photos, kind=kind))
     whole = run(ALONE)
     assert whole["neurons"]
     for found in of_each(2, run):
@@ -264,7 +264,7 @@ def test_one_that_fails_takes_the_others_along(folder: Path, planted: Planted) -
 
 def test_without_torchrun_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined() as ranks:
+    with process_group() as ranks:
         assert ranks is ALONE
     assert ranks.first
     assert ranks.gather(3) == [3]

@@ -158,7 +158,7 @@ def use_all(folder: Path, photos: Path) -> dict[str, Any]:
     done: dict[str, Any] = {"images": vitreg.diagnose(vit, batches).images, "failed": images.failed}
     phantom = vitreg.plant(vit, [batch.pixels for batch in batches], 1, rate=0.06)
     report = vitreg.diagnose(phantom.vit, batches)
-    cure = vitreg.find_cure(phantom.vit, batches, report=report, kind="registers")
+    cure = vitreg.find_fix(phantom.vit, batches, report=report, kind="registers")
     for _ in range(2):  # the second replaces the first
         cure.save(folder / "fix")
         done["fix"] = vitreg.load_fix(folder / "fix").type

@@ -46,9 +46,9 @@ from .models.backbone import Backbone, wrap
 from .models.loading import load
 from .phantoms.example import example
 from .phantoms.phantom import Phantom, plant
-from .search.find_fix import Cure, find_cure
-from .search.neurons import find_register_neurons
+from .search.find_fix import FixSearch, find_fix
 from .search.origin import Origin, find_origin
+from .search.register_neurons import find_register_neurons
 from .studies.noop import NoopTest, noop_test
 from .studies.register_maps import RegisterStudy, what_registers_learn
 from .tracing.trace import trace, watch
@@ -64,7 +64,6 @@ __all__ = [
     "AttentionBias",
     "Backbone",
     "Batch",
-    "Cure",
     "DataError",
     "Diagnosis",
     "Emergence",
@@ -72,6 +71,7 @@ __all__ = [
     "Extraction",
     "Fix",
     "FixError",
+    "FixSearch",
     "FixWarning",
     "Fork",
     "ImageError",
@@ -108,7 +108,7 @@ __all__ = [
     "example",
     "export",
     "extract_archive",
-    "find_cure",
+    "find_fix",
     "find_origin",
     "find_register_neurons",
     "load",

@@ -16,7 +16,7 @@ import vitreg
 from vitreg.data.images import demo_photos
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.files import write_atomically
-from vitreg.phantoms.example import HELD_OUT, Measured, example, measure, scenes
+from vitreg.phantoms.example import HELD_OUT, ExampleMeasures, example, measure, scenes
 from vitreg.phantoms.phantom import Phantom, plant
 
 REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -25,12 +25,12 @@ PHOTOS, MEASURED = 64, 256  # that are diagnosed; that top-1 and attention are m
 
 
 @dataclass(frozen=True)
-class Version:
+class DemoVersion:
     """A model as a column of the table: its diagnosis, and what it does on held-out photos, if known."""
 
     name: str
     report: Diagnosis
-    measured: Measured | None = None
+    measured: ExampleMeasures | None = None
 
 
 def run(out: Path) -> None:
@@ -46,12 +46,12 @@ def run(out: Path) -> None:
         f"So {len(phantom.neurons)} register neurons were planted in block {LAYER} of a copy, a phantom with"
         f" known truth.\n{truth(phantom, report, photos)}"
     )
-    cure = vitreg.find_cure(phantom.vit, photos, report=report)
+    cure = vitreg.find_fix(phantom.vit, photos, report=report)
     _tell(console, phantom, report, cure)
     held_out = scenes(MEASURED, HELD_OUT)
     versions = [
-        Version("as trained", clean, measure(vit, held_out)),
-        Version("phantom", report, measure(phantom.vit, held_out)),
+        DemoVersion("as trained", clean, measure(vit, held_out)),
+        DemoVersion("phantom", report, measure(phantom.vit, held_out)),
         *_fixed(phantom.vit, cure, lambda: measure(phantom.vit, held_out)),
     ]
     console.print(table(versions))
@@ -80,24 +80,24 @@ def run_real(out: Path, images: str | None = None, model: str = REAL) -> None:
     photos = vitreg.read_images(demo_photos() if images is None else images, vit)
     report = vitreg.diagnose(vit, photos)
     console.print(f"{report}\n", highlight=False)
-    cure = vitreg.find_cure(vit, photos, report=report)
+    cure = vitreg.find_fix(vit, photos, report=report)
     console.print(f"{cure}\n", highlight=False)
-    versions = [Version("as published", report), *_fixed(vit, cure)]
+    versions = [DemoVersion("as published", report), *_fixed(vit, cure)]
     console.print(table(versions))
     _write(console, out, versions, cure, vit)
 
 
 def _fixed(
-    vit: vitreg.Backbone, cure: vitreg.Cure, measured: Callable[[], Measured] | None = None
-) -> list[Version]:
+    vit: vitreg.Backbone, cure: vitreg.FixSearch, measured: Callable[[], ExampleMeasures] | None = None
+) -> list[DemoVersion]:
     """The version with the fix, if there is one."""
     if cure.fix is None or cure.verdict.after is None:
         return []
     with cure.fix.applied_to(vit):
-        return [Version("fixed", cure.verdict.after, measured() if measured else None)]
+        return [DemoVersion("fixed", cure.verdict.after, measured() if measured else None)]
 
 
-def _tell(console: Console, phantom: Phantom, report: Diagnosis, cure: vitreg.Cure) -> None:
+def _tell(console: Console, phantom: Phantom, report: Diagnosis, cure: vitreg.FixSearch) -> None:
     """What was found and done, against what was planted."""
     if cure.fix is None:
         return
@@ -121,12 +121,12 @@ def truth(phantom: Phantom, report: Diagnosis, photos: vitreg.Images) -> str:
     )
 
 
-def table(versions: Sequence[Version]) -> Table:
+def table(versions: Sequence[DemoVersion]) -> Table:
     """A column for each version of the model."""
     found = Table(box=None, header_style="bold")
     for heading in ("", *(version.name for version in versions)):
         found.add_column(heading, justify="right" if heading else "left")
-    rows: dict[str, Callable[[Version], str]] = {
+    rows: dict[str, Callable[[DemoVersion], str]] = {
         "verdict": lambda v: v.report.verdict,
         "outlier patches": lambda v: f"{v.report.outlier_fraction:.2%}",
         "largest norm / median": lambda v: f"{max(x.max_norm / x.median_norm for x in v.report.layers):.1f}x",
@@ -147,8 +147,8 @@ def table(versions: Sequence[Version]) -> Table:
 def _write(
     console: Console,
     out: Path,
-    versions: Sequence[Version],
-    cure: vitreg.Cure,
+    versions: Sequence[DemoVersion],
+    cure: vitreg.FixSearch,
     vit: vitreg.Backbone,
 ) -> None:
     """The fix, the report on the model before and after it, and a picture of both.

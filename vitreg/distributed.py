@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -m vitreg diagnose MODEL photos/
 
-    with joined() as ranks:                                  # of torchrun; or ALONE, without it
+    with process_group() as ranks:                           # of torchrun; or ALONE, without it
         photos = read_images("photos/", vit, ranks=ranks)
         report = diagnose(vit, photos)                       # the same on every rank
 
@@ -71,7 +71,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """This process as one of those that torchrun started, by gloo: what is put together is small.
 
     All but the first are silent meanwhile. If one fails, it alone tells why; the others leave with exit

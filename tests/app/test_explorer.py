@@ -18,7 +18,7 @@ from vitreg.app import explorer_of, shown
 from vitreg.app.explorer import AS_IT_IS, Explorer
 from vitreg.app.view import MEAN, SHIFT, View
 from vitreg.data.images import demo_photos
-from vitreg.diagnosis.one_image import look
+from vitreg.diagnosis.one_image import inspect_image
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def test_a_look_with_a_fix_is_one_while_it_is_applied_and_leaves_no_trace(explor
     assert explorer.fixed is not None
     before = {k: v.clone() for k, v in explorer.vit.model.state_dict().items()}
     with explorer.fixed.fix.applied_to(explorer.vit):
-        expected = look(explorer.vit, photo.pixels).norms
+        expected = inspect_image(explorer.vit, photo.pixels).norms
     assert np.array_equal(explorer.look(photo, explorer.fixed).norms, expected)
-    assert np.array_equal(explorer.look(photo).norms, look(explorer.vit, photo.pixels).norms)
+    assert np.array_equal(explorer.look(photo).norms, inspect_image(explorer.vit, photo.pixels).norms)
     assert not np.array_equal(explorer.look(photo).norms, expected)
     assert vitreg.applied(explorer.vit.model) == []
     assert all(torch.equal(before[k], v) for k, v in explorer.vit.model.state_dict().items())
@@ -94,7 +94,7 @@ def test_many_threads_each_get_their_own(explorer: Explorer, monkeypatch: pytest
     for version in versions:
         for photo in explorer.gallery[:4]:
             with version.fix.applied_to(explorer.vit) if version.fix else torch.no_grad():
-                expected[version.key, photo.key] = look(explorer.vit, photo.pixels).norms
+                expected[version.key, photo.key] = inspect_image(explorer.vit, photo.pixels).norms
     monkeypatch.setattr("vitreg.app.explorer.KEPT", 1)  # so that nearly every look is computed
 
     def user(number: int) -> None:
@@ -293,7 +293,7 @@ def test_attention_on_outliers_is_that_of_the_maps(explorer: Explorer) -> None:
 def test_each_token_looks_for_itself(explorer: Explorer) -> None:
     photo = explorer.gallery[0]
     for query in ("CLS", (0, 1), (2, 3)):
-        expected = look(explorer.vit, photo.pixels, query=query).attention
+        expected = inspect_image(explorer.vit, photo.pixels, query=query).attention
         assert np.array_equal(explorer.attention(photo, query).maps, expected.maps)
 
 

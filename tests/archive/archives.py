@@ -13,13 +13,13 @@ from checkpoints import tiny_timm
 from PIL import Image
 
 import vitreg
-from vitreg.archive.plan import settle
+from vitreg.archive.plan import write_or_check_plan
 from vitreg.archive.run import features_of, job_of, settings_of
 from vitreg.archive.shard_files import PATCHES, VECTORS
 from vitreg.archive.sources import find_archive
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.archive.worker import DONE, TRYING, ShardWorker
-from vitreg.fixes.base import unfixed
+from vitreg.fixes.base import without_fixes
 
 BAD = {"empty.jpg": b"", "text.jpg": b"this is no photo"}
 
@@ -67,13 +67,13 @@ def tiny(**sizes: int) -> vitreg.Backbone:
 def worker(vit: vitreg.Backbone, data: Path | str, out: Path, **changes: Any) -> ShardWorker:
     """A worker with its plan written, and a copy of the model: what Ray does, without Ray."""
     features = features_of(vit, changes.pop("tokens", None), changes.pop("layers", None))
-    place, archive = Place.at(out), find_archive(str(data))
+    place, archive = Storage.at(out), find_archive(str(data))
     options = {"dtype": "float32", "batch_size": 4, "shard_images": 10, "column": None, **changes}
     settings = settings_of(vit, features, **options)
     place.make(DONE, TRYING, VECTORS, PATCHES)
-    settle(place, settings, archive)
+    write_or_check_plan(place, settings, archive)
     job = job_of(vit, settings, archive, place)
-    with unfixed(vit.model):
+    with without_fixes(vit.model):
         return ShardWorker(pickle.loads(pickle.dumps(job)))
 
 

@@ -9,13 +9,13 @@ from archives import photos, png, tiny, worker
 import vitreg
 from vitreg.archive.plan import read_shard
 from vitreg.archive.run import features_of
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.errors import ArchiveError, DataError, UnsupportedModelError
 
 
 def test_a_shard_is_found_behind_the_first_group(tmp_path):
     worker(tiny(), photos(tmp_path / "in", 70), tmp_path / "out", shard_images=1)
-    place = Place.at(tmp_path / "out")
+    place = Storage.at(tmp_path / "out")
     for index in (0, 63, 64, 69):
         shard = read_shard(place, index)
         assert (shard.index, len(shard.files)) == (index, 1)

@@ -9,7 +9,7 @@ import pytest
 from archives import BAD, parquet, photos, png, tar
 
 from vitreg.archive.sources import Shard, find_archive, image_column, items
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.data.listing import FailedImage
 from vitreg.errors import DataError, OutputError
 
@@ -148,11 +148,11 @@ def test_a_remote_place_without_its_driver_names_the_package(monkeypatch):
 
 def test_an_unknown_protocol():
     with pytest.raises(DataError, match=r"nosuch://x cannot be reached: .*nosuch.*Expected a path or a URL"):
-        Place.at("nosuch://x")
+        Storage.at("nosuch://x")
 
 
 def test_a_place_is_written_whole_or_not_at_all(tmp_path):
-    place = Place.at(tmp_path / "out")
+    place = Storage.at(tmp_path / "out")
     place.make("done")
     place.write("done/1.json", b"{}")
     assert place.names("done") == ["1.json"]
@@ -165,11 +165,11 @@ def test_a_place_is_written_whole_or_not_at_all(tmp_path):
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*file/out: .*Choose another place"):
-        Place.at(tmp_path / "file/out").make("done")
+        Storage.at(tmp_path / "file/out").make("done")
 
 
 def test_many_files_of_a_remote_place_come_in_order():
-    place = Place.at("memory://many")
+    place = Storage.at("memory://many")
     for number in range(7):
         place.write(f"{number}", str(number).encode())
     assert list(place.read_all([f"{n}" for n in (3, 1, 6, 0, 2)], at_once=2)) == [

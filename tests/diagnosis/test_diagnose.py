@@ -9,7 +9,7 @@ from catalog import CATALOG, images
 from checkpoints import tiny_timm
 
 import vitreg
-from vitreg.diagnosis.result import describe_places
+from vitreg.diagnosis.result import describe_positions
 
 
 def spiked(tokens: list[int], layer: int = 1, size: float = 500.0, name: str = "timm vit") -> vitreg.Backbone:
@@ -137,10 +137,10 @@ def test_overflow_names_the_block_and_the_way_out():
 
 
 def test_places_in_words():
-    assert describe_places([[0.0, 0.2], [0.1, 0.0]]).startswith(
+    assert describe_positions([[0.0, 0.2], [0.1, 0.0]]).startswith(
         "no fixed places (most often row 0, column 1: 20%"
     )
-    assert "(1, 0)" in describe_places([[0.0, 0.2], [0.9, 0.0]])
+    assert "(1, 0)" in describe_positions([[0.0, 0.2], [0.9, 0.0]])
 
 
 def test_emergence_over_checkpoints():

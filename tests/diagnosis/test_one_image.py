@@ -7,7 +7,7 @@ from catalog import CATALOG, images
 
 import vitreg
 from vitreg import NonFiniteError
-from vitreg.diagnosis.one_image import look, queries
+from vitreg.diagnosis.one_image import inspect_image, queries
 from vitreg.models.head import class_names
 from vitreg.models.probe import evaluating
 
@@ -23,9 +23,9 @@ def test_norms_and_attention_are_those_of_a_trace(name: str) -> None:
     with evaluating(vit.model), vitreg.trace(vit, attention=rows) as t:
         vit(pixels)
     expected = t.norms[:, 0, layout.patch_slice]
-    assert np.allclose(look(vit, pixels).norms.reshape(expected.shape), expected, rtol=1e-5)
+    assert np.allclose(inspect_image(vit, pixels).norms.reshape(expected.shape), expected, rtol=1e-5)
     row, column = layout.grid[0] - 1, 2
-    seen = look(vit, pixels, query=(row, column)).attention
+    seen = inspect_image(vit, pixels, query=(row, column)).attention
     expected = t.attention[:, 0, :, row * layout.grid[1] + column, layout.patch_slice]
     assert np.allclose(seen.to_patches, expected.sum(-1), atol=1e-6)
     maps = (expected / expected.sum(-1, keepdim=True)).unflatten(-1, layout.grid)
@@ -42,18 +42,20 @@ def test_special_tokens_look_too() -> None:
         with evaluating(vit.model), vitreg.trace(vit, attention=rows) as t:
             vit(pixels)
         expected = t.attention[:, 0, :, index, vit.layout.patch_slice]
-        assert np.allclose(look(vit, pixels, query=query).attention.to_patches, expected.sum(-1), atol=1e-6)
+        assert np.allclose(
+            inspect_image(vit, pixels, query=query).attention.to_patches, expected.sum(-1), atol=1e-6
+        )
 
 
 def test_without_cls_evenly_spread_patches_look() -> None:
     vit = CATALOG["timm siglip"].backbone()
     assert queries(vit) == ["patches"]
     pixels = images(vit, 1)
-    shares = look(vit, pixels, query="patches").attention.of(2)
+    shares = inspect_image(vit, pixels, query="patches").attention.of(2)
     report = vitreg.diagnose(vit, [pixels], examples=1)
     assert np.allclose(shares, report.examples[0].attention[2], atol=1e-5)
     with pytest.raises(ValueError, match="no token 'CLS'"):
-        look(vit, pixels, query="CLS")
+        inspect_image(vit, pixels, query="CLS")
 
 
 def test_a_fixs_register_looks_from_the_block_where_it_enters() -> None:
@@ -62,19 +64,19 @@ def test_a_fixs_register_looks_from_the_block_where_it_enters() -> None:
     fix = vitreg.TestTimeRegisters({2: [5]}, registers=2, entry=1)
     assert queries(vit, 2) == ["CLS", "register 0", "register 1"]
     with fix.applied_to(vit):
-        seen = look(vit, pixels, query="register 1").attention
+        seen = inspect_image(vit, pixels, query="register 1").attention
     assert np.array_equal(seen.to_patches[0], np.zeros_like(seen.to_patches[0]))
     assert (seen.to_patches[1:] > 0).all()
     assert np.allclose(seen.maps[1:].sum((2, 3)), 1, atol=1e-5)
     with pytest.raises(ValueError, match="no token 'register 1'"):
-        look(vit, pixels, query="register 1")
+        inspect_image(vit, pixels, query="register 1")
 
 
 @pytest.mark.parametrize("query", ["cls", "register", "register -1", "register x", ""])
 def test_a_token_that_makes_no_sense_is_refused(query: str) -> None:
     vit = CATALOG["timm vit"].backbone()
     with pytest.raises(ValueError, match="expected 'CLS', 'patches', 'register K'"):
-        look(vit, images(vit, 1), query=query)
+        inspect_image(vit, images(vit, 1), query=query)
 
 
 @pytest.mark.parametrize("place", [(-1, 0), (0, 5), (4, 0)])
@@ -82,7 +84,7 @@ def test_a_patch_outside_of_the_grid_is_refused(place: tuple[int, int]) -> None:
     vit = CATALOG["timm vit"].backbone()
     assert vit.layout.grid == (4, 5)
     with pytest.raises(ValueError, match="no token"):
-        look(vit, images(vit, 1), query=place)
+        inspect_image(vit, images(vit, 1), query=place)
 
 
 def test_a_neuron_is_that_of_a_trace() -> None:
@@ -90,13 +92,13 @@ def test_a_neuron_is_that_of_a_trace() -> None:
     pixels = images(vit, 1)
     with evaluating(vit.model), vitreg.trace(vit, neurons=True, layers=[1]) as t:
         vit(pixels)
-    seen = look(vit, pixels, neurons=[(1, 7), (0, 3), (1, 9)]).activations
+    seen = inspect_image(vit, pixels, neurons=[(1, 7), (0, 3), (1, 9)]).activations
     assert list(seen) == [(0, 3), (1, 7), (1, 9)]
     for index in (7, 9):
         expected = t.neurons[0, 0, vit.layout.patch_slice, index].unflatten(0, vit.layout.grid)
         assert np.array_equal(seen[1, index], expected)
     with pytest.raises(ValueError, match=r"block 1, neuron 128: .* neurons 0 to 127"):
-        look(vit, pixels, neurons=[(1, 128)])
+        inspect_image(vit, pixels, neurons=[(1, 128)])
 
 
 def test_the_likeliest_classes_have_the_heads_names() -> None:
@@ -104,7 +106,7 @@ def test_the_likeliest_classes_have_the_heads_names() -> None:
     names = class_names(vit)
     assert names[:3] == ["crescent", "cross", "disc"]
     batch = next(iter(vitreg.read_images([scene.photo for scene in scenes], vit)))
-    found = [look(vit, pixels[None]).likeliest(names, 2) for pixels in batch.pixels]
+    found = [inspect_image(vit, pixels[None]).likeliest(names, 2) for pixels in batch.pixels]
     with torch.no_grad():
         chances, classes = vit(batch.pixels).softmax(-1).topk(2)
     assert [[names.index(name) for name, _ in best] for best in found] == classes.tolist()
@@ -115,7 +117,7 @@ def test_the_likeliest_classes_have_the_heads_names() -> None:
 def test_a_model_without_a_head_predicts_nothing() -> None:
     vit = CATALOG["hf dinov2 registers"].backbone()
     assert class_names(vit) == []
-    assert look(vit, images(vit, 1)).likeliest([]) == []
+    assert inspect_image(vit, images(vit, 1)).likeliest([]) == []
 
 
 def test_nan_is_an_error_that_says_so() -> None:
@@ -123,4 +125,4 @@ def test_nan_is_an_error_that_says_so() -> None:
     with torch.no_grad():
         vit.anatomy.down_projections(vit.model)[1].weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
-        look(vit, images(vit, 1))
+        inspect_image(vit, images(vit, 1))

@@ -19,7 +19,7 @@ import vitreg
 from vitreg.data.datasets.boxes import boxed_photos
 from vitreg.data.images import Preprocess
 from vitreg.errors import DataError, NonFiniteError, UnsupportedModelError
-from vitreg.evals.discovery import DiscoveryConfig, Scene, evaluate, locate, prepared, scenes_of
+from vitreg.evals.discovery import BoxedScene, DiscoveryConfig, evaluate, locate, prepared, scenes_of
 from vitreg.evals.lost import Found, lost
 from vitreg.evals.tokencut import tokencut
 from vitreg.features.any_size import at_any_size
@@ -94,7 +94,7 @@ class Real:
     vit: vitreg.Backbone
     data: Path
     cache: Path
-    scenes: list[Scene]
+    scenes: list[BoxedScene]
     features: list[Tensor]
 
 

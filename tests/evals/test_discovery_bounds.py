@@ -17,7 +17,7 @@ from torch import Tensor
 from voc_files import voc_object, voc_xml
 
 from vitreg.errors import DataError
-from vitreg.evals import pairs
+from vitreg.evals import patch_pairs as pairs
 from vitreg.evals.discovery import DiscoveryConfig, evaluate
 from vitreg.evals.lost import Found, extent_around, lost, lost_by_bias
 from vitreg.evals.tokencut import MOST_SOLVED, tokencut

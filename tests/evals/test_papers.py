@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vitreg
 from vitreg.cli.main import app
 from vitreg.config.settings import with_settings
-from vitreg.data.spread import spread
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.errors import DataError, ModelLoadError
 from vitreg.evals.papers import (
     DATA,
@@ -358,7 +358,7 @@ def test_a_fix_is_found_on_the_rows_own_photos(tmp_path: Path) -> None:
         for i in range(300):
             Image.new("L", (4, 4)).save(tmp_path / "VOC2012" / folder / f"{i:03}.png")
     with some_photos(row, tmp_path / "VOC2012", config) as paths:
-        assert [int(path.stem) for path in paths] == spread(300, 256)
+        assert [int(path.stem) for path in paths] == evenly_spaced(300, 256)
         assert {path.parent.name for path in paths} == {"JPEGImages"}
 
     nyu = tmp_path / "nyu_depth_v2"

@@ -9,12 +9,12 @@ from phantoms import Planted, save_crops
 from sklearn.linear_model import Ridge
 
 import vitreg
-from vitreg.data.spread import spread
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.evals import Metric, evaluate, position, reconstruction
 from vitreg.evals.probes import PatchConfig, Patches, by_photo, drawn_patches, fitted
 from vitreg.evals.reconstruction import ReconstructionConfig, like_outliers, pixels_of
 from vitreg.fixes import TokenSplitting
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 GRID = (4, 5)
 
@@ -139,7 +139,7 @@ def truth(shared, tmp_path_factory) -> dict[str, dict]:
     vit = vitreg.load(str(shared / "models/deit_tiny_patch16_224"), size=112)
     config = PatchConfig(limit=120, layer=6, workers=0, cache=tmp_path_factory.mktemp("cache"))
     paths = sorted(folder.iterdir())
-    some = [paths[i] for i in spread(len(paths), 32)]
+    some = [paths[i] for i in evenly_spaced(len(paths), 32)]
     images = [batch.pixels for batch in vitreg.read_images(some, vit, workers=0)]
     phantom = vitreg.plant(vit, images, 5, rate=0.1).vit
     neurons = find_register_neurons(phantom, images, vitreg.diagnose(phantom, images))

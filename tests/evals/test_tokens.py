@@ -14,7 +14,7 @@ import vitreg
 from vitreg.data.datasets.classes import splits
 from vitreg.errors import DataError
 from vitreg.evals import evaluate, tokens
-from vitreg.evals.outliers import outlier_masks, unfixed_diagnosis
+from vitreg.evals.outlier_masks import outlier_masks, unfixed_diagnosis
 from vitreg.evals.tokens import TokensConfig
 from vitreg.models.probe import evaluating
 

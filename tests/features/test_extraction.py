@@ -12,7 +12,7 @@ from checkpoints import tiny_timm
 from PIL import Image
 
 import vitreg
-from vitreg.data.spread import spread
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.errors import ImageError, UnsupportedModelError
 from vitreg.features import extraction as module
 from vitreg.features.config import Config
@@ -20,7 +20,7 @@ from vitreg.features.extraction import extract_features
 from vitreg.features.framing import Framing, Windows, normalisation_of
 from vitreg.features.keys import model_key, preprocess_key
 from vitreg.features.observer import Observer
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_fixes_have_caches_of_their_own(vit, paths, config):
     for neurons in (one, other):
         with vitreg.TestTimeRegisters(neurons).applied_to(vit):
             found.append(extract_features(vit, paths, ["cls"], config)["cls"])
-            with bare(vit.model):
+            with without_edits(vit.model):
                 assert torch.equal(extract_features(vit, paths, ["cls"], config)["cls"], plain)
     assert not torch.equal(found[0], plain)
     assert not torch.equal(found[0], found[1])
@@ -153,7 +153,7 @@ def test_keys_depend_on_contents_only(vit):
     fix = vitreg.TestTimeRegisters({1: [3]})
     with fix.applied_to(vit):
         fixed = model_key(vit)
-        with bare(vit.model):
+        with without_edits(vit.model):
             assert model_key(vit) == model_key(same)
     with vitreg.TestTimeRegisters({1: [3]}).applied_to(same):
         assert model_key(same) == fixed != model_key(vit)
@@ -191,7 +191,7 @@ def test_a_limit_is_spread_over_the_list(vit, paths, config):
     found = extract_features(vit, paths, ["cls"], replace(config, limit=4))
     assert found.index == (0, 3, 6, 9)
     torch.testing.assert_close(found["cls"], plain_cls(vit, paths)[[0, 3, 6, 9]], atol=1e-5, rtol=1e-5)
-    assert spread(3, 10) == spread(3, None) == [0, 1, 2]
+    assert evenly_spaced(3, 10) == evenly_spaced(3, None) == [0, 1, 2]
 
 
 def test_windows_of_photos_of_any_size(vit, paths, config):
@@ -270,7 +270,7 @@ def test_the_tokens_that_a_fix_carries(vit):
         found = Observer(vit, ["test_registers"])(pixels)["test_registers"]
         assert torch.equal(found, vit.model.norm(handle.carried).detach())
         assert found.shape == (2, 2, 32)
-        with bare(vit.model), pytest.raises(UnsupportedModelError, match="no fix that carries"):
+        with without_edits(vit.model), pytest.raises(UnsupportedModelError, match="no fix that carries"):
             Observer(vit, ["test_registers"])(pixels)
 
 

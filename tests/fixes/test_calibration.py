@@ -9,10 +9,10 @@ from catalog import CATALOG, images
 from phantoms import crops
 
 import vitreg
-from vitreg.fixes.calibration import IMAGES, MARK, SMALLEST, _levelled, measure_marks
+from vitreg.fixes.calibration import IMAGES, MARK, SMALLEST, _levelled, calibrate_thresholds
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.fixes.splitting import _Marker
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 NEURON = RegisterNeuron(1, 3)
 
@@ -101,7 +101,7 @@ def test_a_neuron_without_activation_marks_nothing():
 
 
 def test_planted_neurons_mark_planted_patches(phantom, photos, found):
-    marked, most = measure_marks(phantom.vit, [photos], found)
+    marked, most = calibrate_thresholds(phantom.vit, [photos], found)
     truth = phantom.marked(photos).flatten(1)
     beyond = torch.zeros_like(truth)
     for neuron in marked.chosen:
@@ -117,23 +117,23 @@ def test_planted_neurons_mark_planted_patches(phantom, photos, found):
 def test_feeders_are_those_of_the_ranking_that_keep_outliers_apart(phantom, photos, found):
     """A search that chose one of the planted neurons: the others are found again by what they do."""
     one = found.best(1)
-    alone, _ = measure_marks(phantom.vit, [photos], one, feeders=False)
+    alone, _ = calibrate_thresholds(phantom.vit, [photos], one, feeders=False)
     assert alone.by_layer == one.by_layer
-    fed, _ = measure_marks(phantom.vit, [photos], one)
+    fed, _ = calibrate_thresholds(phantom.vit, [photos], one)
     assert {neuron.index for neuron in fed.chosen} == set(phantom.neurons)
     assert fed.chosen[0].index == one.chosen[0].index
     assert all(neuron.threshold > SMALLEST for neuron in fed.chosen)
 
 
 def test_what_does_not_keep_outliers_apart_does_not_count_as_marked(phantom, photos, found):
-    _, most = measure_marks(phantom.vit, [photos], found)
-    _, without = measure_marks(phantom.vit, [photos], replace(found, ranking=found.chosen))
+    _, most = calibrate_thresholds(phantom.vit, [photos], found)
+    _, without = calibrate_thresholds(phantom.vit, [photos], replace(found, ranking=found.chosen))
     assert most == without < 1
 
 
 def test_batches_make_no_difference(phantom, photos, found):
-    whole, most = measure_marks(phantom.vit, [photos], found)
-    parts, same = measure_marks(phantom.vit, list(photos.split(7)), found)
+    whole, most = calibrate_thresholds(phantom.vit, [photos], found)
+    parts, same = calibrate_thresholds(phantom.vit, list(photos.split(7)), found)
     assert same == most
     assert [(n.layer, n.index) for n in parts.chosen] == [(n.layer, n.index) for n in whole.chosen]
     for one, other in zip(parts.chosen, whole.chosen, strict=True):
@@ -148,12 +148,14 @@ def test_at_most_64_images_are_looked_at(phantom, photos, found):
             yield photos[:24]
 
     hook = phantom.vit.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    measure_marks(phantom.vit, endless(), found)
+    calibrate_thresholds(phantom.vit, endless(), found)
     hook.remove()
     assert seen == [32, 32]
     assert IMAGES == 64
     more = torch.cat([photos, crops(phantom.vit, 64, 9)])
-    assert measure_marks(phantom.vit, [more], found) == measure_marks(phantom.vit, [photos], found)
+    assert calibrate_thresholds(phantom.vit, [more], found) == calibrate_thresholds(
+        phantom.vit, [photos], found
+    )
 
 
 def test_neurons_of_several_layers_and_prefix_tokens():
@@ -164,7 +166,7 @@ def test_neurons_of_several_layers_and_prefix_tokens():
     report = vitreg.diagnose(phantom.vit, [photos])
     found = find_register_neurons(phantom.vit, [photos], report)
     early = RegisterNeuron(0, 2)
-    marked, _ = measure_marks(phantom.vit, [photos], found.with_more([early]), feeders=False)
+    marked, _ = calibrate_thresholds(phantom.vit, [photos], found.with_more([early]), feeders=False)
     truth = report.outliers(phantom.vit, photos).flatten(1)
     for neuron in marked.chosen:
         expected, _ = _levelled(neuron, activations(phantom.vit, photos, neuron), truth)
@@ -174,7 +176,7 @@ def test_neurons_of_several_layers_and_prefix_tokens():
 def test_the_model_is_left_as_it_was(phantom, photos, found):
     phantom.vit.model.train()
     before = [len(module._forward_hooks) for module in phantom.vit.model.modules()]
-    measure_marks(phantom.vit, [photos], found)
+    calibrate_thresholds(phantom.vit, [photos], found)
     assert phantom.vit.model.training
     assert [len(module._forward_hooks) for module in phantom.vit.model.modules()] == before
     phantom.vit.model.eval()
@@ -188,17 +190,17 @@ def test_neurons_without_a_search_are_an_error(phantom, photos):
     assert math.isnan(given.chosen[0].threshold)
     for neurons in (given, replace(given, threshold=50.0), replace(given, detect_layer=1)):
         with pytest.raises(vitreg.FixError, match="without the norm that makes an outlier"):
-            measure_marks(phantom.vit, [photos], neurons)
-    marked, _ = measure_marks(phantom.vit, [photos], replace(given, threshold=50.0, detect_layer=1))
+            calibrate_thresholds(phantom.vit, [photos], neurons)
+    marked, _ = calibrate_thresholds(phantom.vit, [photos], replace(given, threshold=50.0, detect_layer=1))
     assert not any(math.isnan(neuron.threshold) for neuron in marked.chosen)
 
 
 def test_images_without_outliers_are_an_error(found, phantom):
     vit = CATALOG["timm vit"].backbone()
     with pytest.raises(vitreg.FixError, match="none of these images has an outlier"):
-        measure_marks(vit, [images(vit, 4)], found)
+        calibrate_thresholds(vit, [images(vit, 4)], found)
 
 
 def test_no_images_are_an_error(found, phantom):
     with pytest.raises(vitreg.ImageError, match="no images"):
-        measure_marks(phantom.vit, [], found)
+        calibrate_thresholds(phantom.vit, [], found)

@@ -14,7 +14,7 @@ import vitreg
 from vitreg.diagnosis.diagnose import diagnose
 from vitreg.fixes import TestTimeRegisters
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 NAME = "timm dinov2 registers"  # CLS and 4 trained registers in front of the patches
 VIT = built(NAME)

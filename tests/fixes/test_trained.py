@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg.errors import FixError, FixWarning
-from vitreg.evals.outliers import unfixed_diagnosis
+from vitreg.evals.outlier_masks import unfixed_diagnosis
 from vitreg.evals.result import fixes_on
 from vitreg.features.config import Config
 from vitreg.features.keys import model_key
 from vitreg.fixes import TestTimeRegisters, TrainedRegisters, applied, load_fix
 from vitreg.fixes.added_registers import add_registers
-from vitreg.fixes.base import unfixed
+from vitreg.fixes.base import without_fixes
 from vitreg.fixes.hub import model_card
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.models.fingerprint import Fingerprint
 from vitreg.verification.controls import controls_of
 
@@ -202,15 +202,15 @@ def test_the_unfixed_model_has_its_own_weights(vit):
     plain, key = vit(images(vit)), model_key(vit)
     with fix.applied_to(vit), other.applied_to(vit):
         fixed, fixed_key, handles = vit(images(vit)), model_key(vit), applied(vit.model)
-        with unfixed(vit.model):
+        with without_fixes(vit.model):
             assert same(vit(images(vit)), plain)
             assert model_key(vit) == key
-        with contextlib.suppress(KeyboardInterrupt), unfixed(vit.model):
+        with contextlib.suppress(KeyboardInterrupt), without_fixes(vit.model):
             raise KeyboardInterrupt
         assert same(vit(images(vit)), fixed)
         assert applied(vit.model) == handles
         assert model_key(vit) == fixed_key != key
-        with bare(vit.model):  # tells the anatomy only
+        with without_edits(vit.model):  # tells the anatomy only
             assert different(vit(images(vit)), plain)
 
 
@@ -218,7 +218,7 @@ def test_the_unfixed_model_has_its_own_weights(vit):
 def test_added_registers_are_part_of_the_unfixed_model(vit):
     vit = trained(vit)
     plain = vit(images(vit))
-    with TestTimeRegisters({1: [3]}).applied_to(vit), unfixed(vit.model):
+    with TestTimeRegisters({1: [3]}).applied_to(vit), without_fixes(vit.model):
         assert same(vit(images(vit)), plain)
 
 

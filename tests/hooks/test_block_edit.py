@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import vitreg
-from vitreg.hooks.block_edit import BlockEdit, bare, edits_of, inserted_tokens, install, uninstall
-from vitreg.hooks.carry import Carry
+from vitreg.hooks.block_edit import BlockEdit, edits_of, inserted_tokens, install, uninstall, without_edits
+from vitreg.hooks.carry import CarriedTokens
 
 
 class Add(BlockEdit):
@@ -83,7 +83,7 @@ def test_a_block_is_itself_again_when_the_last_edit_has_gone():
 def test_a_model_is_bare_for_as_long_as_one_looks():
     model, edit = nn.Sequential(Block(), Block()), Add("a", 1, inserted=1)
     install(model[1], edit)
-    with suppress(KeyError), bare(model):
+    with suppress(KeyError), without_edits(model):
         assert model(ONE) == 1
         assert (type(model[1]), model[1].attention.num_prefix_tokens) == (Block, 1)
         raise KeyError
@@ -106,7 +106,7 @@ def test_a_copy_has_edits_of_its_own(copied):
 
 
 def test_what_is_left_goes_to_the_next_layer_once():
-    carry: Carry[str] = Carry()
+    carry: CarriedTokens[str] = CarriedTokens()
     assert carry.take(1, ONE) is None
     carry.leave(0, "registers")
     assert carry.latest == "registers"
@@ -120,7 +120,7 @@ def test_what_is_left_goes_to_the_next_layer_once():
 
 
 def test_each_thread_has_its_own():
-    carry: Carry[int] = Carry()
+    carry: CarriedTokens[int] = CarriedTokens()
     carry.leave(0, 1)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(carry.take, 1, ONE).result() is None
@@ -130,7 +130,7 @@ def test_each_thread_has_its_own():
 
 
 def test_a_copy_starts_with_empty_hands():
-    carry: Carry[int] = Carry()
+    carry: CarriedTokens[int] = CarriedTokens()
     carry.leave(0, 1)
     for other in (copy.deepcopy(carry), pickle.loads(pickle.dumps(carry))):
         assert other.take(1, ONE) is None
@@ -147,7 +147,7 @@ def in_a_backward_pass(function):
 
 
 def test_a_backward_pass_finds_what_each_tensor_came_with():
-    carry: Carry[str] = Carry()
+    carry: CarriedTokens[str] = CarriedTokens()
     streams = [torch.zeros(1) for _ in range(3)]
     carry.leave(0, "to 1")
     carry.take(1, streams[1])
@@ -161,7 +161,7 @@ def test_a_backward_pass_finds_what_each_tensor_came_with():
 
 def test_a_backward_pass_hands_on_within_itself():
     """Blocks that are computed again together, on tensors that nobody saw before."""
-    carry: Carry[str] = Carry()
+    carry: CarriedTokens[str] = CarriedTokens()
     carry.leave(0, "of the forward pass")
 
     def again():
@@ -173,7 +173,7 @@ def test_a_backward_pass_hands_on_within_itself():
 
 
 def test_a_tensor_that_was_never_seen_is_refused_in_a_backward_pass():
-    carry: Carry[str] = Carry()
+    carry: CarriedTokens[str] = CarriedTokens()
     with torch.no_grad():  # as reentrant checkpointing runs the forward pass
         carry.leave(0, "registers")
         carry.take(1, ONE)
@@ -182,7 +182,7 @@ def test_a_tensor_that_was_never_seen_is_refused_in_a_backward_pass():
 
 
 def test_nothing_is_kept_for_tensors_that_are_gone():
-    carry: Carry[str] = Carry()
+    carry: CarriedTokens[str] = CarriedTokens()
     for layer in range(4):
         x = torch.zeros(1)
         carry.leave(layer - 1, "registers")

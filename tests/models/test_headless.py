@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg import UnsupportedModelError
-from vitreg.diagnosis.one_image import look
+from vitreg.diagnosis.one_image import inspect_image
 from vitreg.features.observer import Observer
 from vitreg.models.head import find_readout
 from vitreg.models.headless import without_output
@@ -98,7 +98,7 @@ def test_a_captioner_is_fixed_and_verified() -> None:
             vitreg.diagnose(phantom, photos)
     verdict = vitreg.verify(phantom, fix, photos, report=report, controls=False)
     assert "has no output for images alone: behind its blocks it raises" in str(verdict)
-    assert look(phantom, photos[0][:1]).logits is None
+    assert inspect_image(phantom, photos[0][:1]).logits is None
     assert vitreg.noop_test(phantom, photos, neurons, report).judged_by == "cls"
     with vitreg.TestTimeRegisters(neurons).applied_to(phantom):
         assert vitreg.what_registers_learn(phantom, photos)

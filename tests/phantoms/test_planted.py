@@ -31,9 +31,9 @@ from vitreg.phantoms.massive_dimensions import plant_massive_dimensions
 from vitreg.phantoms.position_pattern import plant_position_pattern
 from vitreg.phantoms.sinks_without_norm import plant_sinks
 from vitreg.phantoms.token_content import plant_token_content
+from vitreg.printing import PHANTOM
 from vitreg.reports.parts import key_facts
 from vitreg.reports.report import write
-from vitreg.text import PHANTOM
 
 MEMBER = Member("timm vit")
 PLANTERS: dict[str, Callable[[Backbone, Tensor], Any]] = {

@@ -19,7 +19,7 @@ from vitreg.diagnosis.wording import words_of_sink
 from vitreg.errors import OutputError
 from vitreg.reports.html import data_block, photo_source, text
 from vitreg.reports.report import write, write_comparison, write_cure, write_report, write_verdict
-from vitreg.search.find_fix import Cure
+from vitreg.search.find_fix import FixSearch
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
 
@@ -150,7 +150,7 @@ def test_comparison(tmp_path):
 
 def test_a_verdict_with_its_controls_and_the_choice(tmp_path):
     verdict = make_verdict()
-    cure = Cure(verdict.fix, "the paper's register, for <reasons>.", verdict)
+    cure = FixSearch(verdict.fix, "the paper's register, for <reasons>.", verdict)
     page = Page(write_cure(cure, tmp_path / "cure.html").read_text(encoding="utf-8"))
     assert page.named("header") == [{"class": "none"}]
     for words in (
@@ -175,7 +175,7 @@ def test_a_fix_that_does_not_help_is_not_shown_as_one_that_does(tmp_path, found,
 def test_nothing_to_fix(tmp_path):
     report = make_report(artifacts=False, examples=1)
     verdict = replace(make_verdict(), verdict="no artifacts", before=report, after=None, measures=())
-    cure = Cure(None, "nothing to fix", verdict)
+    cure = FixSearch(None, "nothing to fix", verdict)
     page = Page(write_cure(cure, tmp_path / "none.html").read_text(encoding="utf-8"))
     assert "No artifacts: nothing to fix" in page.text
     assert "Layer that came closest" in page.text
@@ -188,7 +188,7 @@ def test_each_result_has_its_report(tmp_path):
         (
             (verdict.before, "Key facts"),
             (verdict, "The fix helps"),
-            (Cure(verdict.fix, "as asked for", verdict), "Chosen: as asked for"),
+            (FixSearch(verdict.fix, "as asked for", verdict), "Chosen: as asked for"),
             (Emergence([verdict.before, verdict.after]), "2 models compared"),
         )
     ):

@@ -31,9 +31,9 @@ from vitreg.phantoms import (
 from vitreg.reports.report import write
 from vitreg.search import choosing
 from vitreg.search import find_fix as curing
-from vitreg.search.choosing import Trial
-from vitreg.search.find_fix import find_cure
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.choosing import TriedFix
+from vitreg.search.find_fix import find_fix
+from vitreg.search.register_neurons import find_register_neurons
 
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]
 
@@ -46,12 +46,12 @@ def planted() -> Planted:
     return phantom, photos, vitreg.diagnose(phantom.vit, [photos])
 
 
-def cure_of(planted: Planted, **options) -> vitreg.Cure:
+def cure_of(planted: Planted, **options) -> vitreg.FixSearch:
     phantom, photos, report = planted
-    return find_cure(phantom.vit, [photos], report=report, **options)
+    return find_fix(phantom.vit, [photos], report=report, **options)
 
 
-def neurons_of(cure: vitreg.Cure) -> set[tuple[int, int]]:
+def neurons_of(cure: vitreg.FixSearch) -> set[tuple[int, int]]:
     return {(neuron.layer, neuron.index) for neuron in cure.fix.neurons.chosen}
 
 
@@ -69,7 +69,7 @@ def test_a_phantom_is_cured(name):
     phantom = vitreg.plant(vit, photos, 1)
     weights = {key: value.clone() for key, value in phantom.vit.model.state_dict().items()}
     stages: list[str] = []
-    cure = find_cure(phantom.vit, list(photos.split(32)), progress=stages.append)
+    cure = find_fix(phantom.vit, list(photos.split(32)), progress=stages.append)
     assert neurons_of(cure) == truth(phantom)
     assert cure.verdict.verdict == "helps"
     assert cure.verdict["outliers"].after.value < 0.05 * cure.verdict["outliers"].before.value
@@ -159,7 +159,7 @@ def test_auto_without_a_head_goes_by_features():
     vit = CATALOG["hf clip"].backbone()
     photos = crops(vit, 48, 0)
     phantom = vitreg.plant(vit, photos, 1)
-    assert "cosine of CLS " in find_cure(phantom.vit, [photos]).choice
+    assert "cosine of CLS " in find_fix(phantom.vit, [photos]).choice
 
 
 def test_auto_stays_with_registers_where_splitting_is_refused(planted, monkeypatch):
@@ -188,12 +188,12 @@ def test_gated_neurons_that_fire_negative_move_by_their_absolute_peak():
         mlp.fc1.bias[held] *= -1
         mlp.fc2.weight[:, neurons] *= -1
         torch.testing.assert_close(phantom.vit(photos), expected, rtol=1e-4, atol=1e-4)
-    cure = find_cure(phantom.vit, [photos], kind="registers")
+    cure = find_fix(phantom.vit, [photos], kind="registers")
     assert neurons_of(cure) == truth(phantom)
     assert all(neuron.at_outliers < -0.5 for neuron in cure.fix.neurons.chosen)
     assert cure.fix.peak == "absolute"
     assert cure.verdict["outliers"].after.value == 0
-    split = find_cure(phantom.vit, [photos], kind="splitting")
+    split = find_fix(phantom.vit, [photos], kind="splitting")
     assert all(neuron.threshold < 0 for neuron in split.fix.neurons.chosen)
     assert split.verdict["outliers"].after.value < 0.05 * phantom.rate
 
@@ -300,7 +300,7 @@ def planted_by(kind: str, name: str, seed: int) -> tuple[OriginPhantom, torch.Te
     return plant_position_outliers(vit, [POSITION], seed=seed), photos
 
 
-def is_repaired_or_refused(cure: vitreg.Cure, kind: str, fix: type[Fix]) -> bool:
+def is_repaired_or_refused(cure: vitreg.FixSearch, kind: str, fix: type[Fix]) -> bool:
     """Whether a cure is of the type that fits the origin, and helps; else it must say what it tried."""
     assert cure.origin.kind == kind
     if cure.fix is None:
@@ -325,7 +325,7 @@ def is_repaired_or_refused(cure: vitreg.Cure, kind: str, fix: type[Fix]) -> bool
 )
 def test_outliers_from_attention_or_the_patch_embedding_are_in_painted(kind, name):
     phantom, photos = planted_by(kind, name, 0)
-    assert is_repaired_or_refused(find_cure(phantom.vit, [photos]), kind, Inpainting)
+    assert is_repaired_or_refused(find_fix(phantom.vit, [photos]), kind, Inpainting)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_outliers_from_attention_or_the_patch_embedding_are_in_painted(kind, nam
 )
 def test_outlying_positions_are_repaired_where_the_model_says_the_same_without_them(name, seed, helps):
     phantom, photos = planted_by("position embedding", name, seed)
-    cure = find_cure(phantom.vit, [photos])
+    cure = find_fix(phantom.vit, [photos])
     assert is_repaired_or_refused(cure, "position embedding", PositionRepair) == helps
     assert helps or "position repair: cosine of" in cure.choice
 
@@ -349,7 +349,7 @@ def test_outlying_positions_are_repaired_where_the_model_says_the_same_without_t
 )
 def test_repaired_positions_bring_the_unplanted_features_back(name):
     phantom, photos = planted_by("position embedding", name, 0)
-    cure = find_cure(phantom.vit, [photos], kind="positions")
+    cure = find_fix(phantom.vit, [photos], kind="positions")
     assert cure.origin is None
     vit = CATALOG[name].backbone(0)
     clean, broken = last_patches(vit, photos), last_patches(phantom.vit, photos)
@@ -376,11 +376,11 @@ def by_attention() -> tuple[vitreg.Backbone, torch.Tensor, vitreg.Diagnosis]:
 
 def test_as_few_directions_as_suffice_are_in_painted(by_attention, monkeypatch):
     vit, photos, report = by_attention
-    assert len(find_cure(vit, [photos], report=report).fix.directions) == 1
-    plain = Trial.of
+    assert len(find_fix(vit, [photos], report=report).fix.directions) == 1
+    plain = TriedFix.of
     short = lambda name, *rest: replace(plain(name, *rest), removes="1 direction" not in name)  # noqa: E731
-    monkeypatch.setattr(Trial, "of", short)
-    cure = find_cure(vit, [photos], report=report)
+    monkeypatch.setattr(TriedFix, "of", short)
+    cure = find_fix(vit, [photos], report=report)
     assert len(cure.fix.directions) == 4
     assert "in-painting of patches along 1 direction: outliers stay, cosine" in cure.choice
 
@@ -388,7 +388,7 @@ def test_as_few_directions_as_suffice_are_in_painted(by_attention, monkeypatch):
 def test_where_nothing_leaves_the_rest_no_fix_is_offered(by_attention, monkeypatch, tmp_path):
     vit, photos, report = by_attention
     monkeypatch.setattr(choosing, "UNCHANGED", {"patches": 1.1})
-    cure = find_cure(vit, [photos], report=report)
+    cure = find_fix(vit, [photos], report=report)
     assert not is_repaired_or_refused(cure, "attention output", Inpainting)
     assert str(cure).endswith(f"\norigin: {cure.origin}\n{cure.choice}")
     with pytest.raises(vitreg.FixError, match=r"no fix to save \(no fix\): no fix, for the attention output"):
@@ -401,18 +401,18 @@ def test_where_nothing_leaves_the_rest_no_fix_is_offered(by_attention, monkeypat
 def test_neurons_compete_if_the_outliers_vanish_with_them(by_attention, planted, monkeypatch):
     """Those of another model stand for them: what the trial says of the two decides."""
     vit, photos, report = by_attention
-    plain = Trial.of
+    plain = TriedFix.of
 
     def rated(name, fix, *rest):
         trial = plain(name, fix, *rest)
         return replace(trial, removes=True, unchanged=True, helps=True, likeness=float("neurons" in name))
 
-    monkeypatch.setattr(Trial, "of", rated)
+    monkeypatch.setattr(TriedFix, "of", rated)
     found = find_register_neurons(vit, [photos], report, top_k=2)
     for reached, expected in ((True, TestTimeRegisters), (False, Inpainting)):
         searched = replace(found, reached=reached)
         monkeypatch.setattr(curing, "find_register_neurons", lambda *a, found=searched, **k: found)
-        assert type(find_cure(vit, [photos], report=report).fix) is expected
+        assert type(find_fix(vit, [photos], report=report).fix) is expected
 
 
 def test_images_that_show_no_outlier_first_leave_the_choice_to_the_neurons(planted, monkeypatch):
@@ -422,7 +422,7 @@ def test_images_that_show_no_outlier_first_leave_the_choice_to_the_neurons(plant
     clean = ~phantom.marked(photos).flatten(1).any(1)
     sorted_photos = torch.cat([photos[clean].repeat(2, 1, 1, 1)[:64], photos])
     assert not phantom.marked(sorted_photos[:64]).any()
-    cure = find_cure(phantom.vit, [sorted_photos], report=report)
+    cure = find_fix(phantom.vit, [sorted_photos], report=report)
     assert cure.origin is None
     assert "What makes the outliers is not known: none of the first 64 images has one" in cure.choice
 
@@ -466,18 +466,18 @@ def test_findings_without_outliers_are_named_with_the_fix_for_dense_reading():
     photos = images(vit, 8)
     clean = vitreg.diagnose(vit, [photos])
     pattern, sinks, absent = Pattern(True, 2, None), Sinks(True, 2, None), Massive(False, 2, None)
-    cure = find_cure(vit, [photos], report=replace(clean, kinds=(absent, pattern, sinks)))
+    cure = find_fix(vit, [photos], report=replace(clean, kinds=(absent, pattern, sinks)))
     assert (cure.fix, cure.verdict.verdict) == (None, "no artifacts")
     assert cure.choice == (
         "no patch's norm is to be fixed, but there is more: Position-bound pattern; Attention sinks. For"
         " dense reading, --type projection takes out: position pattern."
     )
     assert str(cure).endswith(cure.choice)
-    other = find_cure(vit, [photos], report=replace(clean, kinds=(sinks,)))
+    other = find_fix(vit, [photos], report=replace(clean, kinds=(sinks,)))
     assert "projection" not in other.choice
-    nothing = find_cure(vit, [photos], report=replace(clean, kinds=(absent,)))
+    nothing = find_fix(vit, [photos], report=replace(clean, kinds=(absent,)))
     assert nothing.choice == "there is nothing to fix."
-    made = find_cure(vit, [photos], report=replace(clean, kinds=(pattern,)), kind="projection")
+    made = find_fix(vit, [photos], report=replace(clean, kinds=(pattern,)), kind="projection")
     assert (type(made.fix), len(made.fix.basis)) == (Projection, 8)
 
 
@@ -485,9 +485,9 @@ def test_findings_without_outliers_are_named_with_the_fix_for_dense_reading():
 
 
 @pytest.fixture(scope="module")
-def nothing() -> vitreg.Cure:
+def nothing() -> vitreg.FixSearch:
     vit = CATALOG["timm vit"].backbone()
-    return find_cure(vit, [images(vit, 8)])
+    return find_fix(vit, [images(vit, 8)])
 
 
 def test_a_model_without_artifacts_gets_no_fix(nothing, tmp_path):

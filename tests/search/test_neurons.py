@@ -11,7 +11,7 @@ import vitreg
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.phantoms.phantom import Phantom, plant
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 
 def catalog() -> list[Member]:
@@ -149,7 +149,7 @@ def test_the_score_is_algorithm_1(phantom):
 def test_batches_and_what_is_held_at_a_time_change_nothing(phantom, monkeypatch):
     planted, photos, report = phantom
     whole = find_register_neurons(planted.vit, [photos], report)
-    monkeypatch.setattr("vitreg.search.neurons.HELD", 1)  # one image at a time
+    monkeypatch.setattr("vitreg.search.register_neurons.HELD", 1)  # one image at a time
     parts = find_register_neurons(planted.vit, list(photos.split(5)), report)
     assert parts.by_layer == whole.by_layer
     assert parts.images == whole.images == 96

@@ -8,7 +8,7 @@ import torch
 import vitreg
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 SIDE = 14
 CORNERS = torch.zeros(SIDE, SIDE, dtype=torch.bool)
@@ -196,7 +196,7 @@ def test_splitting_is_fed_by_what_leads_up_to_the_outliers(splitting):
 
 
 def test_the_cure_that_is_chosen_keeps_predictions(vit, photos, before):
-    cure = vitreg.find_cure(vit, [photos[0][:24]], report=before)
+    cure = vitreg.find_fix(vit, [photos[0][:24]], report=before)
     assert cure.verdict.verdict == "helps"
     # Calibrated registers change a prediction here and there, where the model is of two minds.
     assert cure.verdict["expected_loss"].after.value <= 0.005
@@ -224,7 +224,7 @@ def test_deit_ti_is_cured(shared, deit):
     """Its soft artifacts are made by many neurons of several blocks, which the search finds by itself."""
     paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::20]
     photos = vitreg.read_images(paths, deit, workers=0)
-    cure = vitreg.find_cure(deit, photos)
+    cure = vitreg.find_fix(deit, photos)
     assert (cure.origin.kind, min(cure.origin.layers), max(cure.origin.layers)) == ("neurons", 5, 10)
     assert 8 <= cure.fix.neurons.top_k <= 40
     assert cure.verdict.verdict == "helps"
@@ -237,5 +237,5 @@ def test_the_first_blocks_of_deit_ti_get_no_fix(shared):
     whole.model.blocks = whole.model.blocks[:6]
     vit = vitreg.wrap(whole.model, whole.preprocess, image_size=whole.image_size)
     paths = sorted((shared / "data/imagenet-sample-1000").iterdir())[::20]
-    cure = vitreg.find_cure(vit, vitreg.read_images(paths, vit, workers=0))
+    cure = vitreg.find_fix(vit, vitreg.read_images(paths, vit, workers=0))
     assert (cure.fix, cure.verdict.verdict) == (None, "no artifacts")

@@ -16,7 +16,7 @@ from vitreg.fixes.added_registers import NAME, add_registers
 from vitreg.training.distillation import Distillation
 from vitreg.training.loop import train
 from vitreg.training.recipe import find_recipe
-from vitreg.training.register_init import _smooth, position_table, seed
+from vitreg.training.register_init import _smooth, initial_registers, position_table
 from vitreg.training.sampler import seed_all
 from vitreg.training.tuned_model import top1
 
@@ -174,7 +174,7 @@ def test_bound_positions_become_those_of_their_neighbours() -> None:
 def test_without_bound_outliers_nothing_is_seeded() -> None:
     vit = vitreg.wrap(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), image_size=64)
     before = vit.model.pos_embed.detach().clone()
-    assert seed(vit, [torch.randn(4, 3, 64, 64)], 2) is None
+    assert initial_registers(vit, [torch.randn(4, 3, 64, 64)], 2) is None
     assert torch.equal(vit.model.pos_embed, before)
 
 
@@ -184,7 +184,7 @@ def test_seeding_alone_moves_the_sinks_of_the_real_model(shared: Path) -> None:
     photos = [b.pixels for b in vitreg.read_images(val, vit, batch_size=20, limit=40, workers=0)]
     before = vitreg.diagnose(vit, photos, examples=0)
     original = vit.model.pos_embed.detach().clone()
-    registers = seed(vit, photos, 4)
+    registers = initial_registers(vit, photos, 4)
     assert registers is not None
     moved = (vit.model.pos_embed != original).any(-1)[0, 1:].nonzero().flatten().tolist()
     assert moved == [0, 13, 182, 195]  # the corners, and nothing else

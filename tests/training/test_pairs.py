@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vitreg.errors import DataError, OutputError
-from vitreg.training import pairs
+from vitreg.training import pairs as pairs
 from vitreg.training.pairs import CAPTIONS, ImageTextShards, class_name, find_shards, write_pairs
 
 Member = tuple[str, bytes]

@@ -18,7 +18,7 @@ from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.head import find_readout
 from vitreg.verification.controls import controls_of
-from vitreg.verification.measures import KINDS, Look, Reference, look_at
+from vitreg.verification.measures import MEASURES, ForwardSummary, Reference, summarise
 from vitreg.verification.resampling import Resampled
 from vitreg.verification.verdict import Control, Measure
 from vitreg.verification.verify import judge, verify
@@ -197,7 +197,7 @@ def test_attention_is_read_behind_what_a_fix_inserts(name):
     calls: list[torch.Tensor] = []
     fix = TestTimeRegisters({LAYER: [3]}, registers=2)
     with fix.applied_to(vit):
-        look = look_at(vit, photos, find_readout(vit))
+        look = summarise(vit, photos, find_readout(vit))
         from vitreg.hooks.attention import intercept
 
         with intercept(lambda call: calls.append(call.rows(slice(None)))), torch.no_grad():
@@ -222,7 +222,7 @@ def test_outliers_are_compared_with_ordinary_patches_at_the_border(helped):
     features[..., 0] = 1
     features[:, 1] = torch.tensor([0.0, 1, 0, 0])  # the corner: unlike its neighbours
     features[:, 1 + 12] = torch.tensor([0.0, 0, 1, 0])  # the centre, too
-    look = Look(norms, features, torch.full((2, 4, 25), 0.04), None)
+    look = ForwardSummary(norms, features, torch.full((2, 4, 25), 0.04), None)
     report = replace(helped.before, detect_layer=1, onset_layer=1)
     reference = Reference(look, report, layout)
     assert reference.outliers.nonzero().tolist() == [[0, 0]]
@@ -239,7 +239,7 @@ def test_outliers_are_compared_with_ordinary_patches_at_the_border(helped):
 
 def test_an_outlier_that_moves_to_another_layer_is_seen(phantom, helped, photos):
     """In a layer where the unfixed model has no outliers, one is a patch beyond all that it has there."""
-    look = look_at(phantom.vit, photos, find_readout(phantom.vit))
+    look = summarise(phantom.vit, photos, find_readout(phantom.vit))
     reference = Reference(look, helped.before, phantom.vit.layout)
     norms = look.norms.clone()
     norms[LAYER:] = norms[LAYER:].clamp(max=30)
@@ -297,7 +297,7 @@ GONE = {"outliers": FEWER, "outliers_worst_layer": FEWER}
 
 def share(name: str, before: float, after: float, low: float, high: float) -> dict[str, Measure]:
     """A measure with an interval of its change, or of what it is after."""
-    if KINDS[name].against:
+    if MEASURES[name].against:
         return {name: Measure(name, None, Estimate(after, low, high), None)}
     return {name: Measure(name, Estimate(before), Estimate(after), Estimate(after - before, low, high))}
 
@@ -432,7 +432,7 @@ def test_the_table_has_a_row_per_measure_and_a_column_per_control(helped):
     text = str(helped)
     heading = next(line for line in text.splitlines() if line.lstrip().startswith("before"))
     assert heading.split("  ")[-1].strip() == "zeroed"
-    assert all(KINDS[measure.name].label in text for measure in helped.measures)
+    assert all(MEASURES[measure.name].label in text for measure in helped.measures)
     assert max(map(len, text.split("\n\n")[1].splitlines())) < 160
 
 

@@ -27,7 +27,7 @@ from vitreg.data.decoding import decode, reason
 from vitreg.data.images import Images
 from vitreg.diagnosis.diagnose import diagnose, photos_of
 from vitreg.diagnosis.figures import norm_range
-from vitreg.diagnosis.one_image import Attention, Look, Query, look, queries
+from vitreg.diagnosis.one_image import Attention, ImageView, Query, inspect_image, queries
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import ImageError
 from vitreg.evals.discovery import DiscoveryConfig, locate, prepared
@@ -37,13 +37,13 @@ from vitreg.models.backbone import Backbone
 from vitreg.models.head import class_names
 from vitreg.models.probe import evaluating
 from vitreg.search.find_fix import build
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 from vitreg.tracing.trace import trace
 from vitreg.verification.verdict import Verdict
 from vitreg.verification.verify import verify
 
 T = TypeVar("T")
-Place = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)
+Pick = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)
 
 GALLERY = 12  # photos to pick from
 UPLOADS = 200  # that are remembered, of all users together
@@ -64,14 +64,14 @@ class Photo:
 
 
 @dataclass(frozen=True, eq=False)
-class Version:
+class ShownVersion:
     """The model with a fix, or as it is; `key` tells versions apart."""
 
     key: str
     fix: Fix | None
 
 
-AS_IT_IS = Version("", None)
+AS_IT_IS = ShownVersion("", None)
 
 
 class Explorer:
@@ -119,26 +119,28 @@ class Explorer:
 
     # -- looks -------------------------------------------------------------------------------------
 
-    def look(self, photo: Photo, version: Version = AS_IT_IS, query: Query | None = None) -> Look:
+    def look(self, photo: Photo, version: ShownVersion = AS_IT_IS, query: Query | None = None) -> ImageView:
         """In one forward pass, what most views show: of the model as it is, also the candidates."""
         query = query or self.queries[0]
         places = [(c.layer, c.index) for c in self.candidates] if version is AS_IT_IS else []
         key = ("look", photo.key, version.key, query)
-        return self._keep(key, version, lambda: look(self.vit, photo.pixels, query=query, neurons=places))
+        return self._keep(
+            key, version, lambda: inspect_image(self.vit, photo.pixels, query=query, neurons=places)
+        )
 
-    def attention(self, photo: Photo, query: Query, version: Version = AS_IT_IS) -> Attention:
+    def attention(self, photo: Photo, query: Query, version: ShownVersion = AS_IT_IS) -> Attention:
         return self.look(photo, version, query).attention
 
-    def activation(self, photo: Photo, place: Place) -> Float[np.ndarray, "gh gw"]:
+    def activation(self, photo: Photo, place: Pick) -> Float[np.ndarray, "gh gw"]:
         seen = self.look(photo).activations
         if place not in seen:  # looked at before the search had found it
             key = ("activations", photo.key, place)
             seen = self._keep(
-                key, AS_IT_IS, lambda: look(self.vit, photo.pixels, neurons=[place]).activations
+                key, AS_IT_IS, lambda: inspect_image(self.vit, photo.pixels, neurons=[place]).activations
             )
         return seen[place]
 
-    def boxes(self, photo: Photo, version: Version = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
+    def boxes(self, photo: Photo, version: ShownVersion = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
         """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's keys."""
         return self._keep(("boxes", photo.key, version.key), version, lambda: _boxes(self.vit, photo))
 
@@ -179,9 +181,9 @@ class Explorer:
         return self._ready.is_set()
 
     @property
-    def fixed(self) -> Version | None:
+    def fixed(self) -> ShownVersion | None:
         """The model with the fix, if there is one (yet)."""
-        return None if self._fix is None else Version("fix", self._fix)
+        return None if self._fix is None else ShownVersion("fix", self._fix)
 
     @property
     def why_no_fix(self) -> str:
@@ -207,23 +209,23 @@ class Explorer:
         """Those of them that the search chose."""
         return () if self._neurons is None else self._neurons.chosen
 
-    def switched(self, neurons: Iterable[Place], registers: int) -> Version:
+    def switched(self, neurons: Iterable[Pick], registers: int) -> ShownVersion:
         """The paper's fix of some candidates (layer, index), with so many registers."""
         chosen = self._some(neurons)
         if not chosen:
             return AS_IT_IS
         peak: Any = "absolute" if any(neuron.at_outliers < 0 for neuron in chosen) else "signed"
         fix = TestTimeRegisters(RegisterNeurons(chosen), registers=registers, peak=peak)
-        return Version(f"{_named(chosen)} to {registers}", fix)
+        return ShownVersion(f"{_named(chosen)} to {registers}", fix)
 
-    def shifted(self, neurons: Iterable[Place], patch: Place) -> Version:
+    def shifted(self, neurons: Iterable[Pick], patch: Pick) -> ShownVersion:
         """Some candidates fire at one patch (row, column) and nowhere else."""
         chosen = self._some(neurons)
         if not chosen:
             return AS_IT_IS
-        return Version(f"{_named(chosen)} at {patch}", ShiftSink(RegisterNeurons(chosen), (patch,)))
+        return ShownVersion(f"{_named(chosen)} at {patch}", ShiftSink(RegisterNeurons(chosen), (patch,)))
 
-    def _some(self, places: Iterable[Place]) -> tuple[RegisterNeuron, ...]:
+    def _some(self, places: Iterable[Pick]) -> tuple[RegisterNeuron, ...]:
         wanted = set(places)
         return tuple(neuron for neuron in self.candidates if (neuron.layer, neuron.index) in wanted)
 
@@ -243,7 +245,7 @@ class Explorer:
 
     # -- what is kept ------------------------------------------------------------------------------
 
-    def _keep(self, key: Hashable, version: Version, see: Callable[[], T]) -> T:
+    def _keep(self, key: Hashable, version: ShownVersion, see: Callable[[], T]) -> T:
         with self._one_pass:
             if key not in self._kept:
                 with version.fix.applied_to(self.vit) if version.fix is not None else nullcontext():

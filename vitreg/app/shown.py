@@ -17,10 +17,10 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Version
+from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, ShownVersion
 from vitreg.app.view import SHIFT, View, place_of
 from vitreg.diagnosis.outliers import OutlierRule
-from vitreg.plots.boxes import BoxedPhoto, box_grid
+from vitreg.plots.box_grid import BoxedPhoto, box_grid
 from vitreg.plots.maps import norm_histogram, photo_with_patches, side_by_side
 from vitreg.plots.style import number, percent, png, short_name
 from vitreg.verification.figure import versions_figure
@@ -176,12 +176,12 @@ def comparison(explorer: Explorer, progress: Callable[[str], None] | None = None
     return Shown({"versions": picture(versions_figure(verdict))}, text, data)
 
 
-def versions(explorer: Explorer) -> dict[str, Version]:
+def versions(explorer: Explorer) -> dict[str, ShownVersion]:
     """The model before, and after the fix if there is one."""
     return {"before": AS_IT_IS} | ({"after": explorer.fixed} if explorer.fixed else {})
 
 
-def switched(explorer: Explorer, view: View) -> Version:
+def switched(explorer: Explorer, view: View) -> ShownVersion:
     """The model with the neurons that the view has switched on."""
     if view.does == SHIFT:
         return explorer.shifted(view.places, view.patch)

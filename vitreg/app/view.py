@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from urllib.parse import urlencode
 
-from vitreg.app.explorer import Explorer, Place
+from vitreg.app.explorer import Explorer, Pick
 from vitreg.diagnosis.one_image import Query
 
 # The tabs, and what each of them shows of a View beside the photo.
@@ -58,7 +58,7 @@ class View:
         return self.source if self.clicked is None else self.clicked
 
     @property
-    def clicked(self) -> Place | None:
+    def clicked(self) -> Pick | None:
         """The patch that attention is looked at from, if it is one."""
         return (self.row, self.column) if self.source == "patch" else None
 
@@ -67,12 +67,12 @@ class View:
         return None if self.head == MEAN else int(self.head)
 
     @property
-    def patch(self) -> Place:
+    def patch(self) -> Pick:
         """Where the neurons fire."""
         return self.to_row, self.to_column
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[Pick]:
         """The neurons that are switched on."""
         return [place_of(name) for name in self.neurons]
 
@@ -135,12 +135,12 @@ class View:
         )
 
 
-def name_of(neuron: Place) -> str:
+def name_of(neuron: Pick) -> str:
     """A neuron (layer, index) as "layer:index"."""
     return f"{neuron[0]}:{neuron[1]}"
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> Pick:
     layer, _, index = name.partition(":")
     return int(layer), int(index)
 

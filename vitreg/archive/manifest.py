@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vitreg.archive.plan import DOCUMENT
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.archive.worker import DONE, entry_name
 from vitreg.data.listing import FailedImage
 from vitreg.errors import ArchiveError
@@ -43,7 +43,7 @@ class Extraction:
         return bool(self.done == self.plan["shards"])
 
     @staticmethod
-    def gather(out: Place, done: list[int]) -> "Extraction":
+    def gather(out: Storage, done: list[int]) -> "Extraction":
         """Read the entries of these shards."""
         found = Extraction(out.url, json.loads(out.read(DOCUMENT)))
         workers: dict[str, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ class Extraction:
     @staticmethod
     def read(out: str) -> "Extraction":
         """Raises ArchiveError where no run has ended yet."""
-        place = Place.at(out)
+        place = Storage.at(out)
         if not place.has(MANIFEST):
             raise ArchiveError(f"{out} has no {MANIFEST}: no run has ended there. Run vitreg features again.")
         document = json.loads(place.read(MANIFEST))
@@ -116,7 +116,7 @@ class Extraction:
         return [f"not read (all of them are in {MANIFEST}):", *lines, *more]
 
 
-def finished(out: Place) -> list[int]:
+def finished(out: Storage) -> list[int]:
     """The shards whose entries are there."""
     names = [name.partition(".") for name in out.names(DONE)]
     return [int(number) for number, _, ending in names if number.isdigit() and ending == "json"]

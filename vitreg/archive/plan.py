@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from vitreg.archive.sources import Archive, Shard
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.data.decoding import reason
 from vitreg.errors import ArchiveError
 
@@ -22,7 +22,7 @@ _GROUP = 64  # shards that a worker reads to find its own
 
 
 @dataclass(frozen=True)
-class Settings:
+class ArchiveSettings:
     """All that the features depend on beside the photos. `model` is its name; what counts is `weights`."""
 
     model: str
@@ -38,7 +38,7 @@ class Settings:
     column: str | None
 
 
-def settle(out: Place, settings: Settings, archive: Archive) -> int:
+def write_or_check_plan(out: Storage, settings: ArchiveSettings, archive: Archive) -> int:
     """Write the plan, or check that the one which is there is the same. Returns the number of shards.
 
     Raises ArchiveError, which names what differs, and OutputError.
@@ -75,7 +75,7 @@ def settle(out: Place, settings: Settings, archive: Archive) -> int:
     return shards
 
 
-def read_shard(out: Place, index: int) -> Shard:
+def read_shard(out: Storage, index: int) -> Shard:
     """One shard of the plan; only its part of the file is read."""
     import pyarrow.parquet as pq
 
@@ -85,7 +85,7 @@ def read_shard(out: Place, index: int) -> Shard:
     return Shard(row["shard"], tuple(row["files"]), row["first"], row["groups"], row["row"])
 
 
-def _write(out: Place, settings: Settings, archive: Archive) -> int:
+def _write(out: Storage, settings: ArchiveSettings, archive: Archive) -> int:
     shards, content = _to_parquet(archive.shards(settings.shard_images), archive.files)
     out.write(SHARDS, content)
     document = {
@@ -125,7 +125,7 @@ def _to_parquet(shards: Iterator[Shard], sizes: dict[str, int]) -> tuple[int, by
     return count, buffer.getvalue()
 
 
-def _files(out: Place) -> dict[str, int]:
+def _files(out: Storage) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     with out.open(SHARDS) as file:

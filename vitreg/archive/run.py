@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 
 from vitreg.archive.manifest import MANIFEST, Extraction, finished
-from vitreg.archive.plan import Settings, settle
+from vitreg.archive.plan import ArchiveSettings, write_or_check_plan
 from vitreg.archive.ray_engine import ray_session, require_ray, run_shards
 from vitreg.archive.shard_files import PATCHES, VECTORS
 from vitreg.archive.sources import Archive, find_archive
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.archive.worker import DONE, TRYING, Job
 from vitreg.errors import DataError, ImageError, UnsupportedModelError
 from vitreg.features.keys import preprocess_key
 from vitreg.features.observer import Observer
-from vitreg.fixes.base import applied, unfixed
-from vitreg.hooks.block_edit import bare
+from vitreg.fixes.base import applied, without_fixes
+from vitreg.hooks.block_edit import without_edits
 from vitreg.models.backbone import Backbone
+from vitreg.printing import progress_bar
 from vitreg.provenance import digest
-from vitreg.text import progress_bar
 
 TOKENS = ("cls", "mean", "output", "registers", "patches")
 DTYPES = ("float16", "float32")  # those that Parquet has
@@ -66,13 +66,13 @@ def extract_archive(
     for name, value in (("batch_size", batch_size), ("shard_images", shard_images), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1.")
-    place = Place.at(out)
+    place = Storage.at(out)
     features = features_of(vit, tokens, layers)
     archive = find_archive(str(data))
-    _refuse_inside(place, Place.at(data))
+    _refuse_inside(place, Storage.at(data))
     place.make(DONE, TRYING, VECTORS, *([PATCHES] if any("patches" in name for name in features) else []))
     settings = settings_of(vit, features, dtype, batch_size, shard_images, column)
-    planned = settle(place, settings, archive)
+    planned = write_or_check_plan(place, settings, archive)
     left = sorted({*range(planned)} - {*finished(place)})
     for name in place.names(TRYING):  # a new run has its tries anew
         place.remove(f"{TRYING}/{name}")
@@ -80,7 +80,7 @@ def extract_archive(
         job = job_of(vit, settings, archive, place)
         before, images, start = planned - len(left), 0, time.perf_counter()
         bar = progress_bar(progress, planned, before)
-        with ray_session(workers), unfixed(vit.model), _gathering(place), bar as show:
+        with ray_session(workers), without_fixes(vit.model), _gathering(place), bar as show:
             for done, entry in enumerate(run_shards(job, left, workers, device), before + 1):
                 images += entry["images"]
                 show(done, f"shards, {images / (time.perf_counter() - start):.0f} images/s")
@@ -96,7 +96,7 @@ def _not_empty(extraction: Extraction) -> Extraction:
     return extraction
 
 
-def _refuse_inside(out: Place, data: Place) -> None:
+def _refuse_inside(out: Storage, data: Storage) -> None:
     """The next run would find this one's files in the archive."""
     if out.fs == data.fs and f"{out.path}/".startswith(f"{data.path.rstrip('/')}/"):
         raise DataError(f"{out.url} lies inside of {data.url}. Choose an output folder outside of it.")
@@ -160,13 +160,13 @@ def settings_of(
     batch_size: int,
     shard_images: int,
     column: str | None,
-) -> Settings:
+) -> ArchiveSettings:
     if vit.preprocess is None:
         raise ImageError(f"{vit.name} was wrapped without a preprocess. Pass one to vitreg.wrap.")
     fixes = [f"{handle.fix.type} {digest(handle.fix)}" for handle in applied(vit.model)]
-    with bare(vit.model):
+    with without_edits(vit.model):
         weights = digest(repr(vit.model), vit.model.state_dict())
-    return Settings(
+    return ArchiveSettings(
         model=vit.name,
         weights=weights,
         fix=", ".join(fixes) or "none",
@@ -181,7 +181,7 @@ def settings_of(
     )
 
 
-def job_of(vit: Backbone, settings: Settings, archive: Archive, out: Place) -> Job:
+def job_of(vit: Backbone, settings: ArchiveSettings, archive: Archive, out: Storage) -> Job:
     return Job(
         vit=vit,
         fixes=tuple(handle.fix for handle in applied(vit.model)),
@@ -202,7 +202,7 @@ def job_of(vit: Backbone, settings: Settings, archive: Archive, out: Place) -> J
 
 
 @contextmanager
-def _gathering(out: Place) -> Iterator[None]:
+def _gathering(out: Storage) -> Iterator[None]:
     """However the work ends, the manifest says what is there, if it can be written at all."""
     try:
         yield
@@ -213,7 +213,7 @@ def _gathering(out: Place) -> Iterator[None]:
     _gather(out)
 
 
-def _gather(out: Place) -> None:
+def _gather(out: Storage) -> None:
     for folder in ("", DONE, VECTORS, PATCHES):
         out.remove_partial(folder)
     found = Extraction.gather(out, finished(out))

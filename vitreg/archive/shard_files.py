@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.archive.stopwatch import Stopwatch
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 
 VECTORS, PATCHES = "vectors", "patches"
 _MOST_BYTES = 256 << 20
@@ -24,7 +24,7 @@ class Parts:
 
     def __init__(
         self,
-        out: Place,
+        out: Storage,
         shard: int,
         images: int,
         grid: tuple[int, int],

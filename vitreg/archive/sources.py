@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.data.decoding import reason, why_unread
 from vitreg.data.listing import FailedImage, LeftOut, is_image, is_shard, notes_on, printable, walk, warn_of
 from vitreg.data.shards import shard_members
 from vitreg.errors import DataError
 
-Kind = Literal["images", "tar", "parquet"]
-Item = tuple[str, str | bytes] | FailedImage  # a name and either the bytes or a name in the place
+SourceKind = Literal["images", "tar", "parquet"]
+ArchiveItem = tuple[str, str | bytes] | FailedImage  # a name and either the bytes or a name in the place
 
 _ROWS = 64  # of a Parquet file that are in memory at once
 
@@ -41,8 +41,8 @@ class Shard:
 class Archive:
     """All files of one kind at a place, sorted: {name below the place: bytes}; and what was left out."""
 
-    place: Place
-    kind: Kind
+    place: Storage
+    kind: SourceKind
     files: dict[str, int]
     left_out: tuple[LeftOut, ...] = ()
 
@@ -67,7 +67,7 @@ def find_archive(url: str) -> Archive:
     there is nothing of any kind, where a folder cannot be read (an archive with a hole in it is no archive),
     and for a place that cannot be reached.
     """
-    place = Place.at(url)
+    place = Storage.at(url)
     try:
         root, sizes, left_out = _find(place)
     except DataError:
@@ -86,7 +86,7 @@ def find_archive(url: str) -> Archive:
     return Archive(root, chosen, {name: sizes[name] for name in kinds[chosen]}, tuple(left_out))
 
 
-def _chosen(names: dict[Kind, list[str]]) -> Kind | None:
+def _chosen(names: dict[SourceKind, list[str]]) -> SourceKind | None:
     """The first kind of which there are files; photos only if one is of a format that is read here."""
     if all(map(why_unread, names["images"])):
         names = {"tar": names["tar"], "parquet": names["parquet"], "images": names["images"]}
@@ -97,11 +97,15 @@ def _is_parquet(name: str) -> bool:
     return name.lower().endswith(".parquet") and not os.path.basename(name).startswith(".")
 
 
-_KINDS: dict[Kind, Callable[[str], bool]] = {"images": is_image, "tar": is_shard, "parquet": _is_parquet}
+_KINDS: dict[SourceKind, Callable[[str], bool]] = {
+    "images": is_image,
+    "tar": is_shard,
+    "parquet": _is_parquet,
+}
 _CALLED = {"images": "photos", "tar": ".tar shards", "parquet": "Parquet files"}
 
 
-def _find(place: Place) -> tuple[Place, dict[str, int], list[LeftOut]]:
+def _find(place: Storage) -> tuple[Storage, dict[str, int], list[LeftOut]]:
     """The folder, {name below it: bytes}, and what is left out."""
     left_out: list[LeftOut] = []
     if glob.has_magic(place.path) and not place.fs.exists(place.path):
@@ -121,7 +125,7 @@ def _find(place: Place) -> tuple[Place, dict[str, int], list[LeftOut]]:
     hidden = {name: why for name in files if (why := _hidden(name))}
     left_out += dict.fromkeys(hidden.values())
     shown = {name: size for name, size in files.items() if name not in hidden}
-    return Place(place.url if root == place.path else root, place.fs, root), shown, left_out
+    return Storage(place.url if root == place.path else root, place.fs, root), shown, left_out
 
 
 def _hidden(name: str) -> LeftOut | None:
@@ -154,7 +158,7 @@ def _size(path: str) -> int:
 # -- reading -----------------------------------------------------------------------------------------
 
 
-def items(place: Place, kind: Kind, shard: Shard, column: str | None = None) -> Iterator[Item]:
+def items(place: Storage, kind: SourceKind, shard: Shard, column: str | None = None) -> Iterator[ArchiveItem]:
     """The images of one shard in their order. What cannot be read any further is a FailedImage, the last."""
     if kind == "images":
         yield from ((printable(name), name) for name in shard.files)
@@ -172,7 +176,7 @@ def items(place: Place, kind: Kind, shard: Shard, column: str | None = None) -> 
         yield FailedImage(printable(name), f"the file cannot be read any further: {reason(error)}")
 
 
-def _row_groups(place: Place, name: str, images: int) -> Iterator[tuple[int, int, int]]:
+def _row_groups(place: Storage, name: str, images: int) -> Iterator[tuple[int, int, int]]:
     """(first row group, row groups, first row): as many groups as have `images` rows, but at least one."""
     import pyarrow.parquet as pq
 
@@ -193,7 +197,7 @@ def _row_groups(place: Place, name: str, images: int) -> Iterator[tuple[int, int
         first, row = first + groups, row + rows
 
 
-def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[Item]:
+def _rows(file: Any, name: str, shard: Shard, column: str | None) -> Iterator[ArchiveItem]:
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(file)

@@ -20,7 +20,7 @@ from vitreg.files import check_writable, write_atomically
 
 
 @dataclass(frozen=True)
-class Place:
+class Storage:
     """`path` is `url` without its protocol, as the file system `fs` takes it."""
 
     url: str
@@ -28,7 +28,7 @@ class Place:
     path: str
 
     @staticmethod
-    def at(url: str | os.PathLike[str]) -> "Place":
+    def at(url: str | os.PathLike[str]) -> "Storage":
         """Raises DataError for a protocol that is unknown or whose driver is not installed."""
         try:
             from fsspec.core import url_to_fs
@@ -43,7 +43,7 @@ class Place:
             raise DataError(
                 f"{text} cannot be reached: {reason(error)}. Expected a path or a URL."
             ) from error
-        return Place(text, fs, path.rstrip("/") or "/")
+        return Storage(text, fs, path.rstrip("/") or "/")
 
     @property
     def is_local(self) -> bool:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from vitreg.archive.plan import read_shard
 from vitreg.archive.shard_files import Parts
-from vitreg.archive.sources import Item, Kind, items
+from vitreg.archive.sources import ArchiveItem, SourceKind, items
 from vitreg.archive.stopwatch import Stopwatch
-from vitreg.archive.storage import Place
+from vitreg.archive.storage import Storage
 from vitreg.data.batches import Batch, to_batch
 from vitreg.data.decoding import reason
 from vitreg.data.images import read_item
@@ -51,10 +51,10 @@ class Job:
     dtype: torch.dtype
     batch_size: int
     images: int  # per file
-    data: Place
-    kind: Kind
+    data: Storage
+    kind: SourceKind
     column: str | None
-    out: Place
+    out: Storage
     device: str
     threads: int
 
@@ -148,7 +148,11 @@ class ShardWorker:
         return self._job.device != "cpu" or not self._job.data.is_local
 
     def _decoded(
-        self, found: Iterator[Item], failed: list[FailedImage], pool: ThreadPoolExecutor, watch: Stopwatch
+        self,
+        found: Iterator[ArchiveItem],
+        failed: list[FailedImage],
+        pool: ThreadPoolExecutor,
+        watch: Stopwatch,
     ) -> Iterator[tuple[str, Tensor]]:
         """The good photos in order. At most a batch of them waits, or what keeps the threads busy."""
         most = self._job.batch_size if self._gains_by_threads else 2 * self._job.threads
@@ -168,7 +172,7 @@ class ShardWorker:
         while waiting:
             yield from next_one()
 
-    def _read(self, item: Item, watch: Stopwatch) -> tuple[str, Tensor] | FailedImage:
+    def _read(self, item: ArchiveItem, watch: Stopwatch) -> tuple[str, Tensor] | FailedImage:
         if isinstance(item, FailedImage):
             return item
         name, content = item

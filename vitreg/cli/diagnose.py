@@ -8,11 +8,11 @@ import typer
 
 from vitreg.cli.options import (
     IMAGES_HELP,
+    ImagesArgument,
     Json,
-    Loading,
-    Model,
-    Photos,
-    Reading,
+    ModelArgument,
+    ModelOptions,
+    PhotoOptions,
     Report,
     SavedFix,
     with_options,
@@ -34,8 +34,8 @@ def diagnose(
             help=f"MODEL: {SCHEMES}. Several models (checkpoints, sizes) are compared. IMAGES: {IMAGES_HELP}",
         ),
     ],
-    loading: Loading,
-    reading: Reading,
+    loading: ModelOptions,
+    reading: PhotoOptions,
     json_path: Json = None,
     report: Report = None,
     figure: Annotated[Path | None, typer.Option(metavar="F.png", help="Write the main figure.")] = None,
@@ -43,11 +43,11 @@ def diagnose(
 ) -> None:
     """Does a model have attention artifacts? Where, from which layer on, and what do they do?"""
     import vitreg
-    from vitreg.distributed import joined
+    from vitreg.distributed import process_group
 
     if len(inputs) < 2:
         raise typer.BadParameter("expected a model and images: vitreg diagnose MODEL IMAGES")
-    with joined() as ranks:
+    with process_group() as ranks:
         check_writable(json_path, report, figure)
         loaded = vitreg.load_fix(fix) if fix else None
         diagnoses: list[Diagnosis] = []
@@ -64,7 +64,7 @@ def diagnose(
 
 
 @with_options
-def doctor(model: Model, loading: Loading, json_path: Json = None) -> None:
+def doctor(model: ModelArgument, loading: ModelOptions, json_path: Json = None) -> None:
     """What was found in a model, what works on it and what does not, on one page for a bug report."""
     import vitreg
 
@@ -77,10 +77,10 @@ def doctor(model: Model, loading: Loading, json_path: Json = None) -> None:
 
 @with_options
 def registers(
-    model: Model,
-    images: Photos,
-    loading: Loading,
-    reading: Reading,
+    model: ModelArgument,
+    images: ImagesArgument,
+    loading: ModelOptions,
+    reading: PhotoOptions,
     fix: SavedFix = None,
     layer: Annotated[
         int | None, typer.Option(metavar="L", min=0, help="Block, from 0; default: the last.")

@@ -10,11 +10,11 @@ from vitreg.cli.options import (
     Device,
     Dtype,
     Json,
-    Loading,
-    Model,
+    ModelArgument,
+    ModelOptions,
     Report,
     SavedFix,
-    Settings,
+    SettingsOption,
     Workers,
     with_options,
 )
@@ -35,12 +35,12 @@ def evaluate(
             metavar="TASK", help="What to measure; see the list below.", autocompletion=_complete_task
         ),
     ],
-    model: Model,
+    model: ModelArgument,
     data: Annotated[str, typer.Argument(metavar="DATA", help="The data set, in its standard layout.")],
-    loading: Loading,
+    loading: ModelOptions,
     fix: SavedFix = None,
     compare: Annotated[bool, typer.Option(help="Without and with the fix, and the difference.")] = False,
-    settings: Settings = None,
+    settings: SettingsOption = None,
     json_path: Json = None,
     report: Report = None,
     figure: Annotated[
@@ -58,10 +58,10 @@ def evaluate(
 ) -> None:
     """Measure a model, with or without a fix, on one of the papers' tasks."""
     from vitreg.cli.run_evaluation import run
-    from vitreg.distributed import joined
+    from vitreg.distributed import process_group
     from vitreg.features.config import default_cache
 
-    with joined() as ranks:
+    with process_group() as ranks:
         run(
             task,
             lambda builder: loading.load(model, builder),
@@ -107,7 +107,7 @@ def papers(
     run_table(
         run,
         data,
-        lambda row, builder: Loading(size=row.size, device=device, dtype=dtype).load(row.model, builder),
+        lambda row, builder: ModelOptions(size=row.size, device=device, dtype=dtype).load(row.model, builder),
         again=again,
         batch_size=batch_size,
         workers=workers,

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from vitreg.cli.options import IMAGES_HELP, Loading, with_options, working
+from vitreg.cli.options import IMAGES_HELP, ModelOptions, with_options, working
 from vitreg.models.names import SCHEMES
 
 
 @with_options
 def explore(
-    loading: Loading,
+    loading: ModelOptions,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help=f"{SCHEMES}. Default: the bundled example, a phantom."),

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from vitreg.cli.options import BatchSize, Building, Model, SavedFix, with_options
+from vitreg.cli.options import BatchSize, BuildOptions, ModelArgument, SavedFix, with_options
 
 
 @with_options
 def features(
-    model: Model,
+    model: ModelArgument,
     data: Annotated[
         str,
         typer.Argument(
@@ -19,7 +19,7 @@ def features(
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="OUT", help="A folder or URL; the same one goes on.")
     ],
-    building: Building,
+    building: BuildOptions,
     fix: SavedFix = None,
     tokens: Annotated[
         str | None,

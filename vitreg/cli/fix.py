@@ -5,20 +5,28 @@ from typing import Annotated
 
 import typer
 
-from vitreg.cli.options import Json, Loading, Model, Photos, Reading, Report, with_options
+from vitreg.cli.options import (
+    ImagesArgument,
+    Json,
+    ModelArgument,
+    ModelOptions,
+    PhotoOptions,
+    Report,
+    with_options,
+)
 from vitreg.cli.output import check_writable, say, write
 from vitreg.search.choices import FixKind, Method
 
 
 @with_options
 def fix(
-    model: Model,
-    images: Photos,
+    model: ModelArgument,
+    images: ImagesArgument,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="The folder that the fix is saved in.")
     ],
-    loading: Loading,
-    reading: Reading,
+    loading: ModelOptions,
+    reading: PhotoOptions,
     kind: Annotated[
         FixKind, typer.Option("--type", help="Which fix; auto: the one that suits what makes the artifacts.")
     ] = "auto",
@@ -32,14 +40,14 @@ def fix(
 ) -> None:
     """Find what makes the artifacts, build the fix that suits the model, verify and save it."""
     import vitreg
-    from vitreg.distributed import joined
+    from vitreg.distributed import process_group
     from vitreg.fixes.saving import check_target
 
-    with joined() as ranks:
+    with process_group() as ranks:
         check_writable(json_path, report)
         check_target(out)
         vit = loading.load(model)
-        cure = vitreg.find_cure(
+        cure = vitreg.find_fix(
             vit,
             reading.read(images, vit, ranks),
             kind=kind,
@@ -60,20 +68,20 @@ def fix(
 
 @with_options
 def verify(
-    model: Model,
+    model: ModelArgument,
     fix: Annotated[str, typer.Argument(metavar="FIX", help="A folder that `vitreg fix` saved, or a hub id.")],
-    images: Photos,
-    loading: Loading,
-    reading: Reading,
+    images: ImagesArgument,
+    loading: ModelOptions,
+    reading: PhotoOptions,
     controls: Annotated[bool, typer.Option(help="Run the controls too.")] = True,
     json_path: Json = None,
     report: Report = None,
 ) -> None:
     """Does a fix help? The same images before and after, against controls."""
     import vitreg
-    from vitreg.distributed import joined
+    from vitreg.distributed import process_group
 
-    with joined() as ranks:
+    with process_group() as ranks:
         check_writable(json_path, report)
         loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
         vit = loading.load(model)

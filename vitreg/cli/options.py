@@ -37,21 +37,21 @@ def _size(text: str) -> tuple[int, int]:
         raise typer.BadParameter(str(error)) from None
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{SCHEMES}.")]
-Photos = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{SCHEMES}.")]
+ImagesArgument = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
 SavedFix = Annotated[
     str | None, typer.Option("--fix", metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
 Report = Annotated[Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")]
-Settings = Annotated[
+SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting; repeatable.")
 ]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Images that the model is given at a time.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", min=0, help="Decoding processes.")]
 Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, mps or auto.")]
 Dtype = Annotated[str, typer.Option(metavar="D", help="float32, bfloat16 or float16.")]
-Size = Annotated[
+SizeOption = Annotated[
     Any,
     typer.Option(
         metavar="PX", parser=_size, help="Image side, or HEIGHTxWIDTH; positions are resampled accordingly."
@@ -60,12 +60,12 @@ Size = Annotated[
 
 
 @dataclass(frozen=True)
-class Building:
+class BuildOptions:
     """How a model is built."""
 
     heading: ClassVar[str] = "The model"
 
-    size: Size = None
+    size: SizeOption = None
     random_weights: Annotated[bool, typer.Option(help="Build without a download, to try things out.")] = False
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that comes with a checkpoint of transformers.")
@@ -89,7 +89,7 @@ class Building:
 
 
 @dataclass(frozen=True)
-class Loading(Building):
+class ModelOptions(BuildOptions):
     """How a model is built, and where and in which precision it computes."""
 
     device: Device = "auto"
@@ -100,7 +100,7 @@ class Loading(Building):
 
 
 @dataclass(frozen=True)
-class Reading:
+class PhotoOptions:
     """How photos are read."""
 
     heading: ClassVar[str] = "The photos"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vitreg.diagnosis.emergence import Emergence
     from vitreg.diagnosis.result import Diagnosis
     from vitreg.examination.doctor import Examination
-    from vitreg.search.find_fix import Cure
+    from vitreg.search.find_fix import FixSearch
     from vitreg.studies.register_maps import RegisterStudy
     from vitreg.verification.verdict import Verdict
 
@@ -31,7 +31,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def write(
-    result: "Diagnosis | Emergence | Cure | Verdict | RegisterStudy | Examination",
+    result: "Diagnosis | Emergence | FixSearch | Verdict | RegisterStudy | Examination",
     json_path: Path | None = None,
     report: Path | None = None,
     figure: Path | None = None,

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from vitreg.cli.options import Settings, with_options
+from vitreg.cli.options import SettingsOption, with_options
 
 if TYPE_CHECKING:
     from vitreg.training.loop import Machine
 
 
 @dataclass(frozen=True)
-class Computing:
+class MachineOptions:
     """What a training runs on."""
 
     heading: ClassVar[str] = "The machine"
@@ -34,7 +34,7 @@ class Computing:
 
 @with_options
 def train(
-    computing: Computing,
+    computing: MachineOptions,
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A bundled recipe, or a Python file with one.")
     ] = None,
@@ -48,7 +48,7 @@ def train(
         int | None,
         typer.Option(metavar="N...", min=0, help="Register tokens; several numbers (0 1 2 4) are compared."),
     ] = None,
-    settings: Settings = None,
+    settings: SettingsOption = None,
     evals: Annotated[
         list[str] | None,
         typer.Option(

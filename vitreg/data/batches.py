@@ -39,7 +39,7 @@ def pixels_of(batch: Batch | Tensor) -> Float[Tensor, "b 3 h w"]:
     return batch.pixels if isinstance(batch, Batch) else batch
 
 
-def places_of(batch: Batch | Tensor, seen: int) -> range:
+def indices_of(batch: Batch | Tensor, seen: int) -> range:
     """Of each image among all, those of other processes, too; so many were `seen` where no batch says it."""
     known = batch.places if isinstance(batch, Batch) else None
     return range(seen, seen + len(pixels_of(batch))) if known is None else known

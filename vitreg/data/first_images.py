@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.data.batches import Batch, pixels_of, places_of
+from vitreg.data.batches import Batch, indices_of, pixels_of
 from vitreg.data.images import Images
 from vitreg.distributed import ALONE, Ranks
 from vitreg.errors import ImageError
@@ -27,7 +27,7 @@ class First:
         self._seen = 0
 
     def add(self, batch: Batch | Tensor) -> None:
-        pixels, numbers = pixels_of(batch), places_of(batch, self._seen)
+        pixels, numbers = pixels_of(batch), indices_of(batch, self._seen)
         # Copies: a view of a batch would keep all of it, and be sent with all of it.
         self._kept += [(i, row.clone()) for i, row in zip(numbers, pixels, strict=True) if i < self._count]
         self._seen += len(pixels)

@@ -40,7 +40,7 @@ from vitreg.data.shards import shard_members
 from vitreg.distributed import ALONE, Ranks
 from vitreg.errors import ImageError, UnsupportedModelError
 from vitreg.hooks.weights import is_sharded
-from vitreg.text import progress_bar
+from vitreg.printing import progress_bar
 
 Preprocess = Callable[[Image.Image], Tensor]  # RGB PIL image -> float (3, h, w)
 

@@ -116,14 +116,14 @@ def photos_else_shards(paths: Iterable[str]) -> tuple[list[str], list[LeftOut]]:
 
 
 @dataclass(frozen=True)
-class Photos:
+class ListedPhotos:
     """The photos below a folder, sorted, and what was left out."""
 
     paths: tuple[Path, ...]
     left_out: tuple[LeftOut, ...]
 
 
-def list_photos(folder: Path) -> Photos:
+def list_photos(folder: Path) -> ListedPhotos:
     """The photos below a folder. Raises DataError if there are none, or if a folder in it cannot be read."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {printable(str(folder))}.")
@@ -140,7 +140,7 @@ def list_photos(folder: Path) -> Photos:
             f"{printable(str(folder))} holds no photo. Expected .jpg, .png, ... in it or in its folders."
             f"{left_out}"
         )
-    return Photos(tuple(sorted(paths)), tuple(found.left_out))
+    return ListedPhotos(tuple(sorted(paths)), tuple(found.left_out))
 
 
 def photos_in(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 from .diagnose import diagnose
 from .emergence import Emergence
-from .one_image import Look, look
+from .one_image import ImageView, inspect_image
 from .outliers import OutlierRule
 from .result import Diagnosis, Example, LayerDiagnosis
 
@@ -8,9 +8,9 @@ __all__ = [
     "Diagnosis",
     "Emergence",
     "Example",
+    "ImageView",
     "LayerDiagnosis",
-    "Look",
     "OutlierRule",
     "diagnose",
-    "look",
+    "inspect_image",
 ]

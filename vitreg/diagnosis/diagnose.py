@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from vitreg.data.batches import Batch, pixels_of, places_of
+from vitreg.data.batches import Batch, indices_of, pixels_of
 from vitreg.data.first_images import ranks_of
 from vitreg.data.images import Images
 from vitreg.diagnosis.bins import PER_OCTAVE
@@ -107,7 +107,7 @@ def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples:
                 )
             collector.see(pixels)
             if len(kept) < examples:
-                start = places_of(batch, len(kept)).start
+                start = indices_of(batch, len(kept)).start
                 kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
     return _together(vit, collector, size, kept, examples, ranks_of(images))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vitreg.diagnosis.kinds.locality import Locality
 from vitreg.diagnosis.result import Diagnosis
-from vitreg.text import text_table
+from vitreg.printing import text_table
 
 
 @dataclass(frozen=True)

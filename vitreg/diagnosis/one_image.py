@@ -51,7 +51,7 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class ImageView:
     """Patch norms of the residual stream after every block, where one token looks, the activations of the
     neurons that were asked for, and the model's (c,) output, if it has the shape of logits."""
 
@@ -69,13 +69,13 @@ class Look:
         return [(names[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
 
-def look(
+def inspect_image(
     vit: Backbone,
     pixels: Float[Tensor, "1 3 h w"],
     *,
     query: Query | None = None,
     neurons: Sequence[tuple[int, int]] = (),
-) -> Look:
+) -> ImageView:
     """One image, with the attention of one token in every layer and head (default: CLS, or "patches"), and
     with the activations of some MLP neurons, (layer, index): inputs of the down-projection, at each patch.
 
@@ -114,7 +114,7 @@ def look(
         raise NonFiniteError(f"the residual stream holds NaN or infinity in {vit.dtype}. Use float32.")
     logits = logits_of(output)
     attention = _attention(torch.stack(rows), seen.layout)
-    return Look(grid, attention, found, None if logits is None else logits[0].cpu())
+    return ImageView(grid, attention, found, None if logits is None else logits[0].cpu())
 
 
 def _check_neurons(vit: Backbone, neurons: Sequence[tuple[int, int]]) -> None:

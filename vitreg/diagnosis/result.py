@@ -15,7 +15,7 @@ from vitreg.diagnosis.statistics import EDGES, Statistics
 from vitreg.diagnosis.wording import name_of_queries, words_of_sink
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.text import called
+from vitreg.printing import called
 from vitreg.tracing.trace import trace
 
 Queries = Literal["cls", "patches"]
@@ -205,7 +205,7 @@ class Diagnosis:
             f"sureness: {self.sureness:.1%}",
             f"strength: {self.strength} ({STRENGTHS[self.strength or 'mild']})",
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
-            f"places: {describe_places(self.position_frequency)}",
+            f"places: {describe_positions(self.position_frequency)}",
             f"attention on outliers in the last block: {self.attention_to_outliers:.1%}"
             f" (from {name_of_queries(self.attention_queries)})",
         ]
@@ -228,7 +228,7 @@ def sureness(judgement: Judgement, power: float = SURENESS_POWER) -> float:
     return max(artifacts, 0.5) if judgement.stands else max(1 - artifacts, 0.5)
 
 
-def describe_places(frequency: list[list[float]], often: float = 0.5) -> str:
+def describe_positions(frequency: list[list[float]], often: float = 0.5) -> str:
     """Whether outliers sit at fixed places, in words."""
     grid = torch.tensor(frequency)
     places = [(r, c) for r, c in (grid >= often).nonzero().tolist()]

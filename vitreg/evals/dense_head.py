@@ -23,11 +23,11 @@ from sklearn.model_selection import GroupKFold, KFold
 from torch import Tensor, nn
 
 from vitreg.errors import DataError
-from vitreg.evals.outliers import unfixed_diagnosis
+from vitreg.evals.outlier_masks import unfixed_diagnosis
 from vitreg.features.config import Config
 from vitreg.features.extraction import Features, extract_features
 from vitreg.features.framing import Framing, Windows, normalisation_of
-from vitreg.fixes.base import unfixed
+from vitreg.fixes.base import without_fixes
 from vitreg.models.backbone import Backbone
 
 EXAMPLES = 4  # photos that a figure shows
@@ -276,7 +276,7 @@ def former_outliers(
     if not report.rule.marks_any:
         return {}
     name = f"norms@{report.rule.layer}"
-    with unfixed(vit.model):
+    with without_fixes(vit.model):
         found = extract_features(vit, paths, [name], everything, frame.framing, frame.windows)
     rows = zip(found.index, found.each(name), strict=True)
     masks = {tested[row]: report.rule.mask(norms) for row, norms in rows}

@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 
 from vitreg.data.datasets.boxes import Boxed, boxed_photos
 from vitreg.data.decoding import decode
-from vitreg.data.spread import spread
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.errors import DataError, NonFiniteError
 from vitreg.evals.lost import Found, Grid, lost, lost_by_bias
 from vitreg.evals.result import Metric, Result, concluded
@@ -32,7 +32,7 @@ from vitreg.features.config import Config
 from vitreg.features.extraction import extract_features
 from vitreg.features.framing import Framing, normalisation_of
 from vitreg.models.backbone import Backbone
-from vitreg.plots.boxes import BoxedPhoto, box_grid
+from vitreg.plots.box_grid import BoxedPhoto, box_grid
 
 BIASES = tuple(float(bias) for bias in np.linspace(0, -1, 41).round(3))  # that a sweep tries
 _DRAWN = 12  # photos in a picture
@@ -66,7 +66,7 @@ class DiscoveryConfig(Config):
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class BoxedScene:
     """A photo of `size` (height, width), its objects' boxes `truth` (k, 4), and its grid of patches.
 
     `patch` is the (height, width) of a patch in the photo's own pixels; boxes are xyxy in such pixels.
@@ -130,14 +130,16 @@ def _check(config: DiscoveryConfig) -> None:
         raise DataError("bias=sweep tries 0 to -1, for cosines: set normalise=true, and 0 < held_out < 1.")
 
 
-def scenes_of(photos: Boxed, index: Sequence[int], framing: Framing, patch: tuple[int, int]) -> list[Scene]:
+def scenes_of(
+    photos: Boxed, index: Sequence[int], framing: Framing, patch: tuple[int, int]
+) -> list[BoxedScene]:
     """Some of the photos, with their grids of patches (height, width) as the framing makes them."""
     scenes = []
     for i in index:
         (height, width), (rows, columns) = photos.sizes[i], framing.scaled_size(*photos.sizes[i])
         grid = (-(-rows // patch[0]), -(-columns // patch[1]))
         scale = (patch[0] * height / rows, patch[1] * width / columns)
-        scenes.append(Scene(photos.paths[i], photos.sizes[i], photos.boxes[i], grid, scale))
+        scenes.append(BoxedScene(photos.paths[i], photos.sizes[i], photos.boxes[i], grid, scale))
     return scenes
 
 
@@ -172,7 +174,9 @@ class _Sweep:
     corloc: float
 
 
-def _sweep(scenes: Sequence[Scene], features: Callable[[int], Tensor], config: DiscoveryConfig) -> _Sweep:
+def _sweep(
+    scenes: Sequence[BoxedScene], features: Callable[[int], Tensor], config: DiscoveryConfig
+) -> _Sweep:
     if len(scenes) < 2:
         raise DataError("bias=sweep needs photos to choose on and others to measure: found one photo.")
     share = min(max(round(config.held_out * len(scenes)), 1), len(scenes) - 1)
@@ -186,7 +190,7 @@ def _sweep(scenes: Sequence[Scene], features: Callable[[int], Tensor], config: D
 
 
 def _metrics(
-    scenes: Sequence[Scene], found: Sequence[dict[str, Found]], swept: _Sweep | None
+    scenes: Sequence[BoxedScene], found: Sequence[dict[str, Found]], swept: _Sweep | None
 ) -> dict[str, Metric]:
     metrics = {}
     for method in found[0]:
@@ -199,7 +203,7 @@ def _metrics(
     return metrics
 
 
-def _scaled(scenes: Sequence[Scene], framing: Framing) -> list[str]:
+def _scaled(scenes: Sequence[BoxedScene], framing: Framing) -> list[str]:
     if framing.most is None:
         return []
     smaller = [scene for scene in scenes if framing.scaled_size(*scene.size) != scene.size]
@@ -232,9 +236,9 @@ def _notes(found: Sequence[dict[str, Found]], swept: _Sweep | None) -> list[str]
     return notes
 
 
-def _picture(scenes: Sequence[Scene], found: Sequence[dict[str, Found]]) -> Figure:
+def _picture(scenes: Sequence[BoxedScene], found: Sequence[dict[str, Found]]) -> Figure:
     drawn = []
-    for i in spread(len(scenes), _DRAWN):
+    for i in evenly_spaced(len(scenes), _DRAWN):
         scene = scenes[i]
         boxes = {method: scene.box(one).numpy() for method, one in found[i].items()}
         scores = ", ".join(f"{method} {scene.overlap(one):.2f}" for method, one in found[i].items())

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from vitreg.evals.pairs import dot_products
+from vitreg.evals.patch_pairs import dot_products
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vitreg.data.listing import photos_in
 from vitreg.errors import DataError
-from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
+from vitreg.evals.outlier_masks import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, ratio
 from vitreg.features.config import Config
 from vitreg.features.extraction import extract_features

@@ -20,7 +20,7 @@ from vitreg.fixes.base import Fix, applied
 from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.backbone import Backbone
-from vitreg.text import called, text_table
+from vitreg.printing import called, text_table
 from vitreg.version import versions
 
 # From means over images (r, k) of what is kept of each to the metric (r,).

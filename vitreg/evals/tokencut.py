@@ -15,7 +15,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from vitreg.evals.lost import Found, Grid, extent_around
-from vitreg.evals.pairs import LikePairs
+from vitreg.evals.patch_pairs import LikePairs
 
 MOST_SOLVED = 256  # patches whose whole matrix is solved
 _WEAK = 1e-5  # the weight between unlike patches: the graph stays connected

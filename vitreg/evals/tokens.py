@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from vitreg.data.datasets.classes import Labelled, splits
-from vitreg.data.spread import spread
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import DataError, UnsupportedModelError
-from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
+from vitreg.evals.outlier_masks import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.probes import Held, at_layer, fitted, logistic
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.features.config import Config
@@ -56,7 +56,7 @@ def evaluate(vit: Backbone, data: str | Path, config: TokensConfig | None = None
     """
     config = config or TokensConfig()
     sides = splits(data)
-    if reason := _too_few(np.array(sides[0].labels)[spread(len(sides[0].labels), config.limit)]):
+    if reason := _too_few(np.array(sides[0].labels)[evenly_spaced(len(sides[0].labels), config.limit)]):
         raise DataError(f"train/ of {data} has {reason}. A fifth of the photos chooses the regularisation.")
     report = unfixed_diagnosis(vit, sides[0].paths, config)
     train, val = (_tokens(vit, report, side, config) for side in sides)

@@ -21,13 +21,13 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from vitreg.data.batches import places_of
+from vitreg.data.batches import indices_of
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
 from vitreg.data.listing import photos_in
-from vitreg.data.spread import spread
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import UnsupportedModelError
-from vitreg.evals.outliers import outlier_masks, outlier_notes, unfixed_diagnosis
+from vitreg.evals.outlier_masks import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.features.config import Config
 from vitreg.hooks.attention import AttentionCall, intercept
@@ -129,7 +129,7 @@ def evaluate(vlm: Backbone, data: str | Path, config: VlmConfig | None = None) -
     if not isinstance(vlm, Vlm):
         raise UnsupportedModelError(f"{vlm.name} has no text model. Load one with vitreg.evals.vlm.load.")
     paths = photos_in(Path(data))
-    paths = [paths[i] for i in spread(len(paths), config.limit)]
+    paths = [paths[i] for i in evenly_spaced(len(paths), config.limit)]
     report = unfixed_diagnosis(vlm, paths, config)
     outliers = torch.from_numpy(outlier_masks(vlm, report, paths, config))
     ids = vlm.prompt(config.prompt)
@@ -141,7 +141,7 @@ def evaluate(vlm: Backbone, data: str | Path, config: VlmConfig | None = None) -
         progress=config.progress,
         ranks=config.ranks,
     )
-    mine = [(places_of(batch, 0).start, image_attention(vlm, batch.pixels, ids).cpu()) for batch in photos]
+    mine = [(indices_of(batch, 0).start, image_attention(vlm, batch.pixels, ids).cpu()) for batch in photos]
     everyones = sorted(itertools.chain(*config.ranks.gather(mine)), key=itemgetter(0))
     seen = torch.cat([rows for _, rows in everyones])
     notes = [f"{len(photos.failed)} photos could not be read."] if photos.failed else []

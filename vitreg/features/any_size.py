@@ -24,8 +24,8 @@ from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.tracing.trace import watch
 
-Change = tuple[nn.Module, str, Any]  # an attribute of a module, and what it is to be
-Plan = Callable[[Tensor], Sequence[Change]]  # what to change for a batch of images
+AttributeChange = tuple[nn.Module, str, Any]  # an attribute of a module, and what it is to be
+Plan = Callable[[Tensor], Sequence[AttributeChange]]  # what to change for a batch of images
 
 
 def at_any_size(vit: Backbone) -> Backbone:
@@ -75,7 +75,7 @@ class _Resized:
 
 
 @contextmanager
-def _changed(changes: Sequence[Change]) -> Iterator[None]:
+def _changed(changes: Sequence[AttributeChange]) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
         for module, name, value in changes:
@@ -113,7 +113,9 @@ def _resampled_positions(vit: Backbone) -> Plan | None:
     return None
 
 
-def _resample(vit: Backbone, owner: nn.Module, name: str, others: int, images: Tensor) -> list[Change]:
+def _resample(
+    vit: Backbone, owner: nn.Module, name: str, others: int, images: Tensor
+) -> list[AttributeChange]:
     positions: Tensor = getattr(owner, name).detach()
     before, patches = positions[..., :others, :], positions[..., others:, :]
     planes = patches.reshape(1, *vit.layout.grid, -1).permute(0, 3, 1, 2).float()

@@ -16,9 +16,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import Preprocess, read_images
 from vitreg.data.listing import FailedImage, printable
-from vitreg.data.spread import spread
 from vitreg.distributed import Ranks
 from vitreg.errors import DataError, ImageError
 from vitreg.features.config import Config
@@ -104,7 +104,7 @@ def extract_features(
         raise ValueError(f"no feature is called {unknown[0]!r}: expected some of {', '.join(FEATURES)}.")
     if len(set(paths)) < len(paths):
         raise ValueError("found a photo twice in the list, but expected each once.")
-    chosen = spread(len(paths), config.limit)
+    chosen = evenly_spaced(len(paths), config.limit)
     common = (model_key(vit), preprocess_key(preprocess), split, sorted(wanted), dtype, torch.__version__)
     store = _Store(config.cache, digest(_FORMAT, *common), [paths[i] for i in chosen])
     if missing := store.missing(config.ranks):

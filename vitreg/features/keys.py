@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitreg.data.images import Preprocess
 from vitreg.fixes.base import applied
-from vitreg.hooks.block_edit import bare, edits_of
+from vitreg.hooks.block_edit import edits_of, without_edits
 from vitreg.models.backbone import Backbone
 from vitreg.provenance import digest
 
@@ -21,7 +21,7 @@ def model_key(vit: Backbone) -> str:
     """The model's structure and weights, its dtype and image size, and the fixes on it."""
     blocks = vit.anatomy.block_modules(vit.model)
     fixes = [handle.fix for handle in applied(vit.model)] if any(map(edits_of, blocks)) else []
-    with bare(vit.model):
+    with without_edits(vit.model):
         return digest(repr(vit.model), vit.model.state_dict(), vit.image_size, fixes)
 
 

@@ -20,7 +20,7 @@ from vitreg.fixes.base import applied, backbone_of
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import RegisterEdit, TestTimeRegisters
 from vitreg.hooks.block_edit import edits_of, install, uninstall
-from vitreg.hooks.carry import Carry
+from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.torch_internals import compiled_model_of
 from vitreg.models.backbone import Backbone
 
@@ -44,9 +44,9 @@ def add_registers(
     vit = backbone_of(model)
     _refuse_twice(vit.model)
     parameter = nn.Parameter(_initial(initial, n, vit))
-    carry: Carry[Tensor] = Carry()
+    carry: CarriedTokens[Tensor] = CarriedTokens()
     blocks = vit.anatomy.block_modules(vit.model)
-    edits = [_Edit(vit, layer, n, carry) for layer in range(len(blocks))]
+    edits = [_AddedRegistersEdit(vit, layer, n, carry) for layer in range(len(blocks))]
     vit.model.register_parameter(NAME, parameter)
     for block, edit in zip(blocks, edits, strict=True):
         install(block, edit)
@@ -64,7 +64,7 @@ def remove_registers(model: nn.Module | Backbone) -> Float[Tensor, "n d"]:
     _refuse_applied(module)
     for block in module.modules():
         for edit in edits_of(block):
-            if isinstance(edit, _Edit):
+            if isinstance(edit, _AddedRegistersEdit):
                 uninstall(block, edit)
     values: Tensor = getattr(module, NAME).detach()
     delattr(module, NAME)
@@ -73,7 +73,9 @@ def remove_registers(model: nn.Module | Backbone) -> Float[Tensor, "n d"]:
 
 def has_added_registers(model: nn.Module) -> bool:
     """Whether `add_registers` was called on this model."""
-    return any(isinstance(edit, _Edit) for module in model.modules() for edit in edits_of(module))
+    return any(
+        isinstance(edit, _AddedRegistersEdit) for module in model.modules() for edit in edits_of(module)
+    )
 
 
 def _refuse_twice(model: nn.Module) -> None:
@@ -103,10 +105,10 @@ def _initial(initial: Tensor | float, n: int, vit: Backbone) -> Float[Tensor, "n
     return initial.detach().clone().to(vit.device, vit.dtype)
 
 
-class _Edit(RegisterEdit):
+class _AddedRegistersEdit(RegisterEdit):
     """As that of test-time registers without neurons, with what enters block 0 looked up in the model."""
 
-    def __init__(self, vit: Backbone, layer: int, n: int, carry: Carry[Tensor]) -> None:
+    def __init__(self, vit: Backbone, layer: int, n: int, carry: CarriedTokens[Tensor]) -> None:
         fix = TestTimeRegisters(RegisterNeurons(()), n)
         super().__init__(fix, vit, layer, carry, torch.empty(0))
         # Not its parameter, which load_state_dict(assign=True), FSDP and functional_call replace.

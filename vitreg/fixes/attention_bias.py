@@ -28,7 +28,7 @@ from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.hooks.attention import AttentionCall, MultiheadCall
 from vitreg.hooks.block_edit import BlockEdit, Inner
-from vitreg.hooks.inside_block import Inside, within
+from vitreg.hooks.inside_block import BlockInterceptor, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -93,7 +93,7 @@ class AttentionBias(Fix):
         keys, values = (self.tensors[name].to(vit.device) for name in ("keys", "values"))
         down = vit.anatomy.down_projection
         return {
-            layer: _Edit(self.neurons, layer, down, key, value)
+            layer: _BiasEdit(self.neurons, layer, down, key, value)
             for layer, key, value in zip(layers, keys, values, strict=True)
         }
 
@@ -142,7 +142,7 @@ class _Means:
         }
 
 
-class _Edit(BlockEdit):
+class _BiasEdit(BlockEdit):
     """One block with its register neurons silent and one more key in its attention."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Edit(BlockEdit):
         return activation.index_fill(-1, self.index.to(activation.device), 0)
 
 
-class _OneMoreKey(Inside):
+class _OneMoreKey(BlockInterceptor):
     """Attention with a key and value that belong to no token, behind those of the tokens."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:

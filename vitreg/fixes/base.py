@@ -196,7 +196,7 @@ def applied(model: nn.Module) -> list[Applied]:
 
 
 @contextmanager
-def unfixed(model: nn.Module) -> Iterator[None]:
+def without_fixes(model: nn.Module) -> Iterator[None]:
     """The model as it is without the fixes that are applied to it, for as long as one looks at it."""
     handles = applied(model)
     for handle in reversed(handles):

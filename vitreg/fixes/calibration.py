@@ -1,6 +1,6 @@
 """At which activation a register neuron marks a token: between its normal tokens and its outliers.
 
-    neurons, most = measure_marks(vit, photos, neurons)      # each with its `threshold`
+    neurons, most = calibrate_thresholds(vit, photos, neurons)      # each with its `threshold`
 
 Used by token splitting, which decides token by token. Also finds the neurons that feed the register
 neurons: those of the ranking that keep outliers and normal tokens apart all by themselves.
@@ -37,7 +37,7 @@ SMALLEST = 1e-3  # an activation that is as good as none
 IMAGES = 64
 
 
-def measure_marks(
+def calibrate_thresholds(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
     neurons: RegisterNeurons,

@@ -25,7 +25,7 @@ from vitreg.fixes.base import Applied, Fix, applied, same_values
 from vitreg.fixes.neighbours import grid_distances, nearest_clean
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
-from vitreg.hooks.carry import Carry
+from vitreg.hooks.carry import CarriedTokens
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
@@ -141,14 +141,14 @@ class PositionRepair(Fix):
         return {}
 
     def handle(self, vit: Backbone) -> Applied:
-        return _Applied(self, vit)
+        return _AppliedRepair(self, vit)
 
 
-class _Applied(Applied):
+class _AppliedRepair(Applied):
     """An edit of the module after which the table is added."""
 
     def __init__(self, fix: PositionRepair, vit: Backbone) -> None:
-        repaired: Carry[bool] = Carry()
+        repaired: CarriedTokens[bool] = CarriedTokens()
         positions = added_positions(vit, vit.layout)
         super().__init__(fix, vit, {0: _Expect(repaired, positions.module)})
         rows = positions.table[list(fix.patches)]
@@ -164,7 +164,7 @@ class _Applied(Applied):
 class _Add(BlockEdit):
     """The patch embedding with the correction of the positions already in it."""
 
-    def __init__(self, fix: PositionRepair, layout: TokenLayout, repaired: Carry[bool]) -> None:
+    def __init__(self, fix: PositionRepair, layout: TokenLayout, repaired: CarriedTokens[bool]) -> None:
         self.layout, self.repaired = layout, repaired
         self.correction = torch.zeros(layout.patches, fix.before.shape[1])
         self.correction[list(fix.patches)] = fix.after - fix.before
@@ -186,7 +186,7 @@ class _Add(BlockEdit):
 class _Expect(BlockEdit):
     """Block 0 as it is, where the positions of this pass have been repaired."""
 
-    def __init__(self, repaired: Carry[bool], module: str) -> None:
+    def __init__(self, repaired: CarriedTokens[bool], module: str) -> None:
         self.repaired, self.module = repaired, module
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:

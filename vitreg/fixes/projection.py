@@ -72,7 +72,7 @@ class Projection(Fix):
         pass. Raises ImageError without images, FixError where nothing is asked for or found, ValueError for
         more positions than there are directions.
         """
-        sums = _Sums(vit)
+        sums = _DirectionSums(vit)
         with evaluating(vit.model), watch(vit, on_block=sums.add):
             for batch in images:
                 vit(pixels_of(batch))
@@ -149,7 +149,7 @@ def massive_channels(typical: Float[Tensor, " d"]) -> Bool[Tensor, " d"]:
     return (typical >= FACTOR * typical.median()) & (energy >= SHARE * energy.sum())
 
 
-class _Sums:
+class _DirectionSums:
     """Sums over images of the last block's patches and of their channels' typical size, in float64."""
 
     def __init__(self, vit: Backbone) -> None:

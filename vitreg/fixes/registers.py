@@ -23,9 +23,9 @@ from vitreg.errors import FixError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
-from vitreg.hooks.carry import Carry
+from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.hooked import hooked
-from vitreg.hooks.inside_block import Inside, given_mask, within
+from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import uncompiled
@@ -88,10 +88,10 @@ class TestTimeRegisters(Fix):
         many as an image has outliers on average (up to 8), each like those at one of the most frequent
         places. `feeders` moves the neurons that lead up to the outliers, too (see marks.py).
         """
-        from vitreg.fixes.calibration import mean_outliers, measure_marks
+        from vitreg.fixes.calibration import calibrate_thresholds, mean_outliers
 
         if feeders:
-            neurons, _ = measure_marks(vit, images, neurons)
+            neurons, _ = calibrate_thresholds(vit, images, neurons)
         entry = min(neurons.by_layer)
         initial = mean_outliers(vit, images, neurons, entry, registers)
         given: dict[str, Any] = {"entry": entry, "initial": "given"}
@@ -150,7 +150,7 @@ class TestTimeRegisters(Fix):
             )
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
-        carry: Carry[Tensor] = Carry()
+        carry: CarriedTokens[Tensor] = CarriedTokens()
         value = _initial_value(self, vit)
         layers = range(self.entry, vit.anatomy.depth)
         return {layer: RegisterEdit(self, vit, layer, carry, value) for layer in layers}
@@ -160,7 +160,7 @@ class RegisterEdit(BlockEdit):
     """Registers in, the block with its neurons' activation moved, registers out."""
 
     def __init__(
-        self, fix: TestTimeRegisters, vit: Backbone, layer: int, carry: Carry[Tensor], value: Tensor
+        self, fix: TestTimeRegisters, vit: Backbone, layer: int, carry: CarriedTokens[Tensor], value: Tensor
     ) -> None:
         self.fix, self.layer, self.carry, self.value = fix, layer, carry, value
         self.inserted = fix.registers
@@ -184,7 +184,7 @@ class RegisterEdit(BlockEdit):
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
         run = partial(inner, x, args, kwargs)
         if masked:
-            run = partial(within, Inside(self.own, start + self.inserted - self.own), run)
+            run = partial(within, BlockInterceptor(self.own, start + self.inserted - self.own), run)
         if self.neurons is not None:
             move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
             run = partial(edited, block, self.down, move, run)

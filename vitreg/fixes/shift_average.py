@@ -22,7 +22,7 @@ from vitreg.errors import UnsupportedModelError
 from vitreg.fixes.base import Applied, Fix, first_patch
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner, install
-from vitreg.hooks.carry import Carry
+from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.hooked import hooked
 from vitreg.hooks.torch_internals import forget_output_hooks, is_replica
 from vitreg.models.backbone import Backbone
@@ -77,18 +77,20 @@ class ShiftAverage(Fix):
 
     def handle(self, vit: Backbone) -> Applied:
         """Raises UnsupportedModelError for a model that is not given (b, 3, h, w) images, or has no copy."""
-        return _Applied(self, vit)
+        return _AppliedShifts(self, vit)
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
-        return _Applied(self, vit).edits
+        return _AppliedShifts(self, vit).edits
 
 
-class _Applied(Applied):
+class _AppliedShifts(Applied):
     """An edit where images enter, which runs the views, and one of the last block, which combines them."""
 
     def __init__(self, fix: ShiftAverage, vit: Backbone) -> None:
         last = vit.anatomy.depth - 1
-        carry: Carry[Tensor] = Carry()  # the views' patches (v, b, p, d), from the entrance to the last block
+        carry: CarriedTokens[Tensor] = (
+            CarriedTokens()
+        )  # the views' patches (v, b, p, d), from the entrance to the last block
         super().__init__(fix, vit, {last: _Combine(carry, last, first_patch(vit, last), fix.reduce)})
         self._edited.append((_entrance(vit), _RunViews(carry, vit, fix.shifts())))
 
@@ -119,7 +121,7 @@ def _entrance(vit: Backbone) -> nn.Module:
 class _RunViews(BlockEdit):
     """At the entrance: the views of the images through the whole model, one after the other."""
 
-    def __init__(self, carry: Carry[Tensor], vit: Backbone, shifts: list[Shift]) -> None:
+    def __init__(self, carry: CarriedTokens[Tensor], vit: Backbone, shifts: list[Shift]) -> None:
         self.carry, self.twin, self.shifts = carry, _Twin(vit), shifts
         self.last = vit.anatomy.depth - 1
         self.patch_size, self.padding = vit.anatomy.patch_size, vit.anatomy.padding
@@ -157,7 +159,7 @@ def _fitted(images: Float[Tensor, "b 3 _ _"], size: tuple[int, int]) -> Float[Te
 class _Combine(BlockEdit):
     """After the last block: its patches and the views', one value per channel."""
 
-    def __init__(self, carry: Carry[Tensor], last: int, start: int, reduce: str) -> None:
+    def __init__(self, carry: CarriedTokens[Tensor], last: int, start: int, reduce: str) -> None:
         self.carry, self.last, self.start, self.reduce = carry, last, start, reduce
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -23,7 +23,7 @@ from vitreg.hooks.neuron_edit import edited
 from vitreg.hooks.stream import Stream
 from vitreg.models.backbone import Backbone
 
-Place = tuple[int, int]
+GridPosition = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ShiftSink(Fix):
 
     type: ClassVar[str] = "shift"
     inside_splitting: ClassVar[str] = "would move a sink among"
-    places: tuple[Place, ...] = ()
+    places: tuple[GridPosition, ...] = ()
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -56,10 +56,10 @@ class ShiftSink(Fix):
             )
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
-        return {layer: _Edit(self, vit, layer) for layer in self.neurons.by_layer}
+        return {layer: _ShiftEdit(self, vit, layer) for layer in self.neurons.by_layer}
 
 
-class _Edit(BlockEdit):
+class _ShiftEdit(BlockEdit):
     """One block whose register neurons fire at the chosen patches alone."""
 
     def __init__(self, fix: ShiftSink, vit: Backbone, layer: int) -> None:

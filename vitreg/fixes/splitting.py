@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from vitreg.data.batches import Batch
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
-from vitreg.fixes.calibration import measure_marks
+from vitreg.fixes.calibration import calibrate_thresholds
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.attention import AttentionCall, MultiheadCall, SdpaCall
 from vitreg.hooks.block_edit import BlockEdit, Inner
-from vitreg.hooks.carry import Carry
-from vitreg.hooks.inside_block import Inside, within
+from vitreg.hooks.carry import CarriedTokens
+from vitreg.hooks.inside_block import BlockInterceptor, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.hooks.stream import Stream
-from vitreg.hooks.token_order import ArrangedCall, arranged, shown_as
+from vitreg.hooks.token_order import ReorderedAttention, arranged, observed_as
 from vitreg.hooks.weights import is_affine, weight_columns
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -90,15 +90,15 @@ class TokenSplitting(Fix):
         `feeders` adds the neurons that lead up to the outliers (see marks.py), so that copies are clean of
         what went before, too.
         """
-        marked, most = measure_marks(vit, images, neurons, feeders=feeders)
+        marked, most = calibrate_thresholds(vit, images, neurons, feeders=feeders)
         return cls(marked, capacity=min(ROOM * most, 1.0))
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
-        carry: Carry[Fork] = Carry()
+        carry: CarriedTokens[Fork] = CarriedTokens()
         layers = range(min(self.neurons.by_layer, default=vit.anatomy.depth), vit.anatomy.depth)
         _refuse_other_than_linear(vit, self.neurons)
         gains = write_gains(vit, list(self.neurons.by_layer))
-        return {layer: _Edit(self, vit, layer, carry, gains.get(layer)) for layer in layers}
+        return {layer: _SplitEdit(self, vit, layer, carry, gains.get(layer)) for layer in layers}
 
 
 def _refuse_other_than_linear(vit: Backbone, neurons: RegisterNeurons) -> None:
@@ -140,9 +140,9 @@ class Fork(NamedTuple):
         return order, absent
 
 
-class _Edit(BlockEdit):
+class _SplitEdit(BlockEdit):
     def __init__(
-        self, fix: TokenSplitting, vit: Backbone, layer: int, carry: Carry[Fork], gain: Tensor | None
+        self, fix: TokenSplitting, vit: Backbone, layer: int, carry: CarriedTokens[Fork], gain: Tensor | None
     ) -> None:
         self.share, self.layer, self.carry, self.gain = fix.capacity, layer, carry, gain
         self.start = first_patch(vit, layer)
@@ -251,7 +251,7 @@ class _Marker:
         return score.scatter(1, position, torch.where(valid, torch.inf, score.gather(1, position)))
 
 
-class _Forked(Inside):
+class _Forked(BlockInterceptor):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
     def __init__(self, fork: Fork, start: int, n: int) -> None:
@@ -299,7 +299,7 @@ class _Forked(Inside):
     def _shown_to_watchers(self, call: Callable[[], AttentionCall]) -> Any:
         if torch.compiler.is_compiling():
             return nullcontext()
-        return shown_as(lambda: ArrangedCall(call(), self._order, self._absent))
+        return observed_as(lambda: ReorderedAttention(call(), self._order, self._absent))
 
     def _columns_for_copies(self, mask: Tensor | None) -> Tensor | None:
         """What the bias would be if copies could be attended to, for watchers."""

@@ -111,7 +111,7 @@ class TrainedRegisters(Fix):
         return self._tokens_alone().edits(vit)
 
     def handle(self, vit: Backbone) -> Applied:
-        return _Applied(self, vit)
+        return _AppliedWeights(self, vit)
 
     def made_for(self, vit: Backbone | None) -> Fingerprint | None:
         """The model before the training, whatever weights stand in `vit` now."""
@@ -122,7 +122,7 @@ class TrainedRegisters(Fix):
         return TestTimeRegisters(none, self.registers, initial="given", tensors={"initial": self.tokens})
 
 
-class _Applied(Applied):
+class _AppliedWeights(Applied):
     """The registers by edits of the blocks, and the weights in the place of the model's own."""
 
     def __init__(self, fix: TrainedRegisters, vit: Backbone) -> None:

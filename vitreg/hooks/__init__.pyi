@@ -1,16 +1,16 @@
 from .attention import AttentionCall, intercept
-from .block_edit import BlockEdit, bare, edits_of, install, uninstall
-from .carry import Carry
+from .block_edit import BlockEdit, edits_of, install, uninstall, without_edits
+from .carry import CarriedTokens
 from .stream import Stream
 
 __all__ = [
     "AttentionCall",
     "BlockEdit",
-    "Carry",
+    "CarriedTokens",
     "Stream",
-    "bare",
     "edits_of",
     "install",
     "intercept",
     "uninstall",
+    "without_edits",
 ]

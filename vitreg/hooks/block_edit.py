@@ -77,7 +77,7 @@ def uninstall(block: nn.Module, edit: BlockEdit) -> None:
 
 
 @contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
+def without_edits(model: nn.Module) -> Iterator[None]:
     """The model without its edits, for as long as one looks at it."""
     installed = {module: edits for module in model.modules() if (edits := edits_of(module))}
     try:

@@ -14,7 +14,7 @@ from vitreg.hooks.torch_internals import WeakTensorKeyDictionary
 T = TypeVar("T")
 
 
-class Carry(Generic[T]):
+class CarriedTokens(Generic[T]):
     """What one block hands to the next beside the residual stream, for one fix on one model.
 
     Kept per thread. Where gradients are recorded, what a block took is also kept with the tensor that it took
@@ -32,7 +32,7 @@ class Carry(Generic[T]):
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Carry, ()  # a copied or saved model starts with empty hands
+        return CarriedTokens, ()  # a copied or saved model starts with empty hands
 
     def take(self, layer: int, x: Tensor) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class Inside(TorchFunctionMode):
+class BlockInterceptor(TorchFunctionMode):
     """Entered around a block's own forward, in one thread, gone with it whatever happens.
 
     Where `inserted` tokens stand at `start` that the model does not know of (those of fixes further out
@@ -83,7 +83,7 @@ class Inside(TorchFunctionMode):
         return input if known and input.shape[1] == 1 else func(input, size, *rest, **kwargs)
 
 
-def within(mode: Inside, run: Callable[[], Tensor]) -> Tensor:
+def within(mode: BlockInterceptor, run: Callable[[], Tensor]) -> Tensor:
     """What `run` returns with a mode entered."""
     with mode:
         return run()

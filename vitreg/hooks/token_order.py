@@ -39,7 +39,7 @@ def arranged(order: Int[Tensor, "b m"]) -> Iterator[None]:
 
 
 @contextmanager
-def shown_as(call: Callable[[], AttentionCall]) -> Iterator[None]:
+def observed_as(call: Callable[[], AttentionCall]) -> Iterator[None]:
     """Watchers see this attention, made when one of them asks, instead of the one that is computed."""
     before, _now.call = _now.call, call
     try:
@@ -61,7 +61,7 @@ def shown(call: AttentionCall) -> AttentionCall:
     return call if _now.call is None else _now.call()
 
 
-class ArrangedCall(AttentionCall):
+class ReorderedAttention(AttentionCall):
     """An attention with its tokens in another order, and without the keys that are nobody's.
 
     Its rows are what the queries would attend to if the copies of forked tokens could be attended to, each

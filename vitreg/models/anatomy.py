@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import is_compiled
 from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
@@ -128,7 +128,7 @@ def find_anatomy(
     """
     refuse_compiled(model)
     _refuse_non_finite(model)
-    with bare(model):
+    with without_edits(model):
         return _found(model, forward, image_size, given)
 
 

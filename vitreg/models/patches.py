@@ -19,7 +19,7 @@ CONTRAST = 4.0  # what is added to changed pixels, whose own values are -1 to 1
 
 
 @dataclass(frozen=True)
-class Patches:
+class PatchGeometry:
     """A model's patches: `embedding`, the module that makes them (None: not found), their `grid` (rows,
     columns) on the probe's images, their `size` (height, width) in pixels, and the `padding` that the model
     adds to height and width before it cuts. Without it, pixels that do not fill a patch are left out."""
@@ -30,13 +30,13 @@ class Patches:
     padding: Pair
 
 
-def measure_patches(probe: Probe, forward: Forward) -> Patches:
+def measure_patches(probe: Probe, forward: Forward) -> PatchGeometry:
     """The patches that enter block 0. Raises UnsupportedModelError where their grid cannot be measured."""
     count = probe.tokens - probe.constant_tokens()
     maps = [feature for feature in probe.features if len(feature.shape) == 4]
     of_grid = [feature for feature in maps if feature.grid[0] * feature.grid[1] == count]
     if of_grid:
-        return Patches(of_grid[-1].name, of_grid[-1].grid, *_sides_of_maps(probe, of_grid))
+        return PatchGeometry(of_grid[-1].name, of_grid[-1].grid, *_sides_of_maps(probe, of_grid))
     rows_of_patches = [feature.name for feature in probe.features if feature.shape[1:-1] == (count,)]
     if maps and not rows_of_patches and count < maps[-1].grid[0] * maps[-1].grid[1]:
         rows, columns = maps[-1].grid
@@ -46,7 +46,7 @@ def measure_patches(probe: Probe, forward: Forward) -> Patches:
         )
     grid = _grid_by_touch(probe, forward, count)
     name = rows_of_patches[-1] if rows_of_patches else None
-    return Patches(name, grid, *_sides_by_touch(probe, forward, grid))
+    return PatchGeometry(name, grid, *_sides_by_touch(probe, forward, grid))
 
 
 # -- where a map shows the grid ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.torch_internals import tree_map_only
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -30,7 +30,7 @@ def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d
         for layer, block in enumerate(vit.anatomy.block_modules(vit.model)):
             saw = partial(_saw_entering, entered, layer)
             stack.callback(block.register_forward_pre_hook(saw, with_kwargs=True).remove)
-        stack.enter_context(bare(vit.model))
+        stack.enter_context(without_edits(vit.model))
         stack.enter_context(evaluating(vit.model))
         vit(torch.zeros(1, 3, *vit.image_size))
         return {layer: _gain(vit, layer, entered[layer]) for layer in layers}

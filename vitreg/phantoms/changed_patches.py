@@ -17,10 +17,10 @@ from vitreg.models.probe import evaluating
 from vitreg.phantoms.planting import phantom_of
 from vitreg.tracing.trace import trace
 
-Change = Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b p d"]]
+PatchChange = Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b p d"]]
 
 
-def with_changed_patches(vit: Backbone, layer: int, change: Change, kind: str) -> Backbone:
+def with_changed_patches(vit: Backbone, layer: int, change: PatchChange, kind: str) -> Backbone:
     """A copy of `vit` in which `change` is made to the patches (b, p, d) after block `layer` (0-based).
 
     The weights stay; a hook on the block makes the change, so that it works on every architecture. Raises
@@ -34,7 +34,9 @@ def with_changed_patches(vit: Backbone, layer: int, change: Change, kind: str) -
     return planted
 
 
-def _changed(change: Change, stream: Stream, start: int, block: nn.Module, args: Any, output: Any) -> Any:
+def _changed(
+    change: PatchChange, stream: Stream, start: int, block: nn.Module, args: Any, output: Any
+) -> Any:
     residual = stream.of_output(output)
     with torch.no_grad():
         new = torch.cat([residual[:, :start], change(residual[:, start:])], 1)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.attention import intercept
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.positions import position_parameter
@@ -219,7 +219,7 @@ class Writer:
                 lambda module, args, output: seen.append(first_tensor(output)), prepend=True
             ),
             evaluating(vit.model),
-            bare(vit.model),
+            without_edits(vit.model),
         ):
             vit(images)
         x = seen[0]
@@ -267,7 +267,7 @@ def _attention_module(vit: Backbone, layer: int) -> str:
         handles.append(module.register_forward_pre_hook(lambda m, args: stack.append(names[m])))
         handles.append(module.register_forward_hook(lambda m, args, output: stack.pop() and None))
     seeing = intercept(lambda call: found.extend(stack[-1:]))
-    with hooked(handles), evaluating(vit.model), bare(vit.model), seeing:
+    with hooked(handles), evaluating(vit.model), without_edits(vit.model), seeing:
         vit(torch.zeros(1, 3, *vit.image_size))
     if found[0] == names[block]:
         raise UnsupportedModelError(
@@ -326,7 +326,7 @@ def _norms(vit: Backbone, batches: Sequence[Tensor], layer: int) -> Float[Tensor
             raise Enough
 
     level = entering(vit, partial(block, -1)) if layer < 0 else watch(vit, on_block=block)
-    with evaluating(vit.model), bare(vit.model), level:
+    with evaluating(vit.model), without_edits(vit.model), level:
         for images in batches:
             run_until(vit, images)
     return torch.cat(norms)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.phantoms.attention_sinks import make_sinks
@@ -89,7 +89,7 @@ class Phantom:
     def excess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw"]:
         """What was really planted: each patch's norm after the last planted block, over the median norm of
         the unmarked patches of these images."""
-        with bare(self.vit.model):
+        with without_edits(self.vit.model):
             norms = _patch_norms(self.vit, max(self.by_layer), images)
         return norms / norms[~self.marked(images)].median()
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.weights import is_plain
 from vitreg.models.backbone import PLANTED, Backbone
 from vitreg.models.probe import evaluating
@@ -114,7 +114,7 @@ def mlp_inputs(vit: Backbone, mlp: Mlp, images: Tensor) -> Float[Tensor, "b n d"
     """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
     seen: list[Tensor] = []
     seeing = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with seeing, evaluating(vit.model), bare(vit.model):
+    with seeing, evaluating(vit.model), without_edits(vit.model):
         vit(images)
     return vit.anatomy.stream.neurons(seen[0]).float()
 

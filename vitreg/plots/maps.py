@@ -36,7 +36,7 @@ from vitreg.plots.style import (
     titled,
 )
 
-Kind = Literal["norms", "attention", "activation"]
+Quantity = Literal["norms", "attention", "activation"]
 Patch = tuple[int, int]  # row and column
 
 _COLOURS = {"norms": NORM_COLOURS, "attention": SHARE_COLOURS, "activation": "cividis"}
@@ -114,7 +114,7 @@ def axis_of(norms: Float[np.ndarray, "*l gh gw"]) -> tuple[float, float]:
 @house_style
 def side_by_side(
     maps: Mapping[str, Float[np.ndarray, "gh gw"]],
-    kind: Kind,
+    kind: Quantity,
     mask: Bool[np.ndarray, "gh gw"] | None = None,
     chosen: Patch | None = None,
     shape: tuple[int, int] | None = None,
@@ -146,7 +146,7 @@ def side_by_side(
     return figure
 
 
-def _scale(kind: Kind, values: Float[np.ndarray, "k gh gw"]) -> Normalize:
+def _scale(kind: Quantity, values: Float[np.ndarray, "k gh gw"]) -> Normalize:
     low, high = float(values.min()), float(values.max())
     if kind == "norms":
         low = max(low, 1e-6)
@@ -156,7 +156,7 @@ def _scale(kind: Kind, values: Float[np.ndarray, "k gh gw"]) -> Normalize:
     return Normalize(low, max(high, low + 1e-6))
 
 
-def _ticks(kind: Kind, scale: Normalize) -> tuple[list[float], list[str]]:
+def _ticks(kind: Quantity, scale: Normalize) -> tuple[list[float], list[str]]:
     low, high = scale.vmin or 0.0, scale.vmax or 1.0
     if kind == "norms":
         return number_ticks(low, high)

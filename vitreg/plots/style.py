@@ -26,7 +26,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
-from vitreg.text import PHANTOM
+from vitreg.printing import PHANTOM
 
 # Blue and vermillion of Okabe and Ito's palette, and greys.
 INK, QUIET, PALE = "#1f2328", "#6e7781", "#d0d7de"

@@ -6,10 +6,10 @@ write_evaluation([before, after], vit, fix, config, "report.html")
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
-from vitreg.data.spread import spread
 from vitreg.diagnosis.diagnose import diagnose
-from vitreg.evals.outliers import DIAGNOSED
+from vitreg.evals.outlier_masks import DIAGNOSED
 from vitreg.evals.result import Result, comparison_rows
 from vitreg.features.config import Config
 from vitreg.files import write_atomically
@@ -83,7 +83,7 @@ def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> l
 
 def _some(paths: Sequence[Path], config: Config) -> list[Path]:
     """Evenly spread photos, first those that will be shown."""
-    used = [paths[i] for i in spread(len(paths), config.limit)]
-    some = [used[i] for i in spread(len(used), DIAGNOSED)]
-    first = [some[i] for i in spread(len(some), EXAMPLES)]
+    used = [paths[i] for i in evenly_spaced(len(paths), config.limit)]
+    some = [used[i] for i in evenly_spaced(len(used), DIAGNOSED)]
+    first = [some[i] for i in evenly_spaced(len(some), EXAMPLES)]
     return [*first, *(path for path in some if path not in first)]

@@ -10,7 +10,7 @@ from vitreg.diagnosis.result import (
     STRENGTHS,
     Diagnosis,
     LayerDiagnosis,
-    describe_places,
+    describe_positions,
     would_have_been_seen,
 )
 from vitreg.diagnosis.version_figures import before_after
@@ -109,7 +109,7 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
     similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
     rows = [
         ("Outliers per image", f"{report.outliers_per_image:.2f}"),
-        ("Places", describe_places(report.position_frequency)),
+        ("Places", describe_positions(report.position_frequency)),
         (
             "Attention on outliers, last block",
             f"{percent(report.attention_to_outliers)} ({even})",
@@ -129,7 +129,7 @@ def figures(report: Diagnosis) -> str:
     found = f"threshold {number(report.threshold)}" if report.threshold is not None else "no threshold"
     median = f"after block {layer.layer} median {number(layer.median_norm)}"
     norms = f"Norms of patch tokens by layer; {median}, {found}"
-    places = f"Outliers by place: {describe_places(report.position_frequency)}"
+    places = f"Outliers by place: {describe_positions(report.position_frequency)}"
     first = f"from layer {report.onset_layer} on" if report.has_artifacts else "in no layer"
     curves = f"Norms, share of outliers and attention on them by layer: outliers {first}"
     shown = [

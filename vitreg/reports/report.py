@@ -31,9 +31,9 @@ from vitreg.reports.parts import (
     plain_number,
 )
 from vitreg.reports.viewer import script_for
-from vitreg.search.find_fix import Cure
+from vitreg.search.find_fix import FixSearch
 from vitreg.verification.figure import versions_figure
-from vitreg.verification.measures import KINDS
+from vitreg.verification.measures import MEASURES
 from vitreg.verification.verdict import Verdict, measure_table
 from vitreg.version import versions
 
@@ -46,7 +46,7 @@ _HOW_CONTROLS = (
     " The controls: an inert token and random neurons must do less than the fix; the neurons zeroed or at "
     "their mean show what their absence alone does."
 )
-_KINDS = "a Diagnosis, Verdict, Cure or Emergence"
+_KINDS = "a Diagnosis, Verdict, FixSearch or Emergence"
 _TITLES = {
     "helps": ("none", "The fix helps"),
     "no effect": ("", "The fix has no effect"),
@@ -62,7 +62,7 @@ def write(result: object, path: str | Path) -> Path:
         return write_report(result, path)
     if isinstance(result, Verdict):
         return write_verdict(result, path)
-    if isinstance(result, Cure):
+    if isinstance(result, FixSearch):
         return write_cure(result, path)
     if isinstance(result, Emergence):
         return write_comparison(result.diagnoses, path)
@@ -77,7 +77,7 @@ def write_report(report: Diagnosis, path: str | Path) -> Path:
     return write_atomically(path, page(plots.headline(report), body, report.versions, script_for(body)))
 
 
-def write_cure(cure: Cure, path: str | Path) -> Path:
+def write_cure(cure: FixSearch, path: str | Path) -> Path:
     """Write the report on what `find_cure` found: the verdict on its fix, and why the fix is of its kind."""
     return write_verdict(cure.verdict, path, choice="" if cure.fix is None else cure.choice)
 
@@ -133,7 +133,7 @@ def _of_one_model(report: Diagnosis) -> list[str]:
 
 def _verdict(verdict: Verdict) -> str:
     """What was measured, with the controls: a figure, and all numbers."""
-    drawn = ", ".join(KINDS[measure.name].label.strip() for measure in verdict.measures)
+    drawn = ", ".join(MEASURES[measure.name].label.strip() for measure in verdict.measures)
     how = _HOW_VERDICT + (_HOW_CONTROLS if verdict.controls else "")
     figure = picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}", how)
     heads, rows = measure_table(verdict)

@@ -1,11 +1,11 @@
-from .find_fix import Cure, find_cure
-from .neurons import find_register_neurons
+from .find_fix import FixSearch, find_fix
 from .origin import Origin, find_origin
+from .register_neurons import find_register_neurons
 
 __all__ = [
-    "Cure",
+    "FixSearch",
     "Origin",
-    "find_cure",
+    "find_fix",
     "find_origin",
     "find_register_neurons",
 ]

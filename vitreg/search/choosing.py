@@ -37,11 +37,11 @@ INPAINTED = (1, 4, 0)
 PROJECTED = ("massive dimensions", "position pattern")
 POSITION_DIRECTIONS = 8
 
-Photos = Iterable[Batch] | Iterable[Tensor]
+Batches = Iterable[Batch] | Iterable[Tensor]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedFix:
     """What a fix did on a few photos.
 
     `removes`: at most 5% of the outliers are left. `unchanged`: the model says what it said (UNCHANGED,
@@ -58,7 +58,7 @@ class Trial:
     said: str
 
     @classmethod
-    def of(cls, name: str, fix: Fix, vit: Backbone, images: list[Tensor], report: Diagnosis) -> "Trial":
+    def of(cls, name: str, fix: Fix, vit: Backbone, images: list[Tensor], report: Diagnosis) -> "TriedFix":
         tried = verify(vit, fix, images, report=report, controls=False, labels=False)
         after = {measure.name: measure.after.value for measure in tried.measures}
         before = tried["outliers"].before
@@ -81,7 +81,7 @@ class Trial:
         return f"{self.name}: {'' if self.removes else 'outliers stay, '}{self.said}"
 
 
-def _few(images: Photos) -> list[Tensor]:
+def _few(images: Batches) -> list[Tensor]:
     return list(first_images(images, CHOOSING_IMAGES).split(BATCH))
 
 
@@ -148,7 +148,7 @@ def choose(
     )
     for name, build_it in candidates:
         try:
-            trial = Trial.of(name, build_it(), vit, few, report)
+            trial = TriedFix.of(name, build_it(), vit, few, report)
         except FixError as error:  # the first of these images show no outlier to calibrate on
             tried.append(f"{name}: {error}")
             continue
@@ -175,7 +175,7 @@ def _besides(tried: list[str]) -> str:
 
 def choose_without_neurons(
     vit: Backbone,
-    images: Photos,
+    images: Batches,
     origin: Origin,
     report: Diagnosis,
     search: Callable[[], Sequence[RegisterNeurons]],
@@ -187,11 +187,11 @@ def choose_without_neurons(
     and leave the rest as it was: of in-painting and the neurons that `search` finds (if the outliers vanish
     with them) the one that changes normal patches least.
     """
-    few, refused, trials = _few(images), list[str](), list[Trial]()
+    few, refused, trials = _few(images), list[str](), list[TriedFix]()
     cause = "no part of the model" if origin.kind == "unknown" else origin.name
     if origin.kind == "position embedding":
         try:
-            repair = Trial.of("position repair", repair_for(vit, few, origin), vit, few, report)
+            repair = TriedFix.of("position repair", repair_for(vit, few, origin), vit, few, report)
             if repair.removes and repair.helps:
                 return repair.fix, f"{repair.name}, for {cause} makes the outliers: {repair.said}."
             refused.append(str(repair))
@@ -201,7 +201,7 @@ def choose_without_neurons(
     rounds = search()
     if all(neurons.reached for neurons in rounds):
         fix, _ = choose(vit, few, rounds, report)
-        trials.append(Trial.of(f"{fix.type} of the neurons that fire there", fix, vit, few, report))
+        trials.append(TriedFix.of(f"{fix.type} of the neurons that fire there", fix, vit, few, report))
     best = max((trial for trial in trials if trial.passed), key=lambda trial: trial.likeness, default=None)
     others = _besides(refused + [str(trial) for trial in trials if trial is not best])
     if best is not None:
@@ -212,7 +212,7 @@ def choose_without_neurons(
     )
 
 
-def repair_for(vit: Backbone, images: Photos, origin: Origin) -> PositionRepair:
+def repair_for(vit: Backbone, images: Batches, origin: Origin) -> PositionRepair:
     """Of the positions that stand out; if none does by its length, of those where the outliers are."""
     try:
         return PositionRepair.calibrate(vit, images)
@@ -224,20 +224,20 @@ def repair_for(vit: Backbone, images: Photos, origin: Origin) -> PositionRepair:
         return PositionRepair.calibrate(vit, images, patches=patches)
 
 
-def inpainting_trials(vit: Backbone, images: Photos, report: Diagnosis) -> list[Trial]:
+def inpainting_trials(vit: Backbone, images: Batches, report: Diagnosis) -> list[TriedFix]:
     """In-painting of as few directions as pass, the last; if none do, of whole patches at last."""
     few = _few(images)
-    trials: list[Trial] = []
+    trials: list[TriedFix] = []
     for count in INPAINTED:
         what = f"patches along {count} direction{'s'[: count > 1]}" if count else "whole patches"
         fix = Inpainting.calibrate(vit, few, report, directions=count)
-        trials.append(Trial.of(f"in-painting of {what}", fix, vit, few, report))
+        trials.append(TriedFix.of(f"in-painting of {what}", fix, vit, few, report))
         if trials[-1].passed:
             break
     return trials
 
 
-def projection_for(vit: Backbone, images: Photos, report: Diagnosis) -> Projection:
+def projection_for(vit: Backbone, images: Batches, report: Diagnosis) -> Projection:
     """Of the massive channels and, if the diagnosis finds a position pattern, of the position subspace."""
     pattern = any(finding.present and finding.kind == PROJECTED[1] for finding in report.kinds)
     return Projection.calibrate(vit, images, positions=POSITION_DIRECTIONS if pattern else 0)

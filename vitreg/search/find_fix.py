@@ -1,9 +1,9 @@
 """From a model and photos to a fix that was chosen, calibrated and verified: what `vitreg fix` does.
 
-    cure = find_cure(vit, photos)
-    print(cure)                       # which fix, why, and whether it helps
-    if cure.fix:
-        cure.save("my-fix/")
+    search = find_fix(vit, photos)
+    print(search)                     # which fix, why, and whether it helps
+    if search.fix:
+        search.save("my-fix/")
 
 No labels are needed. A model without artifacts gets no fix.
 """
@@ -34,8 +34,8 @@ from vitreg.search.choosing import (
     registers_for,
     splitting_for,
 )
-from vitreg.search.neurons import SEARCHED, find_register_neurons
 from vitreg.search.origin import Origin, find_origin
+from vitreg.search.register_neurons import SEARCHED, find_register_neurons
 from vitreg.verification.verdict import Verdict
 from vitreg.verification.verify import verify
 
@@ -46,7 +46,7 @@ ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class Cure:
+class FixSearch:
     """A fix, why it is of its kind, and the verdict on it.
 
     `fix` is None where there is nothing to fix, or nothing that would; `origin` is what makes the outliers,
@@ -103,7 +103,7 @@ class Cure:
         return "\n".join(lines)
 
 
-def find_cure(
+def find_fix(
     vit: Backbone,
     images: Iterable[Batch] | Iterable[Tensor],
     *,
@@ -113,7 +113,7 @@ def find_cure(
     recursive: bool = False,
     report: Diagnosis | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Cure:
+) -> FixSearch:
     """Find what makes the outliers, build the fix that suits it, and verify it on the same images.
 
     `kind="auto"` looks for the origin on the first 64 images. Where neurons make the outliers it takes a
@@ -149,7 +149,7 @@ def find_cure(
         choice += f" (What makes the outliers is not known: none of the first {SEARCHED} images has one.)"
     if fix is None:
         return _without_fix(vit, report, "no fix", choice, choice, origin)
-    return Cure(fix, choice, verify(vit, fix, images, report=report, progress=say), origin)
+    return FixSearch(fix, choice, verify(vit, fix, images, report=report, progress=say), origin)
 
 
 def _origin(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], report: Diagnosis) -> Origin | None:
@@ -162,9 +162,11 @@ def _origin(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], report: D
 
 def _without_fix(
     vit: Backbone, report: Diagnosis, said: str, reason: str, choice: str, origin: Origin | None = None
-) -> Cure:
+) -> FixSearch:
     nothing = TestTimeRegisters(RegisterNeurons(()), registers=0)
-    return Cure(None, choice, Verdict(said, reason, vit.name, nothing, report, images=report.images), origin)
+    return FixSearch(
+        None, choice, Verdict(said, reason, vit.name, nothing, report, images=report.images), origin
+    )
 
 
 def _nothing_to_fix(report: Diagnosis) -> str:

@@ -27,10 +27,10 @@ from vitreg.data.first_images import first_images
 from vitreg.data.images import Images
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError, ImageError
-from vitreg.hooks.block_edit import bare
+from vitreg.hooks.block_edit import without_edits
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.search.neurons import SEARCHED
+from vitreg.search.register_neurons import SEARCHED
 from vitreg.tracing.early_stop import Enough, run_until
 from vitreg.tracing.removal import Where, entering, mean_over, without_attention, without_mlps
 from vitreg.tracing.trace import token_norms, watch
@@ -169,7 +169,7 @@ def find_origin(
     if not diagnosis.has_artifacts or diagnosis.threshold is None:
         raise FixError("the diagnosis found no artifacts, so nothing makes them: there is no origin to find.")
     pixels = first_images(images, SEARCHED)
-    with bare(vit.model), evaluating(vit.model):
+    with without_edits(vit.model), evaluating(vit.model):
         passes = _Passes(vit, pixels, diagnosis, seed)
         tried = _tried(passes)
         explaining = [candidate for candidate in tried if candidate.explains >= EXPLAINS]

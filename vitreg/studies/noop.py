@@ -31,12 +31,12 @@ from vitreg.models.head import Readout, find_readout, norm_scale
 from vitreg.models.probe import evaluating
 from vitreg.models.write_gain import write_gains
 from vitreg.phantoms.attention_sinks import _Projections
-from vitreg.text import called
-from vitreg.verification.measures import KINDS, Reference, look_at
+from vitreg.printing import called
+from vitreg.verification.measures import MEASURES, Reference, summarise
 from vitreg.verification.resampling import Resampled
 
 How = Literal["silenced", "removed"]
-MEASURES = ("agreement", "logit_change", "cls", "patches")
+COMPARED = ("agreement", "logit_change", "cls", "patches")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class NoopTest:
         """The answer in a sentence: whether later blocks hear more from outliers than from other patches."""
         more = self.more["silenced"]
         low, high = more.low or 0.0, more.high or 0.0
-        what = f"{KINDS[self.judged_by].label}, outliers less others"
+        what = f"{MEASURES[self.judged_by].label}, outliers less others"
         found = f"{what}: {more.value:+.3g} [{low:+.3g}, {high:+.3g}]"
         if self.judged_by != "logit_change":  # a cosine: here less is more change
             low, high = -high, -low
@@ -112,13 +112,13 @@ class NoopTest:
             f"blocks {self.blocks[0]} to {self.blocks[1]}, {self.with_outliers} images with outliers:"
         )
         for effect in self.effects:
-            found = [f"{KINDS[name].label} {_written(name, x)}" for name, x in effect.measures.items()]
+            found = [f"{MEASURES[name].label} {_written(name, x)}" for name, x in effect.measures.items()]
             lines.append(f"  {effect.tokens} {effect.how}: {'; '.join(found)}")
         return "\n".join(lines)
 
 
 def _written(name: str, estimate: Estimate) -> str:
-    spec = KINDS[name].format
+    spec = MEASURES[name].format
     return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
@@ -168,7 +168,7 @@ def noop_test(
         visibility=_visibility(vit, sample, neurons, readout),
         effects=tuple(
             Effect(
-                how, tokens, {m: x for m in MEASURES if (x := means.value(f"{how} {tokens}", m)) is not None}
+                how, tokens, {m: x for m in COMPARED if (x := means.value(f"{how} {tokens}", m)) is not None}
             )
             for how in hows
             for tokens in ("outliers", "others")
@@ -188,7 +188,7 @@ def _effects(
     vit: Backbone, pixels: Tensor, report: Diagnosis, readout: Readout, first: int, seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Every measure of each intervention on one batch; NaN for images without outliers."""
-    layout, plain = vit.layout_for(pixels), look_at(vit, pixels, readout)
+    layout, plain = vit.layout_for(pixels), summarise(vit, pixels, readout)
     reference = Reference(plain, report, layout)
     outliers = reference.outliers
     chosen = {"outliers": outliers, "others": _others(outliers, seed)}
@@ -199,10 +199,10 @@ def _effects(
         mask[:, layout.patch_slice] = patches
         for how in ("silenced", "removed"):
             with _Without(vit, mask, first, silenced=how == "silenced"):
-                measures = reference.measure(look_at(vit, pixels, readout))
+                measures = reference.measure(summarise(vit, pixels, readout))
             found[f"{how} {tokens}"] = {
                 name: measures[name].masked_fill(none, torch.nan).double().cpu().numpy()
-                for name in MEASURES
+                for name in COMPARED
                 if name in measures
             }
     return found

@@ -25,7 +25,7 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.block_edit import edits_of
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.text import called
+from vitreg.printing import called
 from vitreg.tracing.trace import watch
 
 Similarity = list[list[float]]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitreg.diagnosis.diagnose import photos_of
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.fixes.shift_sink import Place, ShiftSink
+from vitreg.fixes.shift_sink import GridPosition, ShiftSink
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.plots.style import (
@@ -41,7 +41,7 @@ def shift_figure(
     vit: Backbone,
     image: Float[Tensor, "3 h w"],
     neurons: RegisterNeurons,
-    places: Mapping[str, Sequence[Place] | Tensor],
+    places: Mapping[str, Sequence[GridPosition] | Tensor],
     layer: int | None = None,
 ) -> Figure:
     """A preprocessed photo, its patch norms as they are, and with the neurons moved to each of `places`.
@@ -91,7 +91,7 @@ def _map(
     norms: Float[np.ndarray, "gh gw"],
     ratio: float,
     scale: LogNorm,
-    places: Sequence[Place],
+    places: Sequence[GridPosition],
 ) -> AxesImage:
     rows, columns = norms.shape
     cell = ratio * columns / rows  # height of a patch, in units of its width
@@ -108,7 +108,7 @@ def _map(
     return image
 
 
-def _border(places: Sequence[Place]) -> list[tuple[Place, Place]]:
+def _border(places: Sequence[GridPosition]) -> list[tuple[GridPosition, GridPosition]]:
     """The sides that a shape made of patches shows: those that belong to one of its patches only."""
     sides = Counter(
         side

@@ -25,7 +25,7 @@ from vitreg.files import check_writable, write_atomically
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.loading import load
 from vitreg.plots.style import png
-from vitreg.text import text_table
+from vitreg.printing import text_table
 from vitreg.training import checkpoint
 from vitreg.training.cost import CLAIMED, Cost, cost, papers_models, seconds
 from vitreg.training.fabric import Machine, quiet

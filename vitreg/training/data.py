@@ -9,9 +9,9 @@ import PIL.Image
 from torch import Tensor
 
 from vitreg.data.decoding import decode, reason
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
 from vitreg.data.listing import printable
-from vitreg.data.spread import spread
 from vitreg.errors import DataError
 
 Transform = Callable[[PIL.Image.Image], Any]
@@ -22,7 +22,7 @@ IN_A_ROW = 10
 WATCHED = 64
 
 
-class Photos:
+class TrainingPhotos:
     """A map-style dataset of transformed photos, with their labels if there are any.
 
     A long run must not end over one damaged file: the next photo takes its place, with a warning that names
@@ -72,5 +72,5 @@ def readable(
 
 def watched(paths: Sequence[Path], transform: Transform, number: int = WATCHED) -> list[Tensor]:
     """Some of the photos, evenly spread, as batches (b, 3, h, w): those to diagnose a model on."""
-    chosen = [paths[i] for i in spread(len(paths), number)]
+    chosen = [paths[i] for i in evenly_spaced(len(paths), number)]
     return [batch.pixels for batch in read_images(chosen, transform, batch_size=32, workers=0)]

@@ -27,10 +27,10 @@ from vitreg.models.backbone import Backbone
 from vitreg.models.head import find_readout, logits_of
 from vitreg.models.loading import load
 from vitreg.models.probe import first_tensor
-from vitreg.training.data import Photos, watched
+from vitreg.training.data import TrainingPhotos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
-from vitreg.training.register_init import position_table, seed
+from vitreg.training.register_init import initial_registers, position_table
 from vitreg.training.tuned_model import top1, write_tuned
 
 PARTS = ("positions", "patches", "last block", "all")
@@ -79,7 +79,7 @@ class DistillationObjective(Objective):
         self.recipe = recipe
         self.before, teacher, student = (load(recipe.pretrained, size=recipe.image_size) for _ in range(3))
         paths = photos_in(Path(recipe.data))
-        self.dataset = Photos(paths, _transform(student, recipe.crop_scale))
+        self.dataset = TrainingPhotos(paths, _transform(student, recipe.crop_scale))
         assert self.before.preprocess is not None
         self.photos = watched(photos_in(Path(recipe.val)) if recipe.val else paths, self.before.preprocess)
         self.vit, self.student = student.model, student
@@ -92,7 +92,9 @@ class DistillationObjective(Objective):
         """Registers in, and gradients for what is trained alone."""
         recipe, vit = self.recipe, self.student
         initial = (
-            seed(vit, list(self.photos), recipe.registers) if recipe.seeded and recipe.registers else None
+            initial_registers(vit, list(self.photos), recipe.registers)
+            if recipe.seeded and recipe.registers
+            else None
         )
         vit.model.requires_grad_(False)
         for part in recipe.train:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from vitreg.config.settings import nearest
 from vitreg.errors import DataError, NonFiniteError, OutputError
 from vitreg.files import check_writable
-from vitreg.text import progress_bar
+from vitreg.printing import progress_bar
 from vitreg.training import checkpoint
 from vitreg.training.diagnosis_log import diagnosed
 from vitreg.training.fabric import Fabric, Machine, first, plain_attention, quiet, whole

@@ -20,7 +20,7 @@ from vitreg.models.probe import evaluating, first_tensor
 OFTEN = 0.5
 
 
-def seed(vit: Backbone, images: list[Tensor], n: int) -> Float[Tensor, "n d"] | None:
+def initial_registers(vit: Backbone, images: list[Tensor], n: int) -> Float[Tensor, "n d"] | None:
     """Start values for `n` registers; smooths the positions of `vit` that are bound to outliers, in place.
 
     `images` are batches (b, 3, h, w). None, and the model stays as it is, where outliers are not bound to

@@ -22,7 +22,7 @@ from vitreg.errors import DataError, MissingExtraError
 from vitreg.evals import knn
 from vitreg.models.backbone import wrap
 from vitreg.training.centring import DinoLoss, IbotLoss, balanced, health
-from vitreg.training.data import Photos, watched
+from vitreg.training.data import TrainingPhotos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 from vitreg.training.student import Network
@@ -114,7 +114,7 @@ class DinoIbot(Objective):
         self.preprocess: Any = create_transform(**(stated | side), is_training=False)
         self.labelled = _labelled(recipe)
         paths = photos_in(_folder(recipe.data))
-        self.dataset = Photos(paths, _crops(recipe, stated))
+        self.dataset = TrainingPhotos(paths, _crops(recipe, stated))
         self.photos = watched(paths, self.preprocess)
         self.dino = DinoLoss(recipe.output_dim, recipe.center_momentum)
         self.ibot = IbotLoss(recipe.output_dim, recipe.center_momentum)

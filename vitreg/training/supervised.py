@@ -21,7 +21,7 @@ from vitreg.fixes.added_registers import add_registers
 from vitreg.models.backbone import wrap
 from vitreg.models.head import class_names, find_readout
 from vitreg.models.loading import load
-from vitreg.training.data import Photos, watched
+from vitreg.training.data import TrainingPhotos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 from vitreg.training.tuned_model import top1, write_tuned
@@ -87,7 +87,7 @@ class SupervisedObjective(Objective):
             scale=(recipe.crop_scale, 1.0),
         )
         warn_of({**dict.fromkeys(train.notes), **dict.fromkeys(val.notes)})
-        self.dataset = Photos(train.paths, transform, train.labels)
+        self.dataset = TrainingPhotos(train.paths, transform, train.labels)
         self.preprocess: Any = create_transform(**data, is_training=False)
         self.photos = watched(val.paths, self.preprocess)
         self.mixup = self._mixup()

@@ -6,7 +6,7 @@ from matplotlib.ticker import PercentFormatter
 
 from vitreg.intervals import Estimate
 from vitreg.plots.style import INK, OUTLIER, QUIET, house_style, titled
-from vitreg.verification.measures import KINDS
+from vitreg.verification.measures import MEASURES
 from vitreg.verification.verdict import Verdict
 
 
@@ -45,7 +45,7 @@ def _draw_versions(ax: Axes, name: str, rows: dict[str, dict[str, Estimate]]) ->
         if estimate.low is not None and estimate.high is not None:
             ax.plot([estimate.low, estimate.high], [place, place], color=colour, alpha=0.5, linewidth=3)
         ax.plot(estimate.value, place, "o", color=colour)
-    if KINDS[name].format.endswith("%"):
+    if MEASURES[name].format.endswith("%"):
         ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(axis="x", linewidth=0.4)
-    titled(ax, KINDS[name].label.capitalize())
+    titled(ax, MEASURES[name].label.capitalize())

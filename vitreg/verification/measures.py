@@ -1,6 +1,6 @@
 """What a comparison of two versions of a model measures: one number per image, and intervals over images.
 
-    look = look_at(vit, pixels, find_readout(vit))     # one forward pass
+    summary = summarise(vit, pixels, find_readout(vit))     # one forward pass
     numbers = reference.measure(look)                  # {measure: (b,)}, against the unfixed model's pass
     low, high = interval(bootstrap(values))
 
@@ -29,7 +29,7 @@ RISEN = 1.5
 
 
 @dataclass(frozen=True)
-class Kind:
+class MeasureSpec:
     """How a measure is called, written, and summed up over images: by their mean, if not said otherwise."""
 
     label: str
@@ -39,27 +39,27 @@ class Kind:
 
 
 # In the order in which they are shown.
-KINDS = {
-    "outliers": Kind("outlier patches", ".2%"),
-    "outliers_worst_layer": Kind("outlier patches, worst layer", ".2%"),
-    "largest_norm": Kind("largest patch norm, mean", ".1f"),
-    "largest_norm_of_all": Kind("largest patch norm of all", ".1f", largest_of="largest_norm"),
-    "attention": Kind("attention on former outliers", ".2%"),
-    "entropy": Kind("attention entropy over patches, nats", ".3f"),
-    "likeness": Kind("former outliers like neighbours", ".3f"),
-    "likeness_ordinary": Kind("  ordinary patches there", ".3f"),
-    "cls": Kind("CLS as before, cosine", ".4f", True),
-    "patches": Kind("normal patches as before, cosine", ".4f", True),
-    "agreement": Kind("same prediction", ".2%", True),
-    "expected_loss": Kind("expected loss of top-1", ".2%", True),
-    "logit_change": Kind("largest logit change, mean", ".3g", True),
-    "logit_change_of_all": Kind("largest logit change of all", ".3g", True, largest_of="logit_change"),
-    "top1": Kind("top-1", ".2%"),
+MEASURES = {
+    "outliers": MeasureSpec("outlier patches", ".2%"),
+    "outliers_worst_layer": MeasureSpec("outlier patches, worst layer", ".2%"),
+    "largest_norm": MeasureSpec("largest patch norm, mean", ".1f"),
+    "largest_norm_of_all": MeasureSpec("largest patch norm of all", ".1f", largest_of="largest_norm"),
+    "attention": MeasureSpec("attention on former outliers", ".2%"),
+    "entropy": MeasureSpec("attention entropy over patches, nats", ".3f"),
+    "likeness": MeasureSpec("former outliers like neighbours", ".3f"),
+    "likeness_ordinary": MeasureSpec("  ordinary patches there", ".3f"),
+    "cls": MeasureSpec("CLS as before, cosine", ".4f", True),
+    "patches": MeasureSpec("normal patches as before, cosine", ".4f", True),
+    "agreement": MeasureSpec("same prediction", ".2%", True),
+    "expected_loss": MeasureSpec("expected loss of top-1", ".2%", True),
+    "logit_change": MeasureSpec("largest logit change, mean", ".3g", True),
+    "logit_change_of_all": MeasureSpec("largest logit change of all", ".3g", True, largest_of="logit_change"),
+    "top1": MeasureSpec("top-1", ".2%"),
 }
 
 
 @dataclass(frozen=True)
-class Look:
+class ForwardSummary:
     """One forward pass: patch norms after every block, features, attention in the last block, logits.
 
     `features` are what the model's final norm makes of the residual stream, as users of the model get them.
@@ -72,13 +72,13 @@ class Look:
     attention: Float[Tensor, "b h p"]
     logits: Float[Tensor, "b c"] | None
 
-    def of(self, index: Int[Tensor, " k"]) -> "Look":
+    def of(self, index: Int[Tensor, " k"]) -> "ForwardSummary":
         """Some of the images only."""
         logits = None if self.logits is None else self.logits[index]
-        return Look(self.norms[:, index], self.features[index], self.attention[index], logits)
+        return ForwardSummary(self.norms[:, index], self.features[index], self.attention[index], logits)
 
 
-def look_at(vit: Backbone, pixels: Float[Tensor, "b 3 h w"], readout: Readout) -> Look:
+def summarise(vit: Backbone, pixels: Float[Tensor, "b 3 h w"], readout: Readout) -> ForwardSummary:
     """Run the model, with whatever fix is applied to it."""
     layout, last = vit.layout_for(pixels), vit.anatomy.depth - 1
     norms: dict[int, Tensor] = {}
@@ -97,7 +97,9 @@ def look_at(vit: Backbone, pixels: Float[Tensor, "b 3 h w"], readout: Readout) -
     with evaluating(vit.model), watch(vit, on_block=block, on_attention=attend) as seen:
         output = vit(pixels)
     logits = logits_of(output) if readout.classes else None
-    return Look(torch.stack([norms[layer] for layer in sorted(norms)]), kept[0].float(), attention[0], logits)
+    return ForwardSummary(
+        torch.stack([norms[layer] for layer in sorted(norms)]), kept[0].float(), attention[0], logits
+    )
 
 
 def _patch_attention(call: AttentionCall, inner: TokenLayout) -> Float[Tensor, "b h p"]:
@@ -114,7 +116,11 @@ class Reference:
     """
 
     def __init__(
-        self, look: Look, report: Diagnosis, layout: TokenLayout, classes: list[int | None] | None = None
+        self,
+        look: ForwardSummary,
+        report: Diagnosis,
+        layout: TokenLayout,
+        classes: list[int | None] | None = None,
     ) -> None:
         assert report.threshold is not None
         assert report.onset_layer is not None
@@ -132,7 +138,7 @@ class Reference:
         """Outliers on the image's border, and all."""
         return int((self.outliers & self._border).sum()), int(self.outliers.sum())
 
-    def measure(self, look: Look) -> dict[str, Float[Tensor, " b"]]:
+    def measure(self, look: ForwardSummary) -> dict[str, Float[Tensor, " b"]]:
         """Every measure of another pass over the same images; NaN where an image has nothing to measure.
 
         The likeness of ordinary patches comes in two parts, `likeness_border` and `likeness_interior`.
@@ -157,7 +163,7 @@ class Reference:
             found["cls"] = cosine[:, 0]
         return found | self._predictions(look)
 
-    def _predictions(self, look: Look) -> dict[str, Float[Tensor, " b"]]:
+    def _predictions(self, look: ForwardSummary) -> dict[str, Float[Tensor, " b"]]:
         if look.logits is None or self._look.logits is None:
             return {}
         guess = look.logits.argmax(1)

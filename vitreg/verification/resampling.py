@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitreg.intervals import Estimate, bootstrap, interval
-from vitreg.verification.measures import KINDS
+from vitreg.verification.measures import MEASURES
 
 
 class Resampled:
@@ -25,7 +25,7 @@ class Resampled:
 
     def value(self, version: str, name: str) -> Estimate | None:
         """A measure of one version; None where it was not taken."""
-        if (source := KINDS[name].largest_of) is not None:
+        if (source := MEASURES[name].largest_of) is not None:
             values = self._columns.get((version, source))
             return None if values is None else Estimate(float(np.nanmax(values)))
         if (version, name) not in self._columns:

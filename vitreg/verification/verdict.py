@@ -7,8 +7,8 @@ from typing import Any
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.fixes.base import Fix
 from vitreg.intervals import Estimate
-from vitreg.text import called, text_table
-from vitreg.verification.measures import KINDS
+from vitreg.printing import called, text_table
+from vitreg.verification.measures import MEASURES
 from vitreg.version import versions
 
 
@@ -41,7 +41,7 @@ class Control:
 class Verdict:
     """What `verify` found. Print it, `.to_json()` it, draw it with `.figure()`.
 
-    `verdict` is "helps", "no effect", "harms" or "no artifacts" ("no fix" where `find_cure` finds none),
+    `verdict` is "helps", "no effect", "harms" or "no artifacts" ("no fix" where `find_fix` finds none),
     `reason` says why. Without artifacts or fix nothing is measured and `after` is None. `labelled` counts the
     images whose class is known.
     """
@@ -67,7 +67,7 @@ class Verdict:
         return self.before.planted
 
     def __getitem__(self, name: str) -> Measure:
-        """A measure by its name in `vitreg.verification.measures.KINDS`."""
+        """A measure by its name in `vitreg.verification.measures.MEASURES`."""
         return {measure.name: measure for measure in self.measures}[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Verdict:
             "fix": self.fix.type,
             "before": self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
-            "measures": [asdict(x) | {"label": KINDS[x.name].label.strip()} for x in self.measures],
+            "measures": [asdict(x) | {"label": MEASURES[x.name].label.strip()} for x in self.measures],
             "controls": [asdict(control) for control in self.controls],
         }
         plain: dict[str, Any] = _plain(found)
@@ -127,7 +127,7 @@ def measure_table(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
     for measure in verdict.measures:
         change = measure.difference or measure.after
         row = [
-            KINDS[measure.name].label,
+            MEASURES[measure.name].label,
             _written(measure.name, measure.before),
             _written(measure.name, measure.after),
             _with_interval(measure.name, change, signed=measure.difference is not None),
@@ -142,11 +142,11 @@ def _table(verdict: Verdict) -> str:
 
 
 def _written(name: str, estimate: Estimate | None) -> str:
-    return "-" if estimate is None else format(estimate.value, KINDS[name].format)
+    return "-" if estimate is None else format(estimate.value, MEASURES[name].format)
 
 
 def _with_interval(name: str, estimate: Estimate, signed: bool) -> str:
-    spec = ("+" if signed else "") + KINDS[name].format
+    spec = ("+" if signed else "") + MEASURES[name].format
     interval = "" if estimate.low is None else f" [{estimate.low:{spec}}, {estimate.high:{spec}}]"
     # What compares the two models stands under "after" already.
     return f"{estimate.value:{spec}}{interval}" if signed else interval.strip()

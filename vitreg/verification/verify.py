@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitreg.data.batches import Batch, places_of
+from vitreg.data.batches import Batch, indices_of
 from vitreg.data.first_images import ranks_of
 from vitreg.data.imagenet import class_of, wordnet_classes
 from vitreg.diagnosis.diagnose import diagnose
@@ -26,7 +26,7 @@ from vitreg.models.backbone import Backbone
 from vitreg.models.head import find_readout
 from vitreg.models.headless import without_output
 from vitreg.verification.controls import ABLATIONS, PLACEBOS, controls_of
-from vitreg.verification.measures import KINDS, Look, Reference, look_at
+from vitreg.verification.measures import MEASURES, ForwardSummary, Reference, summarise
 from vitreg.verification.resampling import Resampled
 from vitreg.verification.verdict import Control, Measure, Verdict
 
@@ -81,7 +81,7 @@ def verify(
     with fix.applied_to(vit):
         after = diagnose(vit, images)
     say("measuring both, and the controls" if controls else "measuring both")
-    table = Measured(vit, before, labels, after.images)
+    table = VersionMeasures(vit, before, labels, after.images)
     for batch in images:
         table.add(batch, {"fix": fix} | (chosen.fixes if chosen else {}))
     table.put_together(ranks_of(images))
@@ -91,7 +91,7 @@ def verify(
     return _concluded(vit, fix, before, after, table, notes, seed)
 
 
-class Measured:
+class VersionMeasures:
     """The measures of each version of the model, one number per image: {version: {measure: (b,)}}."""
 
     def __init__(
@@ -121,9 +121,9 @@ class Measured:
                 f" is of {report.grid} and {len(report.layers)}. Diagnose what you verify."
             )
         classes = [class_of(name, self._classes) for name in names]
-        places = places_of(batch, self.images)
+        places = indices_of(batch, self.images)
         some = torch.arange(-places.start % self.stride, len(pixels), self.stride)  # for the controls
-        plain = look_at(self._vit, pixels, self._readout)
+        plain = summarise(self._vit, pixels, self._readout)
         whole = Reference(plain, self._report, layout, classes)
         part = Reference(plain.of(some), self._report, layout, [classes[i] for i in some.tolist()])
         self._keep("unfixed", whole, plain, places)
@@ -132,13 +132,13 @@ class Measured:
             reference, few, at = whole_run if name == "fix" else control
             if len(few):
                 with fix.applied_to(self._vit):
-                    self._keep(name, reference, look_at(self._vit, few, self._readout), at)
+                    self._keep(name, reference, summarise(self._vit, few, self._readout), at)
         border, outliers = whole.at_border()
         self._border, self._outliers = self._border + border, self._outliers + outliers
         self.images += len(pixels)
         self.labelled += sum(c is not None for c in classes)
 
-    def _keep(self, version: str, reference: Reference, look: Look, places: Sequence[int]) -> None:
+    def _keep(self, version: str, reference: Reference, look: ForwardSummary, places: Sequence[int]) -> None:
         self._places.setdefault(version, []).extend(places)
         measures = self._rows.setdefault(version, {})
         for name, values in reference.measure(look).items():
@@ -180,13 +180,13 @@ def _concluded(
     fix: Fix,
     before: Diagnosis,
     after: Diagnosis,
-    measured: Measured,
+    measured: VersionMeasures,
     notes: tuple[str, ...],
     seed: int,
 ) -> Verdict:
     numbers, whole_runs = measured.numbers(), ("unfixed", "fix")
     whole = Resampled({version: numbers[version] for version in whole_runs}, seed)
-    measures = {x.name: x for name in KINDS if (x := _measure(whole, name)) is not None}
+    measures = {x.name: x for name in MEASURES if (x := _measure(whole, name)) is not None}
     few = {
         version: {k: x[:: measured.stride] if version in whole_runs else x for k, x in columns.items()}
         for version, columns in numbers.items()
@@ -216,7 +216,7 @@ def _measure(whole: Resampled, name: str) -> Measure | None:
     after = whole.value("fix", name)
     if after is None:
         return None
-    if KINDS[name].against:
+    if MEASURES[name].against:
         return Measure(name, None, after, None)
     return Measure(name, whole.value("unfixed", name), after, whole.difference("fix", "unfixed", name))
 
@@ -224,9 +224,9 @@ def _measure(whole: Resampled, name: str) -> Measure | None:
 def _controls(few: Resampled, versions: list[str]) -> tuple[Control, ...]:
     found = []
     for version in versions:
-        measures = {name: few.value(version, name) for name in KINDS}
+        measures = {name: few.value(version, name) for name in MEASURES}
         if version == "unfixed":
-            measures = {name: x for name, x in measures.items() if not KINDS[name].against}
+            measures = {name: x for name, x in measures.items() if not MEASURES[name].against}
         more = few.difference(version, "fix", "outliers")
         assert more is not None
         found.append(Control(version, {name: x for name, x in measures.items() if x is not None}, more))
@@ -284,9 +284,9 @@ def _cost(measures: Mapping[str, Measure]) -> tuple[bool, str]:
         if not harmed and possible > TOP1_MARGIN:
             text += f", so that a loss of {100 * possible:.1f} points is not ruled out"
         return harmed, text
-    written, after = KINDS[name].format, measure.after
+    written, after = MEASURES[name].format, measure.after
     within = f"{after.value:{written}} (95% interval {after.low:{written}} to {after.high:{written}})"
-    return after.high is not None and after.high < FLOORS[name], f"{KINDS[name].label}: {within}"
+    return after.high is not None and after.high < FLOORS[name], f"{MEASURES[name].label}: {within}"
 
 
 def _points(change: Estimate) -> str:
@@ -301,12 +301,12 @@ def _ablations(controls: tuple[Control, ...]) -> str:
         return ""
     name = _cost_measure(fix.measures)
     same = [
-        f"{control.name} {control.measures[name].value:{KINDS[name].format}}"
+        f"{control.name} {control.measures[name].value:{MEASURES[name].format}}"
         for control in controls
         if control.name in ABLATIONS and not _rises(control.outliers_more)
     ]
     if not same:
         return ""
-    own = f"with the fix {fix.measures[name].value:{KINDS[name].format}}"
-    what = f"{KINDS[name].label} on the controls' images"
+    own = f"with the fix {fix.measures[name].value:{MEASURES[name].format}}"
+    what = f"{MEASURES[name].label} on the controls' images"
     return f" Ablating the neurons removes them too; {what}: {own}, {', '.join(same)}."

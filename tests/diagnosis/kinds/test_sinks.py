@@ -14,7 +14,7 @@ from vitreg.diagnosis.statistics import spread_patches
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
 from vitreg.hooks.attention import SdpaCall
 from vitreg.phantoms.sinks_without_norm import plant_sinks
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 KIND = "attention sinks"
 

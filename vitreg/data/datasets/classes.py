@@ -22,7 +22,7 @@ from vitreg.data.imagenet import (
 from vitreg.data.listing import LeftOut, counted, list_photos, notes_on, printable
 from vitreg.errors import DataError
 
-Source = str | Path
+ClassSource = str | Path
 _NUMBER = r"-?[0-9]{1,9}"
 
 
@@ -45,7 +45,7 @@ class Labelled:
         return (*self.guesses, *notes_on(self.left_out))
 
 
-def by_wordnet(source: Source, classes: int, names: Sequence[str] = ()) -> Labelled:
+def by_wordnet(source: ClassSource, classes: int, names: Sequence[str] = ()) -> Labelled:
     """Photos for a head of so many classes, which may have `names`. Of a folder with `val/` in it, that.
 
     Labels are WordNet ids in file or folder names. Without any, they are the folders' names: what the head
@@ -159,7 +159,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 # -- a folder for each class, whatever a head calls it -----------------------------------------------
 
 
-def by_folder(source: Source) -> Labelled:
+def by_folder(source: ClassSource) -> Labelled:
     """Photos with the name of their folder as their class. Of a folder with `val/` in it, that.
 
     Raises DataError where there is one class only.
@@ -176,7 +176,7 @@ def by_folder(source: Source) -> Labelled:
     return _numbered(photos, lambda path: names.index(path.parent.name))
 
 
-def splits(source: Source) -> tuple[Labelled, Labelled]:
+def splits(source: ClassSource) -> tuple[Labelled, Labelled]:
     """The train/ and val/ folders of a data set with a folder for each class in both.
 
     Classes are in the order of the folders' names, or of their numbers if all are numbers. Raises DataError
@@ -193,7 +193,7 @@ def splits(source: Source) -> tuple[Labelled, Labelled]:
     return train, val
 
 
-def _folders(source: Source, folder: Path) -> Labelled:
+def _folders(source: ClassSource, folder: Path) -> Labelled:
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {printable(str(folder))}. Expected train/CLASS/... and val/CLASS/..."

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from vitreg.data.datasets.classes import Source
+from vitreg.data.datasets.classes import ClassSource
 from vitreg.data.datasets.ids import photo_size
 from vitreg.data.datasets.paired import paired
 from vitreg.data.decoding import opened, reason
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.listing import LeftOut, notes_on, numbered_lines, printable, spelled
-from vitreg.data.spread import spread
 from vitreg.errors import DataError
 
 # (top, bottom, left, right): the part of NYUd's 480 x 640 pixels that is tested (Eigen et al. 2014). Beyond
@@ -125,7 +125,7 @@ def read_depth(path: Path) -> Float[np.ndarray, "h w"]:
 
 
 def train_and_val(
-    source: Source, only: str = "", limit: int | None = None
+    source: ClassSource, only: str = "", limit: int | None = None
 ) -> tuple[DepthPairs | None, DepthPairs]:
     """The training and the test photos of a data set in a layout that is known here.
 
@@ -146,13 +146,13 @@ def train_and_val(
             " images/ and depth/, perhaps in train/ and val/."
         )
     parts = [part.only(only) for part in parts]
-    parts = [part.some(spread(len(part), limit)) for part in parts]
+    parts = [part.some(evenly_spaced(len(part), limit)) for part in parts]
     for part in parts:
         part.check()
     return (parts[0] if len(parts) == 2 else None), parts[-1]
 
 
-def nyu(root: Source, split: str) -> DepthPairs:
+def nyu(root: ClassSource, split: str) -> DepthPairs:
     """NYU Depth v2 as nyu_train.txt and nyu_test.txt list it: photo, depth map and perhaps focal length.
 
     Paths are relative to the root, also with a slash before them. Raises DataError where a file is missing.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitreg.data.datasets.classes import Source
+from vitreg.data.datasets.classes import ClassSource
 from vitreg.data.datasets.masks import VOID, Masked, train_and_val
 from vitreg.data.datasets.paired import paired
 from vitreg.data.decoding import check_regular, reason
@@ -25,7 +25,7 @@ from vitreg.provenance import digest
 
 
 @contextmanager
-def foreground(source: Source, cache: Path | None = None) -> Iterator[Masked]:
+def foreground(source: ClassSource, cache: Path | None = None) -> Iterator[Masked]:
     """Photos whose masks have a background, 0; every other class is foreground.
 
     Of VOC and of folders, the validation photos if they are told apart. A `.mat` file (ImageNet-Segmentation,

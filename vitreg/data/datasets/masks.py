@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from vitreg.data.datasets.classes import Source
+from vitreg.data.datasets.classes import ClassSource
 from vitreg.data.datasets.ids import Colour, Stored, photo_size, read_mask, read_stored
-from vitreg.data.datasets.paired import Pairs, files_called, listed_names, paired
+from vitreg.data.datasets.paired import PairedFiles, files_called, listed_names, paired
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.listing import LeftOut, notes_on, printable
-from vitreg.data.spread import spread
 from vitreg.errors import DataError
 
 VOC_CLASSES = (
@@ -132,7 +132,7 @@ class Masked:
 
 
 def train_and_val(
-    source: Source, classes: int | None = None, ignore: int | None = None, limit: int | None = None
+    source: ClassSource, classes: int | None = None, ignore: int | None = None, limit: int | None = None
 ) -> tuple[Masked | None, Masked]:
     """The training and the validation photos of a data set in a layout that is known here.
 
@@ -144,10 +144,10 @@ def train_and_val(
     if classes is not None and classes < 2:
         raise DataError(f"classes={classes}: expected at least 2.")
     train, val = _recognised(Path(source), classes, ignore)
-    val = val.some(spread(len(val), limit))
+    val = val.some(evenly_spaced(len(val), limit))
     val.check()
     if train is not None:
-        train = train.some(spread(len(train), limit))
+        train = train.some(evenly_spaced(len(train), limit))
         train.check()
     return train, val
 
@@ -171,7 +171,7 @@ def _recognised(root: Path, classes: int | None, ignore: int | None) -> tuple[Ma
     )
 
 
-def voc(root: Source, split: str, classes: int | None = None, ignore: int | None = None) -> Masked:
+def voc(root: ClassSource, split: str, classes: int | None = None, ignore: int | None = None) -> Masked:
     """PASCAL VOC: 21 classes with the background, 255 (object borders) ignored.
 
     `split` names a list in ImageSets/Segmentation. Raises DataError where it names a missing file.
@@ -189,7 +189,7 @@ def voc(root: Source, split: str, classes: int | None = None, ignore: int | None
     return Masked(str(root), paths, masks, called, _ignored(ignore), split, left_out=left_out)
 
 
-def ade20k(root: Source, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
+def ade20k(root: ClassSource, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
     """images/ and annotations/ with training/ and validation/, as ADE20k and mmsegmentation have them.
 
     ADE20k itself is known by its masks' names (ADE_...): 150 classes, numbered from 1; 0 is ignored. Of
@@ -209,7 +209,7 @@ def ade20k(root: Source, classes: int | None = None, ignore: int | None = None) 
     return _two([_masked(root, split, pair, called, (0,), (), guess) for split, pair in pairs.items()])
 
 
-def folder(root: Source, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
+def folder(root: ClassSource, classes: int | None = None, ignore: int | None = None) -> tuple[Masked, Masked]:
     """train/images, train/masks, val/images, val/masks. Without `classes`: as many as the masks have."""
     root = Path(root)
     splits = {split: (root / split / "images", root / split / "masks") for split in ("train", "val")}
@@ -244,7 +244,7 @@ def _of_folders(
 def _masked(
     root: Path,
     split: str,
-    pairs: Pairs,
+    pairs: PairedFiles,
     called: tuple[str, ...],
     ignored: tuple[int, ...],
     ids: tuple[int, ...],

@@ -11,7 +11,7 @@ from vitreg.errors import DataError
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairedFiles:
     """Photos, the annotation of each, and what was left out of their folders."""
 
     photos: tuple[Path, ...]
@@ -19,7 +19,7 @@ class Pairs:
     left_out: tuple[LeftOut, ...]
 
 
-def paired(images: Path, others: Path, what: str) -> Pairs:
+def paired(images: Path, others: Path, what: str) -> PairedFiles:
     """Photos and their annotations: files of one name in two folders, whatever their extensions.
 
     Raises DataError for one without the other, and for two of one name; `what` is the annotation's name.
@@ -39,7 +39,7 @@ def paired(images: Path, others: Path, what: str) -> Pairs:
             f" {printable(str(images))}."
         )
     names = sorted(photos)
-    return Pairs(
+    return PairedFiles(
         tuple(photos[name] for name in names),
         tuple(annotations[name] for name in names),
         tuple(one for part in found for one in part.left_out),

@@ -1,12 +1,12 @@
 from .overview import overview, table_text
 from .running import run_table
-from .tables import DATA, TABLES, DataSet, Recipe, Row, Table
+from .tables import DATA, TABLES, DataSet, FixRecipe, Row, Table
 
 __all__ = [
     "DATA",
     "TABLES",
     "DataSet",
-    "Recipe",
+    "FixRecipe",
     "Row",
     "Table",
     "overview",

@@ -10,7 +10,7 @@ from typing import Any
 from vitreg.config.settings import nearest
 from vitreg.errors import DataError
 from vitreg.evals.papers.kept import measured
-from vitreg.evals.papers.tables import DATA, ROOT, TABLES, Recipe, Row, Table
+from vitreg.evals.papers.tables import DATA, ROOT, TABLES, FixRecipe, Row, Table
 from vitreg.evals.result import written
 from vitreg.intervals import Estimate
 
@@ -109,7 +109,7 @@ def command(row: Row) -> str:
     return " ".join(parts)
 
 
-def _described(recipe: Recipe) -> str:
+def _described(recipe: FixRecipe) -> str:
     count = f"{recipe.top_k} neurons" if recipe.top_k else "as few neurons as suffice"
     place = "" if recipe.top_layer is None else f" up to block {recipe.top_layer}"
     plural = "" if recipe.registers == 1 else "s"

@@ -14,14 +14,14 @@ from typing import Any
 from vitreg.config.settings import with_settings
 from vitreg.data.datasets.depth_pairs import nyu
 from vitreg.data.datasets.foreground import foreground
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
 from vitreg.data.listing import photos_in
-from vitreg.data.spread import spread
 from vitreg.diagnosis.diagnose import diagnose
 from vitreg.errors import DataError, VitregError
 from vitreg.evals.papers.kept import keep, measured
 from vitreg.evals.papers.overview import find_table, needs
-from vitreg.evals.papers.tables import DATA, ROOT, Recipe, Row
+from vitreg.evals.papers.tables import DATA, ROOT, FixRecipe, Row
 from vitreg.evals.result import Result
 from vitreg.evals.tasks import find_task
 from vitreg.features.config import Config
@@ -29,7 +29,7 @@ from vitreg.fixes import Fix
 from vitreg.fixes.attention_bias import AttentionBias
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.models.backbone import Backbone
-from vitreg.search.neurons import find_register_neurons
+from vitreg.search.register_neurons import find_register_neurons
 
 PHOTOS = 256  # that a fix is found on
 Load = Callable[[Row, Callable[..., Backbone]], Backbone]
@@ -94,10 +94,10 @@ def some_photos(row: Row, data: Path, config: Config) -> Iterator[list[Path]]:
             paths = nyu(data, "test").paths
         else:
             paths = tuple(photos_in(data / DATA[row.data].photos))
-        yield [paths[i] for i in spread(len(paths), PHOTOS)]
+        yield [paths[i] for i in evenly_spaced(len(paths), PHOTOS)]
 
 
-def found_fix(recipe: Recipe, vit: Backbone, paths: list[Path], config: Config) -> Fix:
+def found_fix(recipe: FixRecipe, vit: Backbone, paths: list[Path], config: Config) -> Fix:
     """The recipe's fix for a model. Raises FixError where the model shows no artifacts on these photos."""
     photos = read_images(paths, vit, batch_size=config.batch_size, workers=config.workers)
     report = diagnose(vit, photos, examples=0)

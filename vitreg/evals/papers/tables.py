@@ -45,7 +45,7 @@ DATA = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FixRecipe:
     """A fix to be found on photos of the row's own data: the best neurons of Algorithm 1 of Jiang et al.
 
     `top_k` of them (None: as few as suffice), in blocks up to `top_layer` (0-based; None: where outliers
@@ -73,7 +73,7 @@ class Row:
     data: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
-    recipe: Recipe | None = None
+    recipe: FixRecipe | None = None
     size: int | None = None
     remark: str = ""
     needs: str = ""
@@ -93,8 +93,8 @@ OPENCLIP_B = "open_clip:ViT-B-16/laion2b_s34b_b88k"
 OPENCLIP_L = "open_clip:ViT-L-14/laion2b_s32b_b82k"
 LLAVA = "hf:xtuner/llava-llama-3-8b-transformers"
 
-_DINOV2_L_FIX = Recipe(top_k=45, top_layer=17)
-_OPENCLIP_B_FIX = Recipe(top_k=10, top_layer=5)
+_DINOV2_L_FIX = FixRecipe(top_k=45, top_layer=17)
+_OPENCLIP_B_FIX = FixRecipe(top_k=10, top_layer=5)
 _UNPUBLISHED = "weights that were never published"
 _TRAINING = (
     "training: `vitreg train self_supervised_vit_l --registers 0 1 2 4 8 16`, or in miniature `vitreg train"
@@ -212,7 +212,7 @@ def _count_rows() -> tuple[Row, ...]:
     """NYUd by the number of test-time registers, which all hold the same; 0 is the model as it is."""
     return tuple(
         Row(f"{n} registers", DINOV2_L, "depth", "nyu", {"RMSE, m": value},
-            recipe=Recipe(top_k=45, top_layer=17, registers=n) if n else None)
+            recipe=FixRecipe(top_k=45, top_layer=17, registers=n) if n else None)
         for n, value in enumerate((0.3876, 0.3774, 0.3771, 0.3785, 0.3791, 0.3795))
     )  # fmt: skip
 
@@ -235,19 +235,19 @@ def _probe_rows() -> tuple[Row, ...]:
 
 
 def _zero_shot(
-    name: str, model: str, top1: float | None, recipe: Recipe | None = None, remark: str = ""
+    name: str, model: str, top1: float | None, recipe: FixRecipe | None = None, remark: str = ""
 ) -> Row:
     figures = {} if top1 is None else {"top-1": top1 / 100}
     return Row(name, model, "zero-shot", "imagenet-val", figures, recipe=recipe, remark=remark)
 
 
-def _heatmap(name: str, model: str, recipe: Recipe | None, *values: float) -> Row:
+def _heatmap(name: str, model: str, recipe: FixRecipe | None, *values: float) -> Row:
     figures = dict(zip(("mIoU", "pixel accuracy", "mAP"), (x / 100 for x in values), strict=True))
     data = "imagenet-segmentation"
     return Row(name, model, "zero-shot-segmentation", data, figures, {"side": "224"}, recipe, 224)
 
 
-def _vlm(name: str, recipe: Recipe | None) -> Row:
+def _vlm(name: str, recipe: FixRecipe | None) -> Row:
     remark = f"the paper shows maps, no figure; {_ASSUMED}"
     return Row(name, LLAVA, "vlm", "imagenet-val", settings={"limit": "500"}, recipe=recipe, remark=remark)
 
@@ -299,11 +299,13 @@ TABLES = {
     "test-time-tokens": Table(JIANG, "what one token of DINOv2-L knows of the class", _probe_rows()),
     "test-time-zero-shot": Table(JIANG, "zero-shot classification with a fix and with its controls", (
         _zero_shot("CLIP L/14", OPENCLIP_L, 76.4, remark=_ASSUMED),
-        _zero_shot("CLIP L/14, test-time register", OPENCLIP_L, 76.4, Recipe(), remark=_ASSUMED),
+        _zero_shot("CLIP L/14, test-time register", OPENCLIP_L, 76.4, FixRecipe(), remark=_ASSUMED),
         _zero_shot("CLIP B/16", OPENCLIP_B, 71.3),
         _zero_shot("CLIP B/16, test-time register", OPENCLIP_B, 71.3, _OPENCLIP_B_FIX),
-        _zero_shot("CLIP B/16, attention bias", OPENCLIP_B, 71.3, Recipe(top_k=10, top_layer=5, bias=True)),
-        _zero_shot("CLIP B/16, neurons zeroed", OPENCLIP_B, None, Recipe(top_k=10, top_layer=5, registers=0),
+        _zero_shot("CLIP B/16, attention bias", OPENCLIP_B, 71.3,
+                   FixRecipe(top_k=10, top_layer=5, bias=True)),
+        _zero_shot("CLIP B/16, neurons zeroed", OPENCLIP_B, None,
+                   FixRecipe(top_k=10, top_layer=5, registers=0),
                    remark="in words: without a register, zero-shot loses 15 points"),
     )),
     "test-time-segmentation": Table(JIANG, "zero-shot segmentation by CLS attention", (
@@ -316,6 +318,6 @@ TABLES = {
         Row("success", remark="50.5% -> 7.5%", needs="a task that this version does not have"),
     )),
     "test-time-vlm": Table(JIANG, "what LLaVA-Llama-3-8B's text attends to", (
-        _vlm("as it is", None), _vlm("test-time register", Recipe(top_k=100)),
+        _vlm("as it is", None), _vlm("test-time register", FixRecipe(top_k=100)),
     )),
 }  # fmt: skip

@@ -45,7 +45,7 @@ def load_example(folder: Path) -> Backbone:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ExampleMeasures:
     """Top-1, and how much of the last block's CLS-to-patch attention (mean of heads) lies on the object.
 
     `area` is the object's share of the photo: what attention that lies anywhere would give.
@@ -56,7 +56,7 @@ class Measured:
     area: float
 
 
-def measure(vit: Backbone, scenes: list[Scene]) -> Measured:
+def measure(vit: Backbone, scenes: list[Scene]) -> ExampleMeasures:
     """Means over the photos. A fix that is applied to the model is measured with it."""
     if not scenes:
         raise DataError("there are no photos to measure, expected at least one.")
@@ -71,7 +71,7 @@ def measure(vit: Backbone, scenes: list[Scene]) -> Measured:
             rows = t.attention[0, :, :, 0, t.inner.patch_slice].mean(1).cpu()
             shares.append((rows * cover[done : done + len(some)]).sum(1) / rows.sum(1))
             done += len(some)
-    return Measured(sum(right) / done, float(torch.cat(shares).mean()), float(cover.mean()))
+    return ExampleMeasures(sum(right) / done, float(torch.cat(shares).mean()), float(cover.mean()))
 
 
 def object_cover(scenes: list[Scene], grid: tuple[int, int]) -> Float[Tensor, "b p"]:

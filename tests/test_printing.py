@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from vitreg.text import progress_bar, text_table
+from vitreg.printing import progress_bar, text_table
 
 
 def test_columns_are_aligned_and_no_line_ends_in_spaces():

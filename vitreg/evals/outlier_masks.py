@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
+from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
-from vitreg.data.spread import spread
 from vitreg.diagnosis.diagnose import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.features.config import Config
 from vitreg.features.extraction import extract_features
-from vitreg.fixes.base import unfixed
+from vitreg.fixes.base import without_fixes
 from vitreg.models.backbone import Backbone
 
 DIAGNOSED = 64  # photos: enough for artifacts that are worth a row of their own
@@ -24,10 +24,10 @@ DIAGNOSED = 64  # photos: enough for artifacts that are worth a row of their own
 
 def unfixed_diagnosis(vit: Backbone, paths: Sequence[Path], config: Config) -> Diagnosis:
     """The diagnosis of the model without its fixes, on some of the photos, evenly spread."""
-    used = [paths[i] for i in spread(len(paths), config.limit)]
-    some = [used[i] for i in spread(len(used), DIAGNOSED)]
+    used = [paths[i] for i in evenly_spaced(len(paths), config.limit)]
+    some = [used[i] for i in evenly_spaced(len(used), DIAGNOSED)]
     photos = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
-    with unfixed(vit.model):
+    with without_fixes(vit.model):
         return diagnose(vit, photos, examples=0)
 
 
@@ -36,7 +36,7 @@ def outlier_masks(
 ) -> Bool[np.ndarray, "b p"]:
     """Outliers of the unfixed model, of all photos that `extract_features` can read, in its order."""
     name = f"norms@{report.rule.layer}"
-    with unfixed(vit.model):
+    with without_fixes(vit.model):
         norms = extract_features(vit, paths, [name], config)[name].numpy()
     return report.rule.mask(norms)
 

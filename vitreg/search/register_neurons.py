@@ -91,7 +91,7 @@ def find_register_neurons(
     top = default if top_layer is None else top_layer
     if not 0 <= top <= report.detect_layer:
         raise ValueError(f"top_layer={top}: expected 0 to the detect layer, {report.detect_layer}.")
-    sums = _Sums(vit, top, report.rule)
+    sums = _ActivationSums(vit, top, report.rule)
     kept = sums.run(vit, images)  # of all ranks, which go on alike
     ranking = sums.ranked(method, _written(vit, top), report.statistics.excess(report.rule))
     found = RegisterNeurons(
@@ -103,7 +103,7 @@ def find_register_neurons(
     return _searched(vit, kept, found, target)
 
 
-class _Sums:
+class _ActivationSums:
     """Sums over images of what neurons do at outliers and elsewhere, (l, f), in float64."""
 
     def __init__(self, vit: Backbone, top: int, rule: OutlierRule) -> None:
