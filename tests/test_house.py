@@ -15,18 +15,45 @@ STUBS = sorted((ROOT / "vitreg").rglob("__init__.pyi"))
 HOUSE = runpy.run_path(str(ROOT / "scripts" / "house.py"))
 
 
-def lengths() -> dict[str, int]:
-    """Lines of each function, by file and name."""
-    return {
-        f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+def lengths() -> list[tuple[int, str]]:
+    """Lines of each function, with its file and name."""
+    return [
+        ((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}")
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
+    ]
 
 
 def test_the_drawing_is_what_the_code_says():
     assert (ROOT / "docs" / "house.md").read_text() == HOUSE["page"]()
+
+
+WALKS = (ROOT / "CONTRIBUTING.md").read_text().partition("## Walks")[2].partition("## Adding a fix")[0]
+
+
+def names_in(path: Path) -> set[str]:
+    """Functions, classes and their methods that a file defines."""
+    defined: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            defined |= {f"{node.name}.{one.name}" for one in inner if isinstance(one, ast.FunctionDef)}
+    return defined
+
+
+@pytest.mark.parametrize("walk", WALKS.split("### ")[1:], ids=lambda walk: walk.splitlines()[0])
+def test_a_walk_is_forward_and_what_it_passes_exists(walk):
+    steps = re.findall(r"^\d+\. `([\w/]+\.py)`: (.*(?:\n   .*)*)", walk, re.MULTILINE)
+    assert len(steps) >= 7
+    files = [file for file, _ in steps]
+    assert len(set(files)) == len(files), "a walk comes back to a file that it left"
+    everywhere = set().union(*(names_in(path) for path in FILES))
+    for file, says in steps:
+        named = re.findall(r"`(\w+(?:\.\w+)?)`", says)
+        assert named[0] in names_in(ROOT / "vitreg" / file), f"{file}: {named[0]}"
+        assert set(named) <= everywhere
 
 
 def test_a_house_of_few_rooms():
@@ -45,8 +72,8 @@ def test_no_file_is_long():
 
 def test_functions_are_short():
     found = lengths()
-    assert not {name: n for name, n in found.items() if n > 60}
-    assert statistics.quantiles(found.values(), n=10)[-1] <= 20
+    assert not [function for function in found if function[0] > 60]
+    assert statistics.quantiles([n for n, _ in found], n=10)[-1] <= 20
 
 
 @pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.parent.name)
@@ -68,3 +95,16 @@ def test_no_package_is_called_like_a_public_name():
     """`vitreg.verify` would be a module as soon as one imports from it."""
     vitreg = importlib.import_module("vitreg")
     assert not {room for room in HOUSE["rooms"]() if room in vitreg.__all__}
+
+
+PRIVATE = {"_orig_mod", "_compiled_call_impl", "_is_replica", "_forward_hooks", "_forward_pre_hooks", "_C"}
+
+
+def test_private_names_of_torch_are_in_one_file():
+    for path in FILES:
+        if path.name != "torch_internals.py":
+            tree = ast.parse(path.read_text())
+            attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            assert not attributes & PRIVATE, path
+            assert not [name for name in modules if name.startswith("torch") and "._" in name], path
