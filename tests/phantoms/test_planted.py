@@ -177,7 +177,7 @@ def test_sinks_and_queries_are_data_and_words_where_they_are_printed(ratio, quer
     assert document["sink"] == {"kind": sink.kind, "value_norm_ratio": ratio}
     assert document["attention_queries"] == queries
     said = str(report)
-    shown = "".join(key_facts(report))
+    shown = "".join(words for _, words in key_facts(report))
     for text in (words_of_sink(sink), f"from {name_of_queries(queries)}"):
         assert text in said
         assert text in shown

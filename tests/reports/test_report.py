@@ -17,7 +17,7 @@ import vitreg.reports.report
 from vitreg.diagnosis.emergence import Emergence
 from vitreg.diagnosis.wording import words_of_sink
 from vitreg.errors import OutputError
-from vitreg.reports.html import data_block, photo_source, text
+from vitreg.reports.html import ENVIRONMENT, photo_source
 from vitreg.reports.report import write, write_comparison, write_cure, write_report, write_verdict
 from vitreg.search.find_fix import FixSearch
 
@@ -204,10 +204,11 @@ def test_a_target_that_cannot_be_written_is_an_error_of_ours(tmp_path):
 
 
 def test_data_cannot_leave_its_block():
-    block = data_block("data", {"name": f"</script>{HOSTILE}<!--"})
+    data = {"name": f"</script>{HOSTILE}<!--"}
+    block = ENVIRONMENT.get_template("view.html").module.data_block("data", data)
     assert block.count("<") == 2
     words = block.partition(">")[2].rpartition("<")[0]
-    assert json.loads(words) == {"name": f"</script>{HOSTILE}<!--"}
+    assert json.loads(words) == data
 
 
 def test_photos_are_kept_as_they_are():
@@ -218,4 +219,5 @@ def test_photos_are_kept_as_they_are():
 
 
 def test_text():
-    assert text("a<b>&\"'\x00\x1b\u202e\udc80é日") == "a&lt;b&gt;&amp;&quot;&#x27;\\x00\\x1b\\u202e\\udc80é日"
+    shown = ENVIRONMENT.from_string("{{ text }}").render(text="a<b>&\"'\x00\x1b\u202e\udc80é日")
+    assert shown == "a&lt;b&gt;&amp;&#34;&#39;\\x00\\x1b\\u202e\\udc80é日"

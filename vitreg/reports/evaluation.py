@@ -16,9 +16,8 @@ from vitreg.files import write_atomically
 from vitreg.fixes.base import Fix
 from vitreg.models.backbone import Backbone
 from vitreg.plots.style import safe, short_name
-from vitreg.reports.html import facts, note, page, picture, section, table
-from vitreg.reports.parts import banner, photos, photos_before_and_after
-from vitreg.reports.viewer import script_for
+from vitreg.reports.html import Picture, Table, page, picture
+from vitreg.reports.parts import Banner, Photos, photos, photos_before_and_after
 
 EXAMPLES = 12
 _INTERVALS = "In brackets, 95% bootstrap intervals over images; paired for the difference."
@@ -34,51 +33,54 @@ def write_evaluation(
     last = results[-1]
     title = f"{last.task}{', without and with a fix' if len(results) == 2 else ''}"
     about = [f"on {last.data}, n = {last.n:,}", *([f"fix: {last.fix}"] if last.fix else [])]
-    body = [
-        banner("", title.capitalize(), last.model, about, last.planted),
-        section("Result", _metrics(results)),
-        *_pictures(results),
-        *_photos(vit, fix, last, config),
-        section("Settings", facts((key, str(value)) for key, value in last.config.items())),
-    ]
-    headline = f"{safe(short_name(last.model), 60)}: {title}"
-    return write_atomically(path, page(headline, body, last.versions, script_for(body)))
+    diagnosed, shown = _photos(vit, fix, last, config)
+    html = page(
+        "evaluation.html",
+        f"{safe(short_name(last.model), 60)}: {title}",
+        last.versions,
+        top=Banner("", title.capitalize(), last.model, about, last.planted),
+        metrics=_metrics(results),
+        notes=dict.fromkeys((_INTERVALS, *(words for result in results for words in result.notes))),
+        pictures=_pictures(results),
+        fixed=fix is not None,
+        diagnosed=diagnosed,
+        photos=shown,
+        settings=[(key, str(value)) for key, value in last.config.items()],
+    )
+    return write_atomically(path, html)
 
 
-def _metrics(results: Sequence[Result]) -> str:
+def _metrics(results: Sequence[Result]) -> Table:
+    """All metrics of one result, or of two with their difference."""
     if len(results) == 2:
         heads, *rows = comparison_rows(*results)
-    else:
-        heads, rows = ("", results[0].fix or "as it is"), results[0].rows()
-    notes = dict.fromkeys((_INTERVALS, *(words for result in results for words in result.notes)))
-    return table(heads, rows) + "".join(map(note, notes))
+        return Table(heads, rows)
+    return Table(("", results[0].fix or "as it is"), results[0].rows())
 
 
-def _pictures(results: Sequence[Result]) -> list[str]:
-    """Each result's picture, if its task has one; two beside each other where there is room."""
-    drawn = [
+def _pictures(results: Sequence[Result]) -> list[Picture]:
+    """Each result's picture, if its task has one."""
+    return [
         picture(x.picture(), f"{x.task}, {x.fix or 'as it is'}", (x.fix or "as it is").capitalize())
         for x in results
         if x.picture is not None
     ]
-    return [section("What was found", f'<div class="beside">{"".join(drawn)}</div>')] if drawn else []
 
 
-def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> list[str]:
-    """The model's norms and attention on some of the photos, with a fix before and after it."""
+def _photos(vit: Backbone, fix: Fix | None, result: Result, config: Config) -> tuple[str, Photos | None]:
+    """The model's norms and attention on some of the photos, with a fix before and after it; in words too."""
     if not result.photos:
-        return []
+        return "", None
     some = _some(result.photos, config)
     images = read_images(some, vit, batch_size=config.batch_size, workers=config.workers)
     before = diagnose(vit, images, examples=EXAMPLES)
     words = f"A diagnosis of {before.images} of the photos, evenly spread, finds {before.verdict}:"
     words = f"{words} {before.reason}"
     if fix is None:
-        return [section("Photos", note(words) + photos(before))]
+        return words, photos(before)
     with fix.applied_to(vit):
         after = diagnose(vit, images, examples=EXAMPLES)
-    words += f" With the fix: {after.verdict}."
-    return [section("Before and after", note(words) + photos_before_and_after(before, after))]
+    return f"{words} With the fix: {after.verdict}.", photos_before_and_after(before, after)
 
 
 def _some(paths: Sequence[Path], config: Config) -> list[Path]:

@@ -1,101 +1,61 @@
-"""The HTML that reports are made of. Everything from outside goes through `text` or `data_block`.
+"""Reports as HTML: the one module that knows the templates (templates/), and what of a page is raw.
 
-The page's own policy forbids whatever is not in the file: nothing is loaded, and of styles and scripts only
-ours may act, which the policy knows by their hashes.
+    page("diagnosis.html", "tiny: no artifacts", versions, top=..., model=..., photos=...)
+
+Templates escape whatever they are given, and refuse to print what they were not given. The page's own policy
+forbids whatever is not in the file: nothing is loaded, and of styles and scripts only ours may act, which the
+policy knows by their hashes.
 """
 
 import base64
 import hashlib
-import html
 import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
 import numpy as np
 import PIL.Image
 from jaxtyping import Shaped
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from vitreg.plots.style import png
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src $style_hash; script-src $script_hash;\
- base-uri 'none'; form-action 'none'">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-$body
-<footer>$versions</footer>
-</main>
-$script
-</body>
-</html>
-""")
+Facts = Sequence[tuple[str, str]]  # terms and what is to be said of them
 
 
-def page(title: str, parts: Iterable[str], versions: dict[str, str], script: str = "") -> str:
-    """A whole page: a title (text), parts (HTML), what made it, and a script of ours, if it needs one."""
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a source of an <img>, its width in CSS pixels, and in words what it shows."""
+
+    source: str
+    width: int
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; `marked` rows stand out."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[int] = frozenset()
+
+
+def page(template: str, title: str, versions: dict[str, str], **data: Any) -> str:
+    """A whole page: a template of ours, a title, what made it, and the data that the template asks for."""
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    style = source("report.css")
-    return _PAGE.substitute(
-        title=text(title),
-        style=style,
-        style_hash=_hash(style),
-        script=f"<script>{script}</script>" if script else "",
-        script_hash=_hash(script) if script else "'none'",
-        body="\n".join(parts),
-        versions=f"Made with {text(made)}.",
-    )
+    return ENVIRONMENT.get_template(template).render(title=title, made=made, **data)
 
 
-def source(name: str) -> str:
-    """A file of ours beside this one: the pages' style, or a script."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _hash(code: str) -> str:
-    """What a page's policy calls a style or a script that may act."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
-
-
-def text(raw: str) -> str:
-    """Text from anywhere, as HTML. What does not print, such as marks that reverse a line, is spelled out."""
-    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
-    return html.escape(visible)
-
-
-def data_block(name: str, data: Any) -> str:
-    """Data for a script, as JSON that no HTML parser can leave early: it holds no "<"."""
-    plain = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{text(name)}">{plain}</script>'
-
-
-def section(title: str, content: str, kind: str = "") -> str:
-    opening = f'<section class="{text(kind)}">' if kind else "<section>"
-    return f"{opening}\n<h2>{text(title)}</h2>\n{content}\n</section>"
-
-
-def note(words: str) -> str:
-    return f'<p class="note">{text(words)}</p>'
-
-
-def picture(figure: Figure, alt: str, caption: str, dpi: int = 150, colours: int | None = 256) -> str:
-    """A figure with its PNG inside the page."""
-    data = base64.b64encode(png(figure, dpi, colours)).decode()
-    width = round(figure.get_figwidth() * 96) + 18  # CSS pixels, with the frame
-    image = f'<img width="{width}" alt="{text(alt)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>\n"
+def picture(figure: Figure, alt: str, caption: str = "", colours: int | None = 256) -> Picture:
+    """A figure as a PNG in the page itself; its width leaves room for a frame."""
+    data = base64.b64encode(png(figure, colours=colours)).decode()
+    return Picture(f"data:image/png;base64,{data}", round(figure.get_figwidth() * 96) + 18, alt, caption)
 
 
 def photo_source(photo: Shaped[np.ndarray, "h w 3"]) -> str:
@@ -105,21 +65,50 @@ def photo_source(photo: Shaped[np.ndarray, "h w 3"]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Terms and what is to be said of them."""
-    return "<dl>" + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows) + "</dl>"
+# -- what templates can do -------------------------------------------------------------------------
 
 
-def table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = (), words: bool = False
-) -> str:
-    """A table of texts; `marked` rows stand out, `words` wraps and aligns left."""
-    top = "".join(f'<th scope="col">{text(head)}</th>' for head in heads)
-    body = ""
-    for i, row in enumerate(rows):
-        cells = "".join(f"<td>{text(cell)}</td>" for cell in row)
-        body += f"<tr{' class=marked' if i in set(marked) else ''}>{cells}</tr>\n"
-    kind = ' class="words"' if words else ""
-    return (
-        f'<div class="scroll"><table{kind}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>'
+def _own(name: str) -> Markup:
+    """A file of ours beside this one, raw.
+
+    Only the style and the script are raw: they are ours, and inside <style> and <script> a browser reads no
+    escapes. Pictures are base64, which holds nothing to escape. The data for the script is JSON of the filter
+    `tojson`, which spells out "<", ">", "&" and "'", so that no parser can leave it early.
+    """
+    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def _policy_hash(code: str) -> str:
+    """What a page's policy calls a style or a script that may act."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}"
+
+
+def _sentence(words: str) -> str:
+    """Words with a capital letter in front; the others stay as they are."""
+    return words[:1].upper() + words[1:]
+
+
+def _printable(value: Any) -> Any:
+    """Text from anywhere with what does not print, such as marks that reverse a line, spelled out."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+
+
+def _environment() -> jinja2.Environment:
+    """Our templates, which escape and spell out each value that they print."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    made.globals["own"] = _own
+    made.filters |= {"policy_hash": _policy_hash, "sentence": _sentence}
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return made
+
+
+ENVIRONMENT = _environment()

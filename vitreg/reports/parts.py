@@ -1,7 +1,6 @@
-"""What a report says of a diagnosis, part by part: HTML that stands on its own, also on paper."""
+"""What a report says of a diagnosis, part by part, as data for the templates."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vitreg.diagnosis import figures as plots
@@ -10,60 +9,81 @@ from vitreg.diagnosis.result import (
     STRENGTHS,
     Diagnosis,
     LayerDiagnosis,
-    describe_positions,
+    describe_places,
     would_have_been_seen,
 )
 from vitreg.diagnosis.version_figures import before_after
 from vitreg.diagnosis.wording import name_of_queries, words_of_sink
 from vitreg.plots.style import number, percent
-from vitreg.reports.html import facts, note, picture, section, table, text
-from vitreg.reports.viewer import view
+from vitreg.reports.html import Facts, Picture, Table, picture
+from vitreg.reports.viewer import View, view
 
-_HOW_NORMS = (
-    "Every row is a layer, and the darker a cell, the more patch tokens have that norm. A model without "
-    "artifacts has one band. Artifacts are a second band to the right, or a shoulder of the first; the "
-    "threshold is set where a patch is twice as likely an outlier as not. Below, the same for one layer."
-)
-_HOW_PLACES = (
-    "The patch grid of an image. A few bright cells mean that outliers sit at fixed places whatever "
-    "the image shows; scattered ones mean that they follow the content."
-)
-_HOW_CURVES = (
-    "Where the largest norm leaves the median, outliers come up. Attention is what the last figure is about: "
-    "if few tokens draw much of it, attention maps show them instead of the image. One thin line per head."
-)
-_HOW_PHOTOS = (
-    "Outlined patches are outliers. Colours mean the same in all photos: norms on a logarithmic scale, "
-    "attention (the mean over heads; each photo sums to 100%) on a square-root scale, so that faint "
-    "differences stay visible."
-)
-_HOW_VERSIONS = (
-    "Norms after the layer where outliers stand out most, attention in the last block. Colours mean the same "
-    "before and after; each version's own outliers are outlined."
-)
 _ON_A_SHEET = 8  # photos beside each other
-_HOW_TABLE = (
-    "Layers count from 0. Layer i is the residual stream after block i, before the model's final norm. "
-    "Misjudged: patches that the threshold puts on the wrong side, where populations overlap. Attention: its "
-    "share on tokens that enter block i as outliers. Values: the norms of their values over those of other "
-    "tokens."
-)
+_HEADS = [
+    *("layer", "median", "p99", "max", "mean + 3 sigma", "threshold", "outliers", "misjudged", "attention"),
+    *("values", "CLS norm", "register norm"),
+]
 
 
-def banner(kind: str, title: str, model: str, lines: Iterable[str], planted: bool) -> str:
+@dataclass(frozen=True)
+class Banner:
     """The top of a page: what was found (`kind` "found", "none" or neither), of which model, and why."""
-    warning = "Phantom: artifacts were planted here on purpose. It is no evidence about a real model."
-    label = f'<p class="phantom">{warning}</p>\n' if planted else ""
-    words = "".join(f"<p>{text(line[:1].upper() + line[1:])}</p>\n" for line in lines)
-    return f"""<header class="{kind}">
-<h1>{text(title)}</h1>
-<p class="model">{text(model)}</p>
-{label}{words}</header>"""
+
+    kind: str
+    title: str
+    model: str
+    lines: list[str]
+    planted: bool
 
 
-def key_facts(report: Diagnosis) -> str:
+@dataclass(frozen=True)
+class Kind:
+    """An artifact that is no high norm: in words, and where it lies if it has places."""
+
+    title: str
+    words: str
+    places: Picture | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that a page says of one model, but for its photos; `failed` lists images that could not be read."""
+
+    facts: Facts
+    norms: Picture
+    places: Picture
+    curves: Picture
+    kinds: list[Kind]
+    layers: Table
+    failed: Table
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos to handle, and still pictures of them for paper and without scripts; none if none were kept."""
+
+    view: View | None
+    stills: list[Picture]
+
+
+def about(report: Diagnosis) -> Model:
+    """All that a page says of a diagnosis, but for its photos."""
+    failed = [[image["path"], image["reason"]] for image in report.failed_images]
+    return Model(
+        key_facts(report),
+        _norms(report),
+        _places(report),
+        _curves(report),
+        [_kind(report, finding) for finding in report.other_artifacts],
+        layer_table(report),
+        Table(["image", "reason"], failed),
+    )
+
+
+def key_facts(report: Diagnosis) -> Facts:
+    """What was looked at, the threshold and, where there are some, the outliers."""
     rows = [*_facts_of_input(report), *_facts_of_threshold(report)]
-    return facts([*rows, *_facts_of_outliers(report)] if report.has_artifacts else rows)
+    return [*rows, *_facts_of_outliers(report)] if report.has_artifacts else rows
 
 
 def _facts_of_input(report: Diagnosis) -> list[tuple[str, str]]:
@@ -109,7 +129,7 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
     similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
     rows = [
         ("Outliers per image", f"{report.outliers_per_image:.2f}"),
-        ("Places", describe_positions(report.position_frequency)),
+        ("Places", describe_places(report.position_frequency)),
         (
             "Attention on outliers, last block",
             f"{percent(report.attention_to_outliers)} ({even})",
@@ -124,71 +144,62 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
     return [*rows, ("Residual dimensions with the excess", dimensions)] if dimensions else rows
 
 
-def figures(report: Diagnosis) -> str:
+def _norms(report: Diagnosis) -> Picture:
+    """The norms of patch tokens, layer by layer."""
     layer = report.layers[report.detect_layer]
     found = f"threshold {number(report.threshold)}" if report.threshold is not None else "no threshold"
     median = f"after block {layer.layer} median {number(layer.median_norm)}"
-    norms = f"Norms of patch tokens by layer; {median}, {found}"
-    places = f"Outliers by place: {describe_positions(report.position_frequency)}"
+    return picture(plots.norm_histograms(report), f"Norms of patch tokens by layer; {median}, {found}")
+
+
+def _places(report: Diagnosis) -> Picture:
+    """Where outliers lie in the grid of patches."""
+    places = f"Outliers by place: {describe_places(report.position_frequency)}"
+    return picture(plots.position_map(report), places if report.has_artifacts else "No outliers")
+
+
+def _curves(report: Diagnosis) -> Picture:
+    """How norms, outliers and attention go with the layer."""
     first = f"from layer {report.onset_layer} on" if report.has_artifacts else "in no layer"
-    curves = f"Norms, share of outliers and attention on them by layer: outliers {first}"
-    shown = [
-        picture(plots.norm_histograms(report), norms, _HOW_NORMS),
-        picture(plots.position_map(report), places if report.has_artifacts else "No outliers", _HOW_PLACES),
-        picture(plots.layer_curves(report), curves, _HOW_CURVES),
-    ]
-    return f'<div class="figures">{"".join(shown)}</div>'
+    alt = f"Norms, share of outliers and attention on them by layer: outliers {first}"
+    return picture(plots.layer_curves(report), alt)
 
 
-def other_kinds(report: Diagnosis) -> list[str]:
-    """The artifacts that are no high norms, where there are some: in words, and where they lie."""
-    present = report.other_artifacts
-    if not present:
-        return []
-    return [section("Other artifacts", "".join(_kind(report, finding) for finding in present))]
-
-
-def _kind(report: Diagnosis, finding: Finding) -> str:
-    words = f"<h3>{text(finding.title)}</h3>{note(str(finding))}"
-    if finding.positions is None:
-        return words
+def _kind(report: Diagnosis, finding: Finding) -> Kind:
+    """One finding, with a map where it has places."""
     alt = f"{finding.title}: how often at each position"
-    return words + picture(plots.kind_map(report, finding), alt, _HOW_PLACES)
+    places = None if finding.positions is None else picture(plots.kind_map(report, finding), alt)
+    return Kind(finding.title, str(finding), places)
 
 
-def photos(report: Diagnosis) -> str:
-    """The photos for a screen with scripts, and still pictures of them for paper and without scripts."""
-    if not report.examples:
-        return note("No example photos were kept.")
-    strips = [
+# Photos keep all their colours: a palette would blur the colour scales.
+
+
+def photos(report: Diagnosis) -> Photos:
+    """The photos of one model, and a still picture of each."""
+    stills = [
         picture(
             plots.photo_strip(report, i),
             f"{example.name}: photo, map of norms, map of attention",
             example.name,
-            colours=None,  # a palette would blur the colour scales
+            colours=None,
         )
         for i, example in enumerate(report.examples)
     ]
-    still = f'{note(_HOW_PHOTOS)}<div class="photos">{"".join(strips)}</div>'
-    return f'{view([("the model", report)])}\n<div class="still">{still}</div>'
+    return Photos(view([("the model", report)]) if stills else None, stills)
 
 
-def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> str:
+def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> Photos:
     """The same of a model in two versions, which were diagnosed on the same photos."""
     if not before.examples:
-        return note("No example photos were kept.")
+        return Photos(None, [])
     versions = [("as it is", before), ("with the fix", after)]
     alt = "Photos, maps of norms and maps of attention: as it is, and with the fix"
-    still = "".join(
-        picture(
-            before_after([(name, replace(x, examples=x.examples[part])) for name, x in versions]),
-            alt,
-            _HOW_VERSIONS,
-            colours=None,
-        )
+    sheets = (
+        [(name, replace(x, examples=x.examples[part])) for name, x in versions]
         for part in _sheets(len(before.examples))
     )
-    return f'{view(versions)}\n<div class="still">{still}</div>'
+    return Photos(view(versions), [picture(before_after(sheet), alt, colours=None) for sheet in sheets])
 
 
 def _sheets(photos: int) -> list[slice]:
@@ -198,19 +209,8 @@ def _sheets(photos: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(ends)]
 
 
-def layer_table(report: Diagnosis) -> str:
-    heads = [
-        "layer",
-        "median",
-        "p99",
-        "max",
-        "mean + 3 sigma",
-        "threshold",
-        "outliers",
-        "misjudged",
-        "attention",
-    ]
-    heads += ["values", "CLS norm", "register norm"]
+def layer_table(report: Diagnosis) -> Table:
+    """A row for each layer; the layers of the onset and of the detection are marked."""
     rows = [_layer_row(layer) for layer in report.layers]
     marks = {report.detect_layer: "detect" if report.has_artifacts else "closest"}
     if report.onset_layer is not None:
@@ -218,7 +218,7 @@ def layer_table(report: Diagnosis) -> str:
         marks[report.onset_layer] = "onset, detect" if both else "onset"
     for layer, mark in marks.items():
         rows[layer][0] += f" ({mark})"
-    return note(_HOW_TABLE) + table(heads, rows, set(marks))
+    return Table(_HEADS, rows, frozenset(marks))
 
 
 def _layer_row(x: LayerDiagnosis) -> list[str]:
@@ -231,16 +231,6 @@ def _layer_row(x: LayerDiagnosis) -> list[str]:
         *shares,
         *map(plain_number, [x.cls_norm, x.register_norm]),
     ]
-
-
-def failed(images: list[dict[str, str]]) -> list[str]:
-    """The images that could not be read, if there are any."""
-    if not images:
-        return []
-    rows = [[image["path"], image["reason"]] for image in images]
-    few = " open" if len(images) <= 20 else ""
-    title = f"<summary>Images that could not be read: {len(images):,}</summary>"
-    return [f"<details{few}>{title}{table(['image', 'reason'], rows, words=True)}</details>"]
 
 
 def plain_number(value: float | None) -> str:
