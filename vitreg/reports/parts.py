@@ -9,7 +9,7 @@ from vitreg.diagnosis.result import (
     STRENGTHS,
     Diagnosis,
     LayerDiagnosis,
-    describe_places,
+    describe_positions,
     would_have_been_seen,
 )
 from vitreg.diagnosis.version_figures import before_after
@@ -129,7 +129,7 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
     similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
     rows = [
         ("Outliers per image", f"{report.outliers_per_image:.2f}"),
-        ("Places", describe_places(report.position_frequency)),
+        ("Places", describe_positions(report.position_frequency)),
         (
             "Attention on outliers, last block",
             f"{percent(report.attention_to_outliers)} ({even})",
@@ -154,7 +154,7 @@ def _norms(report: Diagnosis) -> Picture:
 
 def _places(report: Diagnosis) -> Picture:
     """Where outliers lie in the grid of patches."""
-    places = f"Outliers by place: {describe_places(report.position_frequency)}"
+    places = f"Outliers by place: {describe_positions(report.position_frequency)}"
     return picture(plots.position_map(report), places if report.has_artifacts else "No outliers")
 
 

@@ -21,13 +21,13 @@ from vitreg.files import write_atomically
 from vitreg.plots.style import percent, safe, short_name
 from vitreg.reports.html import Facts, Table, page, picture
 from vitreg.reports.parts import Banner, about, layer_table, photos, photos_before_and_after, plain_number
-from vitreg.search.find_fix import Cure
+from vitreg.search.find_fix import FixSearch
 from vitreg.verification.figure import versions_figure
-from vitreg.verification.measures import KINDS
+from vitreg.verification.measures import MEASURES
 from vitreg.verification.verdict import Verdict, measure_table
 from vitreg.version import versions
 
-_KINDS = "a Diagnosis, Verdict, Cure or Emergence"
+_KINDS = "a Diagnosis, Verdict, FixSearch or Emergence"
 _TITLES = {
     "helps": ("none", "The fix helps"),
     "no effect": ("", "The fix has no effect"),
@@ -47,7 +47,7 @@ def write(result: object, path: str | Path) -> Path:
         return write_report(result, path)
     if isinstance(result, Verdict):
         return write_verdict(result, path)
-    if isinstance(result, Cure):
+    if isinstance(result, FixSearch):
         return write_cure(result, path)
     if isinstance(result, Emergence):
         return write_comparison(result.diagnoses, path)
@@ -61,8 +61,8 @@ def write_report(report: Diagnosis, path: str | Path) -> Path:
     return write_atomically(path, _one_model(plots.headline(report), report.versions, top, report))
 
 
-def write_cure(cure: Cure, path: str | Path) -> Path:
-    """Write the report on what `find_cure` found: the verdict on its fix, and why the fix is of its kind."""
+def write_cure(cure: FixSearch, path: str | Path) -> Path:
+    """Write the report on what `find_fix` found: the verdict on its fix, and why the fix is of its kind."""
     return write_verdict(cure.verdict, path, choice="" if cure.fix is None else cure.choice)
 
 
@@ -111,7 +111,7 @@ def _one_model(headline: str, made_with: dict[str, str], top: Banner, report: Di
 
 def _measured(verdict: Verdict) -> dict[str, Any]:
     """What was measured, with the controls: a figure, and all numbers."""
-    drawn = ", ".join(KINDS[measure.name].label.strip() for measure in verdict.measures)
+    drawn = ", ".join(MEASURES[measure.name].label.strip() for measure in verdict.measures)
     neurons = "; ".join(str(verdict.fix.neurons).splitlines())
     fix: Facts = [("Fix", f"type {verdict.fix.type!r}"), ("Neurons", neurons)]
     return {

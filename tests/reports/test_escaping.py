@@ -18,7 +18,7 @@ from vitreg.evals.result import Metric, Result
 from vitreg.features.config import Config
 from vitreg.reports import evaluation, html
 from vitreg.reports.report import write_comparison, write_cure, write_report, write_verdict
-from vitreg.search.find_fix import Cure
+from vitreg.search.find_fix import FixSearch
 from vitreg.verification.verdict import Verdict
 
 HARMLESS = "(name\n)"
@@ -90,7 +90,7 @@ REPORTS: dict[str, Callable[[str, Path], Path]] = {
     "nothing to fix": lambda words, path: write_verdict(
         replace(verdict(words), verdict="no artifacts", after=None), path
     ),
-    "cure": lambda words, path: write_cure(Cure(make_verdict().fix, words, verdict(words)), path),
+    "cure": lambda words, path: write_cure(FixSearch(make_verdict().fix, words, verdict(words)), path),
     "comparison": lambda words, path: write_comparison(
         [diagnosis(words), diagnosis(words, artifacts=False)], path
     ),
