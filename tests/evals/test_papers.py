@@ -22,7 +22,7 @@ from vitreg.errors import DataError, ModelLoadError
 from vitreg.evals.papers import (
     DATA,
     TABLES,
-    Recipe,
+    FixRecipe,
     Row,
     Table,
     overview,
@@ -298,7 +298,7 @@ def test_a_row_that_has_changed_was_not_measured(tmp_path: Path, own_cache: Path
     assert measured("t", row) is not None
     assert measured("t", replace(row, figures={}, remark="other words")) is not None
     assert measured("t", replace(row, settings={"side": "112"})) is None
-    assert measured("t", replace(row, recipe=Recipe(1))) is None
+    assert measured("t", replace(row, recipe=FixRecipe(1))) is None
     assert measured("u", row) is None
     file = next(own_cache.rglob("*.json"))
     file.write_text(file.read_text()[:-20])
@@ -333,18 +333,18 @@ def test_recipes_make_the_papers_fixes(tmp_path: Path) -> None:
         Image.fromarray(small).resize((50, 40)).save(folder / f"{i}.png")
     paths, config = sorted(folder.iterdir()), with_settings(find_task("tokens").config(), {"workers": "0"})
 
-    def found(recipe: Recipe) -> vitreg.fixes.Fix:
+    def found(recipe: FixRecipe) -> vitreg.fixes.Fix:
         return found_fix(recipe, vit, paths, config)
 
-    register = found(Recipe(top_k=3, top_layer=1))
+    register = found(FixRecipe(top_k=3, top_layer=1))
     assert isinstance(register, vitreg.TestTimeRegisters)
     assert (register.registers, register.neurons.top_k, register.neurons.method) == (1, 3, "paper")
     assert max(register.neurons.by_layer) <= 1
-    assert found(Recipe(top_k=3, registers=4)).registers == 4  # type: ignore[attr-defined]
-    zeroed = found(Recipe(top_k=3, top_layer=17, registers=0))  # a layer that this model does not have
+    assert found(FixRecipe(top_k=3, registers=4)).registers == 4  # type: ignore[attr-defined]
+    zeroed = found(FixRecipe(top_k=3, top_layer=17, registers=0))  # a layer that this model does not have
     assert zeroed.registers == 0  # type: ignore[attr-defined]
-    assert isinstance(found(Recipe(top_k=3, bias=True)), AttentionBias)
-    assert found(Recipe()).neurons.search  # as few as suffice
+    assert isinstance(found(FixRecipe(top_k=3, bias=True)), AttentionBias)
+    assert found(FixRecipe()).neurons.search  # as few as suffice
     with zeroed.applied_to(vit), torch.no_grad():
         vit(images(vit))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from drawn_reports import ONSET, make_report, make_verdict
 from matplotlib.figure import Figure
-from reports import ONSET, make_report, make_verdict
-from test_report import Page
+from pages import Page
 
 import vitreg
 from vitreg.diagnosis.kinds import Finding
