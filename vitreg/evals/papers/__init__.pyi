@@ -1,4 +1,4 @@
-from .overview import overview, table_text
+from .printed import overview, table_text
 from .running import run_table
 from .tables import DATA, TABLES, DataSet, FixRecipe, Row, Table
 

@@ -20,7 +20,7 @@ from vitreg.data.listing import photos_in
 from vitreg.diagnosis.diagnose import diagnose
 from vitreg.errors import DataError, VitregError
 from vitreg.evals.papers.kept import keep, measured
-from vitreg.evals.papers.overview import find_table, needs
+from vitreg.evals.papers.printed import find_table, needs
 from vitreg.evals.papers.tables import DATA, ROOT, FixRecipe, Row
 from vitreg.evals.result import Result
 from vitreg.evals.tasks import find_task
