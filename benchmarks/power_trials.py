@@ -24,7 +24,7 @@ from vitreg.diagnosis.statistics import Collector, Statistics
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from catalog import randomise, timm_model

@@ -19,8 +19,8 @@ from rich.console import Console
 import vitreg
 from vitreg.fixes.calibration import calibrate_thresholds, mean_outliers
 from vitreg.verification.measures import MEASURES
+from vitreg.verification.measuring import VersionMeasures
 from vitreg.verification.resampling import Resampled
-from vitreg.verification.verify import VersionMeasures
 
 HEADER = """# What a test-time register can do, and what splitting does
 

@@ -14,7 +14,7 @@ import vitreg
 from vitreg.cli import main as cli
 from vitreg.demo import LAYER, REAL, run, run_real
 from vitreg.diagnosis.version_figures import before_after
-from vitreg.phantoms.example import HELD_OUT, measure, object_cover, scenes
+from vitreg.phantoms.bundled import HELD_OUT, measure, object_cover, scenes
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_nothing_to_measure():
 
 def test_the_example_is_small():
     """It is in the repository and in the wheel."""
-    folder = Path(vitreg.__file__).parent / "phantoms" / "example"
+    folder = Path(vitreg.__file__).parent / "phantoms" / "bundled"
     assert 1e6 < sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 4e6
 
 

@@ -108,3 +108,10 @@ def test_private_names_of_torch_are_in_one_file():
             modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
             assert not attributes & PRIVATE, path
             assert not [name for name in modules if name.startswith("torch") and "._" in name], path
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.parent.name)
+def test_no_module_is_called_like_a_public_name_of_its_package(stub):
+    """Importing the name would give a module or a function, by what was imported before."""
+    package = importlib.import_module(".".join(stub.parent.relative_to(ROOT).parts))
+    assert not {path.stem for path in stub.parent.iterdir()} & set(package.__all__)

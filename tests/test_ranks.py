@@ -19,12 +19,12 @@ from ranked import copied, differences, of_each
 import vitreg
 from vitreg.data.first_images import First, first_images
 from vitreg.data.images import Images, read_images
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.distributed import ALONE, Ranks, process_group
 from vitreg.errors import DataError, ImageError, RankError
 from vitreg.features import Config, extract_features
-from vitreg.search.find_fix import find_fix
-from vitreg.verification.verify import verify
+from vitreg.search.fix_search import find_fix
+from vitreg.verification.measuring import verify
 
 
 @pytest.fixture(scope="module")

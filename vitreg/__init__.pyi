@@ -2,7 +2,7 @@
 from .archive import Extraction, extract_archive
 from .data.batches import Batch
 from .data.images import Images, read_images
-from .diagnosis.diagnose import diagnose
+from .diagnosis.diagnosing import diagnose
 from .diagnosis.emergence import Emergence
 from .diagnosis.outliers import OutlierRule
 from .diagnosis.result import Diagnosis
@@ -21,7 +21,7 @@ from .errors import (
     UnsupportedModelError,
     VitregError,
 )
-from .examination.doctor import Examination, doctor
+from .examination.examine import Examination, doctor
 from .fixes import (
     Applied,
     AttentionBias,
@@ -44,17 +44,18 @@ from .fixes.neurons import RegisterNeuron, RegisterNeurons
 from .models.anatomy import Anatomy, TokenLayout
 from .models.backbone import Backbone, wrap
 from .models.loading import load
-from .phantoms.example import example
+from .phantoms.bundled import example
 from .phantoms.phantom import Phantom, plant
-from .search.find_fix import FixSearch, find_fix
+from .search.fix_search import FixSearch, find_fix
 from .search.origin import Origin, find_origin
 from .search.register_neurons import find_register_neurons
 from .studies.noop import NoopTest, noop_test
 from .studies.register_maps import RegisterStudy, what_registers_learn
-from .tracing.trace import trace, watch
-from .training.export import export
+from .tracing.records import trace
+from .tracing.streams import watch
+from .training.exporting import export
+from .verification.measuring import verify
 from .verification.verdict import Verdict
-from .verification.verify import verify
 from .version import __version__ as __version__
 
 __all__ = [

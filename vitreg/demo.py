@@ -16,7 +16,7 @@ import vitreg
 from vitreg.data.images import demo_photos
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.files import write_atomically
-from vitreg.phantoms.example import HELD_OUT, ExampleMeasures, example, measure, scenes
+from vitreg.phantoms.bundled import HELD_OUT, ExampleMeasures, example, measure, scenes
 from vitreg.phantoms.phantom import Phantom, plant
 
 REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -19,7 +19,7 @@ from vitreg.archive import worker as worker_module
 from vitreg.data.decoding import decode
 from vitreg.errors import ArchiveError, DataError, OutputError
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 
 def plain(vit, numbers) -> torch.Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ranked import of_each
 
 import vitreg
-from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.diagnosing import collect
 from vitreg.diagnosis.statistics import EDGES, neighbour_similarity, share_by_chance
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.probe import evaluating

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vitreg
-from vitreg.examination.doctor import COLUMNS
+from vitreg.examination.examine import COLUMNS
 from vitreg.examination.findings import wrappers
 from vitreg.examination.trials import FIXES, trials
 

@@ -11,7 +11,7 @@ from slow_registers import reference
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.fixes import TestTimeRegisters
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.search.register_neurons import find_register_neurons

@@ -18,7 +18,7 @@ from vitreg.evals.result import Metric, Result
 from vitreg.features.config import Config
 from vitreg.reports import evaluation, html
 from vitreg.reports.report import write_comparison, write_cure, write_report, write_verdict
-from vitreg.search.find_fix import FixSearch
+from vitreg.search.fix_search import FixSearch
 from vitreg.verification.verdict import Verdict
 
 HARMLESS = "(name\n)"

@@ -19,7 +19,7 @@ from vitreg.diagnosis.wording import words_of_sink
 from vitreg.errors import OutputError
 from vitreg.reports.html import ENVIRONMENT, photo_source
 from vitreg.reports.report import write, write_comparison, write_cure, write_report, write_verdict
-from vitreg.search.find_fix import FixSearch
+from vitreg.search.fix_search import FixSearch
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e.jpg"
 

@@ -30,9 +30,9 @@ from vitreg.phantoms import (
 )
 from vitreg.reports.report import write
 from vitreg.search import choosing
-from vitreg.search import find_fix as curing
+from vitreg.search import fix_search as curing
 from vitreg.search.choosing import TriedFix
-from vitreg.search.find_fix import find_fix
+from vitreg.search.fix_search import find_fix
 from vitreg.search.register_neurons import find_register_neurons
 
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]

@@ -15,7 +15,7 @@ from torch import Tensor
 import vitreg
 from vitreg import UnsupportedModelError
 from vitreg.hooks.attention import AttentionCall
-from vitreg.tracing.trace import token_norms
+from vitreg.tracing.streams import token_norms
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import vitreg
 from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes import TestTimeRegisters, TrainedRegisters
 from vitreg.fixes.added_registers import add_registers
-from vitreg.training.export import export
+from vitreg.training.exporting import export
 
 SQUARE = {"size": (32, 32)}  # of transformers' models: their own size
 MODELS: dict[str, Entry] = {

@@ -9,7 +9,7 @@ import torch
 
 import vitreg
 from vitreg.data.shapes import CLASSES, SHAPES, draw
-from vitreg.phantoms.example import HELD_OUT, SHOWN, load_example, measure, scenes
+from vitreg.phantoms.bundled import HELD_OUT, SHOWN, load_example, measure, scenes
 from vitreg.training.loop import Machine, train
 from vitreg.training.recipe import find_recipe
 from vitreg.training.sampler import Seeded

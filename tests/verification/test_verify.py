@@ -19,9 +19,9 @@ from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.head import find_readout
 from vitreg.verification.controls import controls_of
 from vitreg.verification.measures import MEASURES, ForwardSummary, Reference, summarise
+from vitreg.verification.measuring import judge, verify
 from vitreg.verification.resampling import Resampled
 from vitreg.verification.verdict import Control, Measure
-from vitreg.verification.verify import judge, verify
 
 LAYER = 1
 

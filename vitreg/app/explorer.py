@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitreg.data.decoding import decode, reason
 from vitreg.data.images import Images
-from vitreg.diagnosis.diagnose import diagnose, photos_of
+from vitreg.diagnosis.diagnosing import diagnose, photos_of
 from vitreg.diagnosis.figures import norm_range
 from vitreg.diagnosis.one_image import Attention, ImageView, Query, inspect_image, queries
 from vitreg.diagnosis.result import Diagnosis
@@ -36,11 +36,11 @@ from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import class_names
 from vitreg.models.probe import evaluating
-from vitreg.search.find_fix import build
+from vitreg.search.fix_search import build
 from vitreg.search.register_neurons import find_register_neurons
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
+from vitreg.verification.measuring import verify
 from vitreg.verification.verdict import Verdict
-from vitreg.verification.verify import verify
 
 T = TypeVar("T")
 Pick = tuple[int, int]  # a neuron (layer, index), or a patch (row, column)

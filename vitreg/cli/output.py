@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from vitreg.diagnosis.emergence import Emergence
     from vitreg.diagnosis.result import Diagnosis
-    from vitreg.examination.doctor import Examination
-    from vitreg.search.find_fix import FixSearch
+    from vitreg.examination.examine import Examination
+    from vitreg.search.fix_search import FixSearch
     from vitreg.studies.register_maps import RegisterStudy
     from vitreg.verification.verdict import Verdict
 

@@ -1,4 +1,4 @@
-from .diagnose import diagnose
+from .diagnosing import diagnose
 from .emergence import Emergence
 from .one_image import ImageView, inspect_image
 from .outliers import OutlierRule

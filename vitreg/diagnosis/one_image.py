@@ -26,7 +26,7 @@ from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import logits_of
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 # A token whose attention one can ask for: "CLS", "register 0", a patch as (row, column), or "patches": the
 # mean of some that are spread evenly, for models without CLS.

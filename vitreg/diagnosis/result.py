@@ -16,7 +16,7 @@ from vitreg.diagnosis.wording import name_of_queries, words_of_sink
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.printing import called
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 Queries = Literal["cls", "patches"]
 

@@ -21,7 +21,7 @@ from vitreg.errors import NonFiniteError
 from vitreg.hooks.attention import AttentionCall
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 BINS, EDGES = NORMS.count, NORMS.edges
 

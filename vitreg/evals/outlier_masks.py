@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.features.config import Config
 from vitreg.features.extraction import extract_features

@@ -1,4 +1,4 @@
-from .doctor import Examination, doctor
+from .examine import Examination, doctor
 
 __all__ = [
     "Examination",

@@ -33,7 +33,7 @@ from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.models.backbone import Backbone
 from vitreg.models.positions import added_positions
 from vitreg.models.probe import evaluating, first_tensor
-from vitreg.tracing.trace import AttentionRows, trace
+from vitreg.tracing.records import AttentionRows, trace
 
 Make = Callable[[Backbone, Tensor], Fix]
 

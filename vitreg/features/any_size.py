@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vitreg.errors import UnsupportedModelError
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import watch
+from vitreg.tracing.streams import watch
 
 AttributeChange = tuple[nn.Module, str, Any]  # an attribute of a module, and what it is to be
 Plan = Callable[[Tensor], Sequence[AttributeChange]]  # what to change for a batch of images

@@ -20,7 +20,7 @@ from vitreg.models.backbone import Backbone
 from vitreg.models.head import find_readout, logits_of
 from vitreg.models.headless import without_output
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 FEATURES = (
     "logits", "output", "cls", "mean", "patches", "registers", "test_registers",

@@ -32,7 +32,7 @@ from vitreg.hooks.inside_block import BlockInterceptor, within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import watch
+from vitreg.tracing.streams import watch
 
 
 @dataclass(frozen=True, eq=False)

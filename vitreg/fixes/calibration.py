@@ -21,7 +21,7 @@ from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.tracing.early_stop import Enough, run_until
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 # Levels of a neuron's activation: beyond all but one in a thousand normal tokens, and the outliers' lowest
 # twentieth and highest tenth.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitreg.data.batches import BATCH, Batch
 from vitreg.data.first_images import first_images
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError
 from vitreg.fixes.base import Applied, Fix, applied, same_values
@@ -30,7 +30,7 @@ from vitreg.hooks.block_edit import BlockEdit
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 # Images that the outliers' common directions are measured on.
 IMAGES = 64

@@ -29,7 +29,7 @@ from vitreg.hooks.block_edit import BlockEdit
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import watch
+from vitreg.tracing.streams import watch
 
 # A channel is massive if its typical absolute value is so many times the median channel's, and it holds so
 # large a share of the patches' typical energy.

@@ -18,7 +18,7 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import watch
+from vitreg.tracing.streams import watch
 
 # How much more attention a typical query gives a marked token than another one on average.
 PULL = 20.0

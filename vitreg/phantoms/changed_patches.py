@@ -15,7 +15,7 @@ from vitreg.hooks.stream import Stream
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.phantoms.planting import phantom_of
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 PatchChange = Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b p d"]]
 

@@ -15,7 +15,7 @@ from vitreg.errors import UnsupportedModelError
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.phantoms.planting import phantom_of, plain_linear
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from vitreg.models.probe import evaluating, first_tensor
 from vitreg.phantoms.planting import phantom_of
 from vitreg.tracing.early_stop import Enough, run_until
 from vitreg.tracing.removal import entering
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 WRITTEN_DIMENSIONS = 3  # as in vitreg.phantoms.phantom
 # Directions to mark patches by, of which the one with the widest space at its boundary is taken.

@@ -36,7 +36,7 @@ from vitreg.phantoms.planting import (
     read_marked,
     write_direction,
 )
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 MIN_NORM = 1.2  # below, marked patches can hardly be told from the others by anything
 

@@ -23,7 +23,7 @@ from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.weights import is_plain
 from vitreg.models.backbone import PLANTED, Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 # The ramp from unmarked to marked, as a share of the marked patches' median distance from the boundary.
 RAMP = 0.02

@@ -19,7 +19,7 @@ from vitreg.models.probe import evaluating
 from vitreg.phantoms.attention_sinks import make_sinks
 from vitreg.phantoms.phantom import Phantom, plant
 from vitreg.phantoms.swapped import directions, write_instead
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 PLANTED_NORM = 4.0  # the smallest that `plant` takes: what all tokens get has about this length
 LEAST_PULL = 3.0  # even shares that the sinks draw on average, many in one photo or few

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitreg.errors import UnsupportedModelError
 from vitreg.models.probe import evaluating
 from vitreg.phantoms.phantom import Phantom
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 
 def write_instead(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.evals.outlier_masks import DIAGNOSED
 from vitreg.evals.result import Result, comparison_rows
 from vitreg.features.config import Config

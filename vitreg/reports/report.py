@@ -21,7 +21,7 @@ from vitreg.files import write_atomically
 from vitreg.plots.style import percent, safe, short_name
 from vitreg.reports.html import Facts, Table, page, picture
 from vitreg.reports.parts import Banner, about, layer_table, photos, photos_before_and_after, plain_number
-from vitreg.search.find_fix import FixSearch
+from vitreg.search.fix_search import FixSearch
 from vitreg.verification.figure import versions_figure
 from vitreg.verification.measures import MEASURES
 from vitreg.verification.verdict import Verdict, measure_table

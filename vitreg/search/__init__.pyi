@@ -1,4 +1,4 @@
-from .find_fix import FixSearch, find_fix
+from .fix_search import FixSearch, find_fix
 from .origin import Origin, find_origin
 from .register_neurons import find_register_neurons
 

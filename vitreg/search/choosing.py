@@ -21,7 +21,7 @@ from vitreg.fixes import Fix, Inpainting, PositionRepair, Projection, TestTimeRe
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.models.backbone import Backbone
 from vitreg.search.origin import Origin
-from vitreg.verification.verify import GONE, verify
+from vitreg.verification.measuring import GONE, verify
 
 # Images by which a fix is chosen, and what it must leave as it was on them, on average: the cosines of CLS
 # and of normal patches before and after; and, where there is a head, its word: the loss of top-1 that the

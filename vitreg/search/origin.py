@@ -33,7 +33,7 @@ from vitreg.models.probe import evaluating
 from vitreg.search.register_neurons import SEARCHED
 from vitreg.tracing.early_stop import Enough, run_until
 from vitreg.tracing.removal import Where, entering, mean_over, without_attention, without_mlps
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 OriginKind = Literal["neurons", "position embedding", "attention output", "patch embedding", "unknown"]
 

@@ -34,7 +34,7 @@ from vitreg.models.probe import evaluating
 from vitreg.models.write_gain import write_gains
 from vitreg.search.choices import Method
 from vitreg.tracing.early_stop import Enough, run_until
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 # A neuron that is silent has |activation| under this; one that is not silent on half of the tokens does
 # ordinary work and is no register neuron (the sparsity filter).

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitreg.data.batches import Batch
 from vitreg.data.images import Images
-from vitreg.diagnosis.diagnose import photos_of
+from vitreg.diagnosis.diagnosing import photos_of
 from vitreg.errors import ImageError, UnsupportedModelError
 from vitreg.fixes.registers import RegisterEdit
 from vitreg.hooks.attention import AttentionCall
@@ -26,7 +26,7 @@ from vitreg.hooks.block_edit import edits_of
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
 from vitreg.printing import called
-from vitreg.tracing.trace import watch
+from vitreg.tracing.streams import watch
 
 Similarity = list[list[float]]
 

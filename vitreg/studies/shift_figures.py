@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from vitreg.diagnosis.diagnose import photos_of
+from vitreg.diagnosis.diagnosing import photos_of
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.shift_sink import GridPosition, ShiftSink
 from vitreg.models.backbone import Backbone
@@ -31,7 +31,7 @@ from vitreg.plots.style import (
     number,
     number_ticks,
 )
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 SIDE = 2.0  # of a photo, in inches
 

@@ -1,4 +1,5 @@
-from .trace import token_norms, trace, watch
+from .records import trace
+from .streams import token_norms, watch
 
 __all__ = [
     "token_norms",

@@ -1,4 +1,4 @@
-from .export import export
+from .exporting import export
 from .loop import Machine, Run, train
 from .objective import Objective
 from .recipe import Recipe, find_recipe

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.models.backbone import wrap
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone

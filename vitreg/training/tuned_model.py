@@ -12,9 +12,9 @@ from vitreg.evals import classification
 from vitreg.files import write_atomically
 from vitreg.fixes.trained import TrainedRegisters
 from vitreg.models.backbone import Backbone
-from vitreg.training.export import export
+from vitreg.training.exporting import export
 from vitreg.training.objective import save_model
-from vitreg.verification.verify import verify
+from vitreg.verification.measuring import verify
 
 
 def top1(vit: Backbone, data: str) -> float:

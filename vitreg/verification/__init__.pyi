@@ -1,5 +1,5 @@
+from .measuring import verify
 from .verdict import Control, Measure, Verdict
-from .verify import verify
 
 __all__ = [
     "Control",

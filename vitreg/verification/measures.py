@@ -22,7 +22,7 @@ from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import Readout, logits_of
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import token_norms, watch
+from vitreg.tracing.streams import token_norms, watch
 
 # In a layer without outliers of its own, a patch that reaches this many times the largest norm there is one.
 RISEN = 1.5

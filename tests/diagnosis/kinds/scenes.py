@@ -8,7 +8,7 @@ from phantoms import crops
 from torch import Tensor
 
 import vitreg
-from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.diagnosing import collect
 from vitreg.diagnosis.kinds import Context
 
 # Models with a grid of 8 x 10: ten times an even share is half of all attention on the catalog's 4 x 5.

@@ -10,7 +10,7 @@ from ranked import of_each
 from scenes import findings
 
 import vitreg
-from vitreg.diagnosis.diagnose import collect
+from vitreg.diagnosis.diagnosing import collect
 from vitreg.diagnosis.kinds import Finding
 from vitreg.diagnosis.kinds.low_norm import LowNorm
 from vitreg.diagnosis.kinds.massive_dimensions import MassiveDimensions

@@ -19,7 +19,7 @@ from vitreg.diagnosis.kinds.token_sample import ALIKE, ALIKE_IN_PHOTO, UNLIKE, c
 from vitreg.errors import ImageError
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 DROPPED = 0.5  # a token that resembles what it said in its own photo less than this has dropped it
 

@@ -17,7 +17,7 @@ from vitreg.data.datasets.foreground import foreground
 from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
 from vitreg.data.listing import photos_in
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.errors import DataError, VitregError
 from vitreg.evals.papers.kept import keep, measured
 from vitreg.evals.papers.printed import find_table, needs

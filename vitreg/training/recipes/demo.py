@@ -19,7 +19,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 from vitreg.data.shapes import CLASSES, draw
 from vitreg.models.backbone import wrap
-from vitreg.phantoms.example import HELD_OUT, measure, scenes
+from vitreg.phantoms.bundled import HELD_OUT, measure, scenes
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
 

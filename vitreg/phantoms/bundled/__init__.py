@@ -22,7 +22,7 @@ from vitreg.errors import DataError
 from vitreg.models.backbone import Backbone
 from vitreg.models.loading import load
 from vitreg.models.probe import evaluating
-from vitreg.tracing.trace import trace
+from vitreg.tracing.records import trace
 
 # Seeds of photos for looking at, and of those for measuring; training draws its seeds below 2**31.
 SHOWN, HELD_OUT = 2**31, 2**32

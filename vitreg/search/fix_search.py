@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitreg.data.batches import Batch
 from vitreg.data.first_images import first_images
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError, ImageError
 from vitreg.fixes import AttentionBias, Fix, PositionRepair, ShiftAverage, TestTimeRegisters
@@ -36,8 +36,8 @@ from vitreg.search.choosing import (
 )
 from vitreg.search.origin import Origin, find_origin
 from vitreg.search.register_neurons import SEARCHED, find_register_neurons
+from vitreg.verification.measuring import verify
 from vitreg.verification.verdict import Verdict
-from vitreg.verification.verify import verify
 
 # The kinds that edit neurons, or may.
 OF_NEURONS = ("auto", "registers", "splitting", "bias")

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitreg.data.batches import Batch, indices_of
 from vitreg.data.first_images import ranks_of
 from vitreg.data.imagenet import class_of, wordnet_classes
-from vitreg.diagnosis.diagnose import diagnose
+from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.distributed import Ranks
 from vitreg.errors import ImageError
