@@ -14,8 +14,9 @@ from vitreg.diagnosis.figures import png
 from vitreg.errors import FixError
 from vitreg.fixes import TokenSplitting
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.fixes.shift_sink import ShiftSink, V, drawn
+from vitreg.fixes.shift_sink import ShiftSink
 from vitreg.phantoms.phantom import plant
+from vitreg.studies.grid_pictures import V, drawn
 from vitreg.studies.shift_figures import shift_figure
 
 NEURONS = RegisterNeurons.of({0: [1, 5], 1: [7]})

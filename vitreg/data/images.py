@@ -118,7 +118,7 @@ def _refuse_sharded(model: object) -> None:
 
 
 def demo_photos() -> list[Path]:
-    """The bundled photos, public domain or CC0 (see demo_photos/SOURCES.md)."""
+    """The bundled photos, public domain or CC0 (see photos/SOURCES.md)."""
     return sorted(Path(str(files("vitreg.data") / "photos")).glob("*.jpg"))
 
 

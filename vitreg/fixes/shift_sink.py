@@ -7,13 +7,12 @@ As in Algorithm 2 of Jiang et al., each neuron's largest activation is moved, pe
 patches of one's choice instead of to a register.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import FixError
@@ -30,7 +29,7 @@ GridPosition = tuple[int, int]
 class ShiftSink(Fix):
     """Register neurons fire at `places` and nowhere else: with each image's own peak, times `scale`.
 
-    `places` are patches as (row, column) from the top left. A mask (gh, gw), as `drawn` makes it, will do.
+    `places` are patches as (row, column) from the top left. A mask (gh, gw) will do.
     """
 
     type: ClassVar[str] = "shift"
@@ -84,20 +83,3 @@ class _ShiftEdit(BlockEdit):
         peak = values.amax(1, keepdim=True) * self.scale  # per image and per neuron
         moved = torch.zeros_like(values).index_copy(1, tokens, peak.expand(-1, len(tokens), -1))
         return activation.index_copy(-1, index, moved)
-
-
-V = ("#.....#", "#.....#", ".#...#.", ".#...#.", "..#.#..", "..#.#..", "...#...")
-
-
-def drawn(picture: Iterable[str], grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
-    """A mask with a picture in the middle of the grid (rows, columns): a line per row, "#" marks a patch."""
-    lines = list(picture)
-    height, width = len(lines), max(map(len, lines), default=0)
-    top, left = (grid[0] - height) // 2, (grid[1] - width) // 2
-    if top < 0 or left < 0:
-        raise ValueError(f"a picture of {height}x{width} does not fit into {grid[0]}x{grid[1]} patches.")
-    mask = torch.zeros(grid, dtype=torch.bool)
-    for row, line in enumerate(lines):
-        for column, mark in enumerate(line):
-            mask[top + row, left + column] = mark == "#"
-    return mask

@@ -2,7 +2,7 @@
 
     vitreg train demo -o run/ --precision bf16-mixed
 
-No data are needed. The folder run/model/ is what vitreg/example/ holds.
+No data are needed. The folder run/model/ is what vitreg/phantoms/bundled/ holds.
 """
 
 from dataclasses import dataclass
