@@ -55,7 +55,8 @@ def ray_session(workers: int | None) -> Iterator[None]:
     if address == "local":
         options = {"num_cpus": max(usable_cpus(), workers or 1), "include_dashboard": False}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _quiet_start():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise ArchiveError(
@@ -65,6 +66,19 @@ def ray_session(workers: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Ray's C++ prints that it has read RAY_BACKEND_LOG_LEVEL, and nothing else keeps it from doing so."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def run_shards(job: Job, shards: Sequence[int], workers: int | None, device: str) -> Iterator[dict[str, Any]]:
