@@ -70,13 +70,13 @@ def about(report: Diagnosis) -> Model:
     """All that a page says of a diagnosis, but for its photos."""
     failed = [[image["path"], image["reason"]] for image in report.failed_images]
     return Model(
-        key_facts(report),
-        _norms(report),
-        _places(report),
-        _curves(report),
-        [_kind(report, finding) for finding in report.other_artifacts],
-        layer_table(report),
-        Table(["image", "reason"], failed),
+        facts=key_facts(report),
+        norms=_norms(report),
+        places=_places(report),
+        curves=_curves(report),
+        kinds=[_kind(report, finding) for finding in report.other_artifacts],
+        layers=layer_table(report),
+        failed=Table(["image", "reason"], failed),
     )
 
 
@@ -172,9 +172,6 @@ def _kind(report: Diagnosis, finding: Finding) -> Kind:
     return Kind(finding.title, str(finding), places)
 
 
-# Photos keep all their colours: a palette would blur the colour scales.
-
-
 def photos(report: Diagnosis) -> Photos:
     """The photos of one model, and a still picture of each."""
     stills = [
@@ -182,7 +179,7 @@ def photos(report: Diagnosis) -> Photos:
             plots.photo_strip(report, i),
             f"{example.name}: photo, map of norms, map of attention",
             example.name,
-            colours=None,
+            colours=None,  # a palette would blur the colour scales
         )
         for i, example in enumerate(report.examples)
     ]

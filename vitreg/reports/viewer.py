@@ -60,13 +60,13 @@ def view(versions: Versions) -> View:
         raise ValueError("expected diagnoses of the same photos, each with examples, but found others.")
     first = reports[0]
     return View(
-        [name for name, _ in versions],
-        [(photo_source(example.photo), short_name(example.name)) for example in first.examples],
-        len(first.layers) - 1,
-        [x.layer for x in first.layers if x.threshold is not None],
-        name_of_queries(first.attention_queries),
-        any(report.planted for report in reports),
-        _data(versions),
+        names=[name for name, _ in versions],
+        thumbnails=[(photo_source(example.photo), short_name(example.name)) for example in first.examples],
+        last=len(first.layers) - 1,
+        marked=[x.layer for x in first.layers if x.threshold is not None],
+        queries=name_of_queries(first.attention_queries),
+        planted=any(report.planted for report in reports),
+        data=_data(versions),
     )
 
 
