@@ -70,6 +70,7 @@ def test_one_image_is_as_a_batch_and_undo_is_exact(vit, make):
         handle.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm siglip", "hf clip"])
 def test_it_compiles_and_notices_the_undo(name, make):
     vit = built(name)
