@@ -17,20 +17,16 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="vitreg-hub-")
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import pytest
+import shape_checks
 import threadpoolctl
 import tiers
 import torch
-from jaxtyping import install_import_hook
 
 # Not inside patched forwards (torch.compile would have to trace through the checks), nor in inner loops.
 PATCHED = ("vitreg.hooks", "vitreg.fixes", "vitreg.diagnosis.log_concave")
 PACKAGE = Path(__file__).resolve().parents[1] / "vitreg"
 MODULES = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
-_hook = install_import_hook(
-    [name for name in MODULES if not name.startswith(PATCHED)],
-    # The numeric tower: an int is a fine float.
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+shape_checks.install([name for name in MODULES if not name.startswith(PATCHED)])
 atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 threadpoolctl.threadpool_limits(1)  # of numpy, which pytest's plugins have loaded before
