@@ -10,7 +10,9 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import _import_hook, install_import_hook
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # the numeric tower: an int is a fine float
+# An int is a fine float (the numeric tower). Python's cache of compiled modules goes by this name: it needs a new
+# one when something else is to be decorated.
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 class _Decorator(_import_hook.JaxtypingTransformer):

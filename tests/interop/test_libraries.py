@@ -278,8 +278,11 @@ def test_torch_export(name, strict):
     assert (expected - plain).abs().max() > 0.05
 
 
+BY_NIGHT = [pytest.param(name, marks=pytest.mark.nightly) for name in ("timm dinov3", "open_clip vit")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm vit", "timm dinov3", "hf dinov2", "open_clip vit"])
+@pytest.mark.parametrize("name", ["timm vit", "hf dinov2", *BY_NIGHT])
 def test_onnx(name: str, tmp_path: Path):
     vit, plain = fixed(name)
     with torch.no_grad(), warnings.catch_warnings():
