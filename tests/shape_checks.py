@@ -10,8 +10,8 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import _import_hook, install_import_hook
 
-# An int is a fine float (the numeric tower). Python's cache of compiled modules goes by this name: it needs a new
-# one when something else is to be decorated.
+# An int is a fine float (the numeric tower). Python's cache of compiled modules goes by the name of this
+# function: it needs another one when something else is to be decorated.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 

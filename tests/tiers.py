@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,15 +32,18 @@ def few_by_day(names: Iterable[str]) -> list[Any]:
 
 
 def _quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Of a test of many models, those of FEW, if it has any of them."""
+    """Of a test of many models, those of FEW, if it has any of them; of many seeds, the first."""
     from catalog import FEW
 
-    models: dict[pytest.Item, str | None] = {item: _model(item) for item in items if not _is_slow(item)}
-    of_test: dict[Any, set[str | None]] = defaultdict(set)
-    for item, model in models.items():
-        of_test[_test(item)].add(model)
-    for item, model in models.items():
-        if model is None or model in FEW or of_test[_test(item)].isdisjoint(FEW):
+    quick = [item for item in items if not _is_slow(item)]
+    members: dict[Any, list[_Member]] = defaultdict(list)
+    for item in quick:
+        members[_test(item)].append(_member(item))
+    for item in quick:
+        model, seed = _member(item)
+        others = members[_test(item)]
+        of_few = model is None or model in FEW or not any(other in FEW for other, _ in others)
+        if of_few and seed == min(seed for _, seed in others):
             yield item
 
 
@@ -54,10 +57,21 @@ def _test(item: pytest.Item) -> tuple[Any, str]:
     return item.path, getattr(item, "originalname", item.name)
 
 
-def _model(item: pytest.Item) -> str | None:
-    """The model of the catalog that a parameter names, or is a phantom of."""
+class _Member(NamedTuple):
+    """One of the product of models and seeds that a test is run on."""
+
+    model: str | None
+    seed: int
+
+
+def _member(item: pytest.Item) -> _Member:
+    """By the parameters that name a model of the catalog or a seed, or have them as attributes."""
     from catalog import CATALOG
 
-    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    names = (getattr(value, "name", value) for value in values)
-    return next((name for name in names if isinstance(name, str) and name in CATALOG), None)
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    names = [getattr(value, "name", value) for value in params.values()]
+    seeds = [params.get("seed"), *(getattr(value, "seed", None) for value in params.values())]
+    return _Member(
+        next((name for name in names if isinstance(name, str) and name in CATALOG), None),
+        next((seed for seed in seeds if isinstance(seed, int)), 0),
+    )
