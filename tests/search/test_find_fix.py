@@ -35,6 +35,8 @@ from vitreg.search.choosing import Trial
 from vitreg.search.find_fix import find_cure
 from vitreg.search.neurons import find_register_neurons
 
+pytestmark = pytest.mark.slow
+
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]
 
 
