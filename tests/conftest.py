@@ -9,41 +9,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints import tiny_timm
-from voc_files import save_voc
-
 # No test reaches a hub: what is loaded by a hub's name comes from a cache that the test fills.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="vitreg-hub-")
+# Tests run in parallel processes, with one thread each: on a busy machine the threads of BLAS wait for one
+# another, and scipy's eigh of 700 rows takes 13 s instead of 0.2. Processes that tests start inherit it.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import pytest
+import shape_checks
+import threadpoolctl
+import tiers
 import torch
-from jaxtyping import install_import_hook
 
 # Not inside patched forwards (torch.compile would have to trace through the checks), nor in inner loops.
 PATCHED = ("vitreg.hooks", "vitreg.fixes", "vitreg.diagnosis.log_concave")
 PACKAGE = Path(__file__).resolve().parents[1] / "vitreg"
 MODULES = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
-_hook = install_import_hook(
-    [name for name in MODULES if not name.startswith(PATCHED)],
-    # The numeric tower: an int is a fine float.
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+shape_checks.install([name for name in MODULES if not name.startswith(PATCHED)])
 atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
-torch.set_num_threads(1)  # tests run in parallel processes instead
+torch.set_num_threads(1)
+threadpoolctl.threadpool_limits(1)  # of numpy, which pytest's plugins have loaded before
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--nightly", action="store_true", help="also what takes minutes and is rarely broken")
+    tiers.add_options(parser)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--nightly"):
-        for item in items:
-            if item.get_closest_marker("nightly"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/check --nightly"))
+    tiers.choose(config, items)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +78,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny model."""
+    from checkpoints import tiny_timm
     from timm.models._hub import save_for_hf
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -119,5 +116,7 @@ def classes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
+    """Photos with boxes."""
+    from voc_files import save_voc
 
     return save_voc(tmp_path / "VOC2012")

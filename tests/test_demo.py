@@ -11,7 +11,7 @@ import pytest
 from drawn_reports import make_report
 
 import vitreg
-from vitreg.cli import main as cli
+from vitreg.cli import main
 from vitreg.demo import LAYER, REAL, run, run_real
 from vitreg.diagnosis.version_figures import before_after
 from vitreg.phantoms.bundled import HELD_OUT, measure, object_cover, scenes
@@ -109,7 +109,7 @@ def test_the_example_is_small():
 def test_a_hub_out_of_reach_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["vitreg", "demo", "--real", "-o", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     lines = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 1
     assert len(lines) == 1
@@ -121,7 +121,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, capsys, tmp_path):
 def test_photos_of_ones_own_need_a_real_model(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vitreg", "demo", "--images", "photos/"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert "add --real" in capsys.readouterr().err
 

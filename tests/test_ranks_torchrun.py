@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from vitreg.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

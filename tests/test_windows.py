@@ -13,6 +13,8 @@ import pytest
 from phantoms import save_crops
 from windows import POSIX_MODULES, POSIX_OS, POSIX_SIGNALS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vitreg/**/*.py"), *ROOT.glob("benchmarks/*.py")])
 OURS = [path for path in SOURCES if path.is_relative_to(ROOT / "vitreg")]

@@ -20,6 +20,8 @@ from vitreg.app.view import MEAN, SHIFT, View
 from vitreg.data.images import demo_photos
 from vitreg.diagnosis.one_image import inspect_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:

@@ -20,6 +20,7 @@ import httpx
 
 # Closed, gradio leaves sockets and an event loop to the garbage collector, and its thread may fail.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]

@@ -31,6 +31,8 @@ from vitreg.errors import (
     UnsupportedModelError,
 )
 
+pytestmark = pytest.mark.slow
+
 TWO = {"workers": 2, "batch_size": 4, "shard_images": 5, "dtype": "float32"}
 
 

@@ -33,6 +33,7 @@ LAYER_KEYS = {"layer", "median_norm", "p99_norm", "max_norm", "outlier_fraction"
 # -- what it does ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_diagnose_prints_and_writes_json_and_report(run, model, photos, tmp_path):
     (photos / "broken.jpg").write_bytes(b"not an image")
     code, out, _ = run(
@@ -80,6 +81,7 @@ def test_version_and_usage(run):
     assert run("diagnose", "a", "b", "--batch-size", "0")[0] == 2
 
 
+@pytest.mark.slow
 def test_as_a_process(model, photos):
     command = [sys.executable, "-m", "vitreg", "diagnose", str(model), str(photos / "nowhere")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -275,6 +277,7 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_fix_finds_verifies_and_saves_and_verify_reads_it_back(run, planted, crop_files, tmp_path):
     model, phantom = planted
     out, result = tmp_path / "fix", tmp_path / "f.json"
@@ -310,6 +313,7 @@ def test_fix_finds_verifies_and_saves_and_verify_reads_it_back(run, planted, cro
         assert again[key] == found[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["registers", "splitting", "bias", "shift-average"])
 def test_options_of_fix_reach_the_run(run, planted, crop_files, tmp_path, kind):
     options = ("--type", kind, "--method", "paper", "--top-k", 2, "--limit", 48, "--batch-size", 16)
@@ -336,6 +340,7 @@ def test_a_fixed_model_is_diagnosed(run, planted, crop_files, saved_fix):
     assert "): no artifacts" in said
 
 
+@pytest.mark.slow
 def test_verify_without_controls(run, planted, crop_files, saved_fix, tmp_path):
     result = ("--json", tmp_path / "v.json")
     code, said, _ = run("verify", planted[0], saved_fix, crop_files, "--no-controls", *result, "--workers", 0)
@@ -356,6 +361,7 @@ def test_no_artifacts_no_fix(run, model, photos, tmp_path):
     assert (found["verdict"], found["neurons"], found["fix"]) == ("no artifacts", {}, None)
 
 
+@pytest.mark.slow
 def test_a_fix_is_replaced_and_other_files_stay(run, planted, crop_files, saved_fix, tmp_path):
     out = tmp_path / "fix"
     shutil.copytree(saved_fix, out)

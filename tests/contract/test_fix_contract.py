@@ -39,6 +39,7 @@ from other_ways_to_run import (
     unchecked,
 )
 from slow_registers import reference, replaced
+from tiers import few_by_day
 from torch import Tensor, nn
 from torch._dynamo.exc import RecompileError
 from torch.utils.checkpoint import checkpoint
@@ -300,7 +301,8 @@ def test_an_exception_on_the_way_leaves_nothing_behind(vit: vitreg.Backbone) -> 
 # -- how else models are run -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", few_by_day(TRACED))
 def test_a_fixed_model_can_be_compiled_and_notices_the_undo(name: str) -> None:
     vit = built(name)
     with torch.no_grad(), FIX.applied_to(vit):
@@ -312,6 +314,7 @@ def test_a_fixed_model_can_be_compiled_and_notices_the_undo(name: str) -> None:
             run(images(vit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "hf dinov2", "timm beit"])
 def test_a_compiled_model_sees_fixes_come_and_go(name: str) -> None:
     few = built(name)
@@ -327,6 +330,7 @@ def test_a_compiled_model_sees_fixes_come_and_go(name: str) -> None:
         close(run(images(few)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "hf dinov2"])
 def test_inductor_gives_the_eager_answer(name: str) -> None:
     vit = built(name)
@@ -334,6 +338,7 @@ def test_inductor_gives_the_eager_answer(name: str) -> None:
         close(run(images(vit)), vit(images(vit)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "hf dinov2"])
 def test_a_model_that_was_compiled_in_place_can_be_fixed(name: str) -> None:
     few = built(name)

@@ -70,6 +70,7 @@ def test_one_image_is_as_a_batch_and_undo_is_exact(vit, make):
         handle.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm siglip", "hf clip"])
 def test_it_compiles_and_notices_the_undo(name, make):
     vit = built(name)
@@ -129,6 +130,7 @@ def test_gradients_with_and_without_checkpointing(name, make):
     close(again, fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm siglip", "hf dinov2 registers"])
 @torch.no_grad()
 def test_it_is_exported_with_the_model_for_any_number_of_images(name, make):

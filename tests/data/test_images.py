@@ -591,6 +591,7 @@ def test_images_of_different_sizes(tmp_path: Path) -> None:
 # ---- Batches, workers, repetition
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bad=st.lists(st.booleans(), min_size=1, max_size=40),
@@ -693,6 +694,7 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path) -> None:
         read_all(read_images(tmp_path, kill_on_red, workers=1))
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_forked(tmp_path: Path) -> None:
     save_greys(tmp_path, 10)
     script = """

@@ -51,6 +51,7 @@ def clean():
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_the_same_every_time(name, found):
     first, second = (png(FIGURES[name](found), dpi=60) for _ in range(2))
@@ -63,6 +64,7 @@ def test_every_figure_of_a_model_without_artifacts(name, clean):
     assert png(FIGURES[name](clean), dpi=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_of_wide_images_and_of_hostile_names(name):
     report = make_report(name="$x_1$ <b> \n\u202e日本 " + "long " * 40, wide=True)
@@ -78,6 +80,7 @@ def test_drawing_ignores_and_keeps_the_callers_settings(found):
         assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_plots_never_import_pyplot():
     modules = "sys, vitreg.diagnosis.figures, vitreg.reports.report"
     code = f"import {modules}; assert 'matplotlib.pyplot' not in sys.modules"

@@ -89,6 +89,7 @@ def kinds(seed: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", kinds(0))
 def test_large_norms_alone_are_no_artifact(kind, seed):

@@ -237,6 +237,7 @@ def test_the_shared_data(shared):
 # -- the whole ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_head_learns_that_light_is_near(vit, tmp_path):
     result = evaluate(vit, shaded(tmp_path, NAMES), QUICK)
     assert result.n == 12

@@ -303,7 +303,7 @@ def test_a_metric_that_the_task_does_not_give_is_said(
     row = replace(
         TABLES["test-time-segmentation"].rows[0], figures={"mIoU": 0.3, "sIoU": 0.2}, remark="words"
     )
-    monkeypatch.setitem(listing.TABLES, "t", Table("paper", "title", (row,)))
+    monkeypatch.setitem(TABLES, "t", Table("paper", "title", (row,)))
     run_table("t", data, lambda row, build: tiny(), workers=0)
     shown = table_text("t")
     assert "sIoU  paper 20.0%   here not among the results" in shown

@@ -185,6 +185,7 @@ def test_an_optimizer_trains_them():
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "hf dinov2"])
 def test_they_can_be_compiled(name):
     vit, parameter = with_registers(name)
@@ -199,6 +200,7 @@ def test_they_can_be_compiled(name):
         close(run(images(vit)), built(name)(images(vit)))
 
 
+@pytest.mark.slow
 def test_gradients_of_a_compiled_model():
     vit, parameter = with_registers()
     vit.model(images(vit)).square().mean().backward()

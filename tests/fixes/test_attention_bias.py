@@ -103,6 +103,7 @@ def test_whoever_watches_attention_sees_one_more_key(vit):
         assert vitreg.diagnose(vit, [batch]).images == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm dinov3", "timm beit", "open_clip vit"])
 def test_compiled_before_and_after(name):
     vit = CATALOG[name].backbone()

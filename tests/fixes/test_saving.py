@@ -164,6 +164,7 @@ def test_where_a_local_model_lay_is_not_told(tmp_path, name, saved):
     assert load_fix(folder).neurons.fingerprint.base_model == saved
 
 
+@pytest.mark.slow
 def test_classes_are_imported_when_they_are_needed(tmp_path):
     """In a fresh process, by our own table."""
     folder = bias().save(tmp_path / "fix")

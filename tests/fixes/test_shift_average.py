@@ -203,6 +203,7 @@ def test_threads_get_answers_of_their_own(monkeypatch):
             assert all(map(torch.equal, pool.map(run, batches), expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "open_clip vit"])
 def test_compiled_before_and_after(name):
     vit = CATALOG[name].backbone()

@@ -77,6 +77,7 @@ def test_batch_mates_do_not_matter():
         torch.testing.assert_close(vit(batch[1:2]), vit(batch)[1:2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled():
     vit = CATALOG["timm dinov3"].backbone()
     batch = images(vit, 2)

@@ -233,6 +233,7 @@ class Stream(nn.Module):
         return self.forward_images(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_compiled(name):
     vit = CATALOG[name].backbone()
@@ -250,6 +251,7 @@ def test_compiled(name):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor():
     vit = CATALOG["timm dinov2"].backbone()
     batch = images(vit, 3)

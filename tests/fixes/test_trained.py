@@ -151,6 +151,7 @@ def test_weights_of_another_type(vit):
     assert all(torch.equal(value, plain[name]) for name, value in half.model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm vit", "hf dinov2"])
 def test_a_compiled_model_sees_it_come_and_go(name):
     vit = built(name)

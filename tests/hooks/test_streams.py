@@ -214,6 +214,7 @@ def hooked(model: nn.Module) -> None:
     model.blocks.__class__ = Again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["list", "sequence first"])
 @torch.no_grad()
 def test_compiled_as_one_graph(name: str) -> None:

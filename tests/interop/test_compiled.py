@@ -1,7 +1,7 @@
 """A fixed model that is compiled in any way, before or after the fix, gives the eager answer.
 
 Whole graphs and models compiled in place are in contract/test_fix_contract.py. The backend is aot_eager:
-graphs of the backend "eager" call PyTorch's functions, and a mode around a compiled layer sees these again.
+graphs of "eager" call PyTorch's functions, which a mode around a compiled layer sees a second time.
 """
 
 import copy
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wrapped import FIXES, images, model, wrap
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -263,6 +263,7 @@ def fixed(name: str) -> tuple[vitreg.Backbone, Tensor]:
     return vit, plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "strict"), [*((name, False) for name in NAMES), ("hf dinov2", True)])
 def test_torch_export(name, strict):
     """With any number of images."""
@@ -277,7 +278,11 @@ def test_torch_export(name, strict):
     assert (expected - plain).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["timm vit", "timm dinov3", "hf dinov2", "open_clip vit"])
+BY_NIGHT = [pytest.param(name, marks=pytest.mark.nightly) for name in ("timm dinov3", "open_clip vit")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm vit", "hf dinov2", *BY_NIGHT])
 def test_onnx(name: str, tmp_path: Path):
     vit, plain = fixed(name)
     with torch.no_grad(), warnings.catch_warnings():

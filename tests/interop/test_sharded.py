@@ -18,9 +18,12 @@ from vitreg.errors import UnsupportedModelError
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])

@@ -3,6 +3,8 @@
 import pytest
 from walks import walk
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("torchao")

@@ -65,6 +65,7 @@ def refused_if(refused: bool, reason: str) -> AbstractContextManager[Any]:
     return pytest.raises(vitreg.UnsupportedModelError, match=reason) if refused else nullcontext()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXES)
 def test_a_fix_before_and_after_the_wrapping(wrapper, name):
     kind = next(kind for kind, known in WRAPPERS.items() if known is wrapper)
@@ -112,6 +113,7 @@ AROUND_A_BLOCK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND_A_BLOCK)
 @pytest.mark.parametrize("name", FIXES)
 def test_a_fix_before_and_after_something_is_put_around_blocks(name, around):

@@ -72,6 +72,7 @@ def test_names_on_a_hub(timm_folder, hf_folder):
     assert load("hf:vitreg-tests/tiny-dinov2").anatomy == load(str(hf_folder)).anatomy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "hf:dinov2", "open_clip:ViT-S-32-alt"])
 def test_random_weights_need_no_download_and_are_the_same_each_time(name):
     one = load(name, random_weights=True)

@@ -95,6 +95,7 @@ def test_only_the_planted_neurons_fire_on_marked_patches_alone(vit, photos):
     )
 
 
+@pytest.mark.slow
 def test_marked_patches_are_the_flat_ones():
     vit = vitreg.wrap(timm.create_model("vit_tiny_patch16_224", depth=3))
     photos = crops(
@@ -181,6 +182,7 @@ def test_planted_patches_get_the_wanted_norm_switching_or_ramping(member):
         assert spread > 2 if ramps else spread < 1.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "member", members(layers=[(0, 1), (1, 2), (0, 2)], norms=(3, 15), rate=0.05, photos=24), ids=str
 )

@@ -152,6 +152,7 @@ SHOWN: dict[str, Callable[[bool, Path], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", SHOWN)
 def test_it_is_called_one_wherever_it_is_shown_and_no_other_is(shown, tmp_path):
     assert "phantom" in SHOWN[shown](True, tmp_path).lower()

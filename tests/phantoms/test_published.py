@@ -8,6 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vitreg
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(2)
 WITH_OUTLIERS = [name for name, recipe in RECIPES.items() if recipe.onset is not None]
 

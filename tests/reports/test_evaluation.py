@@ -12,6 +12,8 @@ from vitreg.evals.classification import evaluate
 from vitreg.features.config import Config
 from vitreg.reports.evaluation import _some
 
+pytestmark = pytest.mark.slow
+
 
 def page_of(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))

@@ -161,6 +161,7 @@ def test_a_verdict_with_its_controls_and_the_choice(tmp_path):
         assert words in page.text, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("found", "kind", "title"),
     [("harms", "found", "The fix harms"), ("no effect", "", "The fix has no effect")],
@@ -182,6 +183,7 @@ def test_nothing_to_fix(tmp_path):
     assert "Chosen" not in page.text
 
 
+@pytest.mark.slow
 def test_each_result_has_its_report(tmp_path):
     verdict = make_verdict(examples=1)
     for i, (result, words) in enumerate(
@@ -197,6 +199,7 @@ def test_each_result_has_its_report(tmp_path):
         write("a diagnosis", tmp_path / "none.html")
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
         write_report(make_report(examples=0), tmp_path)

@@ -17,6 +17,8 @@ from vitreg.plots.outlines import _edges
 from vitreg.reports.report import write_comparison, write_report, write_verdict
 from vitreg.reports.viewer import view
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit=1'>\"'&.jpg"
 NORMS, ATTENTION = ".stage[data-kind=norms]", ".stage[data-kind=attention]"
 

@@ -35,6 +35,8 @@ from vitreg.search.choosing import TriedFix
 from vitreg.search.fix_search import find_fix
 from vitreg.search.register_neurons import find_register_neurons
 
+pytestmark = pytest.mark.slow
+
 Planted = tuple[vitreg.Phantom, torch.Tensor, vitreg.Diagnosis]
 
 

@@ -16,6 +16,8 @@ import vitreg
 from vitreg.training.log import read_log
 from vitreg.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "micro_batch": None}
 RANDOM = {"micro_batch": 2, "diagnose_every": 3}
 # On a CPU, FSDP mixes up the two moments of Adam when it gathers them; this has one.

@@ -16,6 +16,8 @@ from vitreg.errors import DataError, NonFiniteError, OutputError
 from vitreg.training.log import read_log
 from vitreg.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

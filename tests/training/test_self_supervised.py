@@ -232,6 +232,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, tmp_path) -> None:
     """One takes both micro-batches of a step, two take one each."""
     script = tmp_path / "process.py"
