@@ -202,7 +202,7 @@ def test_one_fix(planted: Planted, folder: Path, kind: Any) -> None:
 
 
 def test_one_verdict(planted: Planted, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("vitreg.verification.verify"), "CONTROL_IMAGES", 15)  # every third
+    monkeypatch.setattr(import_module("vitreg.verification.measuring"), "CONTROL_IMAGES", 15)  # every third
     run = found_by(planted, folder, lambda vit, photos: verify(vit, planted.register, photos))
     whole = run(ALONE)
     assert (whole["images"], whole["control_images"]) == (40, 14)

@@ -20,7 +20,6 @@ from vitreg.config.settings import with_settings
 from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.errors import DataError, ModelLoadError
 from vitreg.evals.papers import DATA, TABLES, FixRecipe, Row, Table, overview, run_table, table_text
-from vitreg.evals.papers import printed as listing
 from vitreg.evals.papers.kept import keep, measured
 from vitreg.evals.papers.printed import command, number
 from vitreg.evals.papers.running import found_fix, run_row, some_photos
