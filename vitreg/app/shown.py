@@ -201,6 +201,7 @@ def headline(explorer: Explorer) -> str:
 
 
 def picture(figure: Figure) -> Image.Image:
+    """A figure as the page shows it."""
     return Image.open(io.BytesIO(png(figure, dpi=DPI)))
 
 

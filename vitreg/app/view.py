@@ -141,6 +141,7 @@ def name_of(neuron: Pick) -> str:
 
 
 def place_of(name: str) -> Pick:
+    """The (layer, index) that a neuron's name, "layer:index", says."""
     layer, _, index = name.partition(":")
     return int(layer), int(index)
 

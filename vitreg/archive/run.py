@@ -161,6 +161,7 @@ def settings_of(
     shard_images: int,
     column: str | None,
 ) -> ArchiveSettings:
+    """What the features depend on, for the plan: a run goes on only where all of it is the same."""
     if vit.preprocess is None:
         raise ImageError(f"{vit.name} was wrapped without a preprocess. Pass one to vitreg.wrap.")
     fixes = [f"{handle.fix.type} {digest(handle.fix)}" for handle in applied(vit.model)]
@@ -182,6 +183,7 @@ def settings_of(
 
 
 def job_of(vit: Backbone, settings: ArchiveSettings, archive: Archive, out: Storage) -> Job:
+    """What each worker is to do; where it runs, the engine says."""
     return Job(
         vit=vit,
         fixes=tuple(handle.fix for handle in applied(vit.model)),

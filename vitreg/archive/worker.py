@@ -60,6 +60,8 @@ class Job:
 
 
 class ShardWorker:
+    """Holds the model and makes one shard's files after another."""
+
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
         job.vit.model.to(job.device)
@@ -238,6 +240,7 @@ def _finite(
 
 
 def entry_name(index: int) -> str:
+    """The file that says that a shard is done."""
     return f"{DONE}/{index:06d}.json"
 
 

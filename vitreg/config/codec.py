@@ -69,6 +69,7 @@ def fields_of(cls: Any, document: Any, where: str, leave_out: tuple[str, ...] = 
 
 
 def warn_of_unknown(found: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Warn (FixWarning) of keys that this version does not know."""
     if unknown := sorted(set(found) - set(known)):
         warnings.warn(
             f"{where}: {', '.join(map(repr, unknown[:5]))} is not known to this version of vitreg and is"

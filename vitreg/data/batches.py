@@ -25,6 +25,7 @@ class Batch:
 
 
 def to_batch(images: list[tuple[str, Tensor]], places: range | None = None) -> Batch:
+    """Named images (3, h, w) as one batch. Raises ImageError where they differ in size."""
     first, shape = images[0][0], tuple(images[0][1].shape)
     for name, pixels in images:
         if pixels.shape != shape:
@@ -36,6 +37,7 @@ def to_batch(images: list[tuple[str, Tensor]], places: range | None = None) -> B
 
 
 def pixels_of(batch: Batch | Tensor) -> Float[Tensor, "b 3 h w"]:
+    """The pixels of a batch, or the tensor that was given in its place."""
     return batch.pixels if isinstance(batch, Batch) else batch
 
 

@@ -31,6 +31,7 @@ Item = str | _Named | FailedImage  # a path, something in memory with its name, 
 
 
 def list_source(source: Source) -> list[Item]:
+    """The photos of a source, in order. Raises ImageError where there is none."""
     if isinstance(source, Tensor):
         if source.ndim != 4 or source.shape[1] != 3 or not source.is_floating_point() or not len(source):
             found = f"found a {source.dtype} tensor of shape {tuple(source.shape)}"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 T = TypeVar("T", Tensor, np.ndarray)
@@ -45,7 +46,7 @@ class OutlierRule:
         marked: T = norms >= self.threshold
         return marked
 
-    def probability(self, norms: Tensor) -> Tensor:
+    def probability(self, norms: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """How likely each norm is an outlier's, in 0 to 1; of any shape."""
         if not self.curve:
             return self.mask(norms).to(torch.float32)

@@ -160,6 +160,7 @@ def _draw_photo(ax: Axes, report: Diagnosis, example: Example, side: float) -> N
 
 
 def draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, side: float) -> AxesImage:
+    """Draw a map of one example, `side` inches wide, with its outliers outlined."""
     high, wide = example.photo.shape[:2]
     image = ax.imshow(
         shown.values(example),
@@ -184,5 +185,6 @@ def _small_title(ax: Axes, text: str) -> None:
 
 
 def label_map(bar: Colorbar, shown: PatchMap) -> None:
+    """Give the colour bar of a map the ticks of its quantity."""
     low, high = shown.scale.vmin or 0.0, shown.scale.vmax or 1.0
     label_bar(bar, (number_ticks if shown.quantity == "norms" else percent_ticks)(low, high), "")

@@ -42,20 +42,21 @@ PATCH_QUERIES, INSTEAD_OF_CLS = 4, 16
 class Statistics:
     """Sums over images, per layer (l) and norm bin (k). Positions are row-major grid cells (p)."""
 
-    counts: Tensor  # (l, k) patch tokens
-    positions: Tensor  # (l, p, k) patch tokens
-    similarity: Tensor  # (l, k) summed cosine to the grid neighbours, after the patch embedding
-    attention: Tensor  # (l, h, k) summed share of CLS-to-patch attention, by the norm entering layer l
-    values: Tensor  # (l, k) summed value norms, by the norm entering layer l
-    largest: Tensor  # (l,) largest patch norm
-    moments: Tensor  # (l, 2) sums of patch norms and of their squares
-    special: Tensor  # (l, 2) summed norms of CLS, and the mean over registers
-    relative: Tensor  # (l, k) patch tokens, by their norm over the `ordinary_norm` of their photo
-    groups: Tensor  # (l, g, k) patch tokens, by groups of photos
-    large: Tensor  # (l, c, 2, d) sums of each photo's largest patches, and of their squares; c coarse bins
-    large_counts: Tensor  # (l, c) these patches
-    ordinary: Tensor  # (l, 2, d) the same of each photo's patches with at most the median norm
-    ordinary_counts: Tensor  # (l,) these patches
+    counts: Int[Tensor, "l k"]  # patch tokens
+    positions: Int[Tensor, "l p k"]  # patch tokens
+    similarity: Float[Tensor, "l k"]  # summed cosine to the grid neighbours, after the patch embedding
+    attention: Float[Tensor, "l h k"]  # summed share of CLS-to-patch attention, by the norm entering layer l
+    values: Float[Tensor, "l k"]  # summed value norms, by the norm entering layer l
+    largest: Float[Tensor, " l"]  # largest patch norm
+    moments: Float[Tensor, "l 2"]  # sums of patch norms and of their squares
+    special: Float[Tensor, "l 2"]  # summed norms of CLS, and the mean over registers
+    relative: Int[Tensor, "l k"]  # patch tokens, by their norm over the `ordinary_norm` of their photo
+    groups: Int[Tensor, "l g k"]  # patch tokens, by groups of photos
+    # Sums of each photo's largest patches, and of their squares; c coarse bins.
+    large: Float[Tensor, "l c 2 d"]
+    large_counts: Int[Tensor, "l c"]  # these patches
+    ordinary: Float[Tensor, "l 2 d"]  # the same of each photo's patches with at most the median norm
+    ordinary_counts: Int[Tensor, " l"]  # these patches
     images: int = 0
 
     @staticmethod
@@ -323,17 +324,17 @@ class Collector:
         s.values[layer] += _binned(self._bins, value_norms)
 
 
-def query_tokens(layout: TokenLayout) -> Tensor:
+def query_tokens(layout: TokenLayout) -> Int[Tensor, " q"]:
     """The tokens whose attention a diagnosis reads: CLS, or without one some evenly spread patches."""
     return torch.zeros(1, dtype=torch.long) if layout.prefix else _evenly(layout, INSTEAD_OF_CLS)
 
 
-def spread_patches(layout: TokenLayout) -> Tensor:
+def spread_patches(layout: TokenLayout) -> Int[Tensor, " q"]:
     """The patches whose attention is read beside that of CLS; without CLS, none more."""
     return _evenly(layout, PATCH_QUERIES if layout.prefix else 0)
 
 
-def _evenly(layout: TokenLayout, count: int) -> Tensor:
+def _evenly(layout: TokenLayout, count: int) -> Int[Tensor, " q"]:
     count = min(count, layout.patches)
     spread = (torch.arange(count) + 0.5) * layout.patches / max(count, 1)
     return spread.long() + layout.patch_slice.start

@@ -26,7 +26,9 @@ class PatchEdit(BlockEdit):
     def __init__(self, vit: Backbone, layer: int) -> None:
         self.start = first_patch(vit, layer)
 
-    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def run(
+        self, block: nn.Module, inner: Inner, x: Float[Tensor, "b n d"], args: Any, kwargs: Any
+    ) -> Float[Tensor, "b n d"]:
         y = inner(x, args, kwargs)
         before, patches = y[:, : self.start], y[:, self.start :]
         return torch.cat([before, self.change(patches)], 1)

@@ -175,7 +175,9 @@ class RegisterEdit(BlockEdit):
         # Neurons are dealt out through all layers, so that no register is left without.
         self.dealt = sum(len(found) for before, found in fix.neurons.by_layer.items() if before < layer)
 
-    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def run(
+        self, block: nn.Module, inner: Inner, x: Float[Tensor, "b n d"], args: Any, kwargs: Any
+    ) -> Float[Tensor, "b n d"]:
         start, patches = self.start, x.shape[1] - self.start
         if self.inserted:
             registers = self._registers(x)

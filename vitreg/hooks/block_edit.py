@@ -14,6 +14,7 @@ from functools import cache, partial, wraps
 from types import MethodType
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.hooks.neuron_edit import listen, stop_listening
@@ -35,7 +36,9 @@ class BlockEdit(ABC):
     stream: Stream | None = None
 
     @abstractmethod
-    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def run(
+        self, block: nn.Module, inner: Inner, x: Float[Tensor, "b n d"], args: Any, kwargs: Any
+    ) -> Float[Tensor, "b n d"]:
         """The residual stream (b, n, d) after the block, given the one before it.
 
         `inner(x, args, kwargs)` runs the block as it was without this edit; `args` and `kwargs` are what

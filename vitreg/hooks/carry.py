@@ -4,6 +4,7 @@ import threading
 from typing import Any, Generic, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
@@ -34,7 +35,7 @@ class CarriedTokens(Generic[T]):
     def __reduce__(self) -> tuple[Any, ...]:
         return CarriedTokens, ()  # a copied or saved model starts with empty hands
 
-    def take(self, layer: int, x: Tensor) -> T | None:
+    def take(self, layer: int, x: Float[Tensor, "b n d"]) -> T | None:
         """What the block before `layer` left; None if it left nothing, or did not run."""
         again, x = recomputing(), x if torch.compiler.is_compiling() else as_given(x)
         if again and x in self._of:

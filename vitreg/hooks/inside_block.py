@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -83,7 +84,7 @@ class BlockInterceptor(TorchFunctionMode):
         return input if known and input.shape[1] == 1 else func(input, size, *rest, **kwargs)
 
 
-def within(mode: BlockInterceptor, run: Callable[[], Tensor]) -> Tensor:
+def within(mode: BlockInterceptor, run: Callable[[], Float[Tensor, "b n d"]]) -> Float[Tensor, "b n d"]:
     """What `run` returns with a mode entered."""
     with mode:
         return run()

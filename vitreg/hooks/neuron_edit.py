@@ -57,7 +57,9 @@ class _Editing:
         return self.edit(activation)
 
 
-def edited(block: nn.Module, down: str, edit: NeuronEdit, run: Callable[[], Tensor]) -> Tensor:
+def edited(
+    block: nn.Module, down: str, edit: NeuronEdit, run: Callable[[], Float[Tensor, "b n d"]]
+) -> Float[Tensor, "b n d"]:
     """What `run` returns while a block's neurons are edited, in this thread.
 
     `edit` maps what enters the module at `down`, a dotted path within the block, (b, n, f), to something

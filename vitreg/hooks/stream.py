@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
@@ -54,7 +55,7 @@ class Stream:
     width: int = 0
     alike: tuple[int, int] = (1, 1)
 
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "b n d"]:
         """The stream (b, n, d) that a block is given.
 
         Raises UnsupportedModelError where there is none, or where there are several (crops of other sizes).
@@ -64,7 +65,7 @@ class Stream:
         return self._read(value, self.argument.path, self.alike[0], "is given")
 
     def in_call(
-        self, x: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: Float[Tensor, "b n d"] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A block's arguments with another stream (b, n, d), or with None in its place."""
         key = self._key(args, kwargs)
@@ -73,15 +74,15 @@ class Stream:
             return (*args[:key], changed, *args[key + 1 :]), kwargs
         return args, {**kwargs, key: _put(kwargs[key], self.argument.path, self._in_model_order(x))}
 
-    def of_output(self, output: Any) -> Tensor:
+    def of_output(self, output: Any) -> Float[Tensor, "b n d"]:
         """The stream (b, n, d) that a block gives back. Raises as `of_call` does."""
         return self._read(output, self.returned, self.alike[1], "gives back")
 
-    def in_output(self, y: Tensor, output: Any) -> Any:
+    def in_output(self, y: Float[Tensor, "b n d"], output: Any) -> Any:
         """A block's output with another stream (b, n, d)."""
         return _put(output, self.returned, self._in_model_order(y))
 
-    def neurons(self, activation: Tensor) -> Tensor:
+    def neurons(self, activation: Float[Tensor, "_ _ f"]) -> Float[Tensor, "b n f"]:
         """What enters or leaves a layer of the MLP, as (b, n, f)."""
         return activation.transpose(0, 1) if self.neurons_tokens_first else activation
 
@@ -137,7 +138,7 @@ def first_argument(kind: Any) -> Stream:
     return Stream(Argument(0, names[0] if names else None))
 
 
-def as_given(x: Tensor) -> Tensor:
+def as_given(x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """The tensor that a block was given, which `Stream.of_call` may have put into another order."""
     found: Tensor = x.__dict__.get(_VIEWED, x)
     return found
@@ -182,6 +183,7 @@ def _positional(module: nn.Module) -> list[str]:
 
 
 def is_tokens(tensor: Tensor, width: int) -> bool:
+    """Whether a tensor may be a residual stream of this width: (b, n, d), or (n, b, d)."""
     return tensor.dim() == 3 and tensor.shape[-1] == width
 
 

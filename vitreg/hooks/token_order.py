@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from vitreg.hooks.attention import AttentionCall
@@ -48,7 +48,7 @@ def observed_as(call: Callable[[], AttentionCall]) -> Iterator[None]:
         _now.call = before
 
 
-def in_order(x: Tensor) -> Tensor:
+def in_order(x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "b n ..."]:
     """A tensor (b, n, ...) from inside a block, in the order that watchers are promised."""
     if _now.order is None:
         return x

@@ -144,10 +144,12 @@ def _derivative(layer: nn.Module, rows: int | None) -> Float[Tensor, "r f"]:
 
 
 def inputs_of(layer: nn.Module) -> int:
+    """How many numbers a linear layer reads."""
     return _size(layer, "in_features", "nx")  # nx, nf: the Conv1D of transformers
 
 
 def outputs_of(layer: nn.Module) -> int:
+    """How many numbers a linear layer gives."""
     return _size(layer, "out_features", "nf")
 
 

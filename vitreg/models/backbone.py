@@ -127,4 +127,5 @@ def _agreed(name: str, module: nn.Module, preprocess: Preprocess | None, asked: 
 
 
 def warn_about(name: str, what: str) -> None:
+    """A ModelWarning that names the model."""
     warnings.warn(f"{name}: {what}", ModelWarning, stacklevel=4)

@@ -6,6 +6,7 @@ All that vitreg reads is computed before: such a pass ends where the head raises
 import threading
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import VitregError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vitreg.models.backbone import Backbone
 
 
-def run_without_head(last: nn.Module, forward: Forward, images: Tensor) -> None:
+def run_without_head(last: nn.Module, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> None:
     """Run `forward` on images; what it raises after the block `last` ends the pass, and is no error.
 
     What the blocks themselves raise, and vitreg's own errors, are raised as ever.

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
@@ -49,6 +50,7 @@ def part(module: nn.Module, path: str) -> nn.Module:
 
 
 def count_linears(module: nn.Module) -> int:
+    """How many linear layers are in a module."""
     return sum(map(is_linear, module.modules()))
 
 
@@ -128,7 +130,7 @@ class Probe:
                 # Past the blocks: a head that wants more than images does not concern us.
                 self.head_error = f"{type(error).__name__}: {_one_line(error)}"
 
-    def entering(self, forward: Forward, images: Tensor) -> Tensor:
+    def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
         streams: list[Tensor] = []
         with self.blocks[0].register_forward_pre_hook(
@@ -213,7 +215,7 @@ class Probe:
         return replace(self._place, neurons_tokens_first=shape == (self.tokens, IMAGES, self.width))
 
     @cached_property
-    def stream(self) -> Tensor:
+    def stream(self) -> Float[Tensor, "b n d"]:
         """The residual stream that enters block 0, (IMAGES, n, d)."""
         entered = self.calls.entered[self._place.argument]
         return entered.transpose(0, 1) if self._place.tokens_first else entered

@@ -37,6 +37,7 @@ def parse_size(text: str) -> Pair:
 
 
 def written(size: Pair) -> str:
+    """HEIGHTxWIDTH."""
     return f"{size[0]}x{size[1]}"
 
 

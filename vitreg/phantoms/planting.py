@@ -110,7 +110,7 @@ def _shared_parents(one: str, other: str) -> int:
     )
 
 
-def mlp_inputs(vit: Backbone, mlp: Mlp, images: Tensor) -> Float[Tensor, "b n d"]:
+def mlp_inputs(vit: Backbone, mlp: Mlp, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
     """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
     seen: list[Tensor] = []
     seeing = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -222,6 +222,7 @@ def idle_neurons(
 
 
 def write_direction(width: int, generator: torch.Generator) -> Float[Tensor, " d"]:
+    """A unit vector in a few random dimensions: what planted neurons write."""
     write = torch.zeros(width)
     write[torch.randperm(width, generator=generator)[:WRITTEN_DIMENSIONS]] = torch.randn(
         WRITTEN_DIMENSIONS, generator=generator

@@ -231,4 +231,5 @@ def _layer_row(x: LayerDiagnosis) -> list[str]:
 
 
 def plain_number(value: float | None) -> str:
+    """A number with three digits; a dash for none."""
     return "-" if value is None else f"{value:#.3g}" if 1e-3 <= value < 100 else number(value)

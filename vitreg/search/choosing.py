@@ -105,6 +105,7 @@ def registers_for(neurons: RegisterNeurons) -> TestTimeRegisters:
 def calibrated_registers_for(
     vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], neurons: RegisterNeurons
 ) -> TestTimeRegisters:
+    """One register whose start is calibrated on the images: the mean of what outliers hold there."""
     return TestTimeRegisters.calibrate(vit, images, neurons, peak=_peak(neurons))
 
 

@@ -48,7 +48,9 @@ def mean_over(x: Float[Tensor, "b p *c"], these: Bool[Tensor, "b p"]) -> Float[T
 
 
 @contextmanager
-def entering(vit: Backbone, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def entering(
+    vit: Backbone, function: Callable[[Float[Tensor, "b n d"]], Float[Tensor, "b n d"] | None]
+) -> Iterator[None]:
     """Show a function the stream (b, n, d) that enters block 0; what it returns, if anything, enters."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:

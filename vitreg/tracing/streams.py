@@ -45,9 +45,9 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         vit: Backbone,
         *,
         on_start: Callable[[], None] | None = None,
-        on_embedding: Callable[[Tensor], None] | None = None,
-        on_block: Callable[[int, Tensor], None] | None = None,
-        on_neurons: Callable[[int, Tensor], None] | None = None,
+        on_embedding: Callable[[Float[Tensor, "b p d"]], None] | None = None,
+        on_block: Callable[[int, Float[Tensor, "b n d"]], None] | None = None,
+        on_neurons: Callable[[int, Float[Tensor, "b n f"]], None] | None = None,
         on_attention: Callable[[int, AttentionCall], None] | None = None,
     ) -> None:
         self._vit = vit

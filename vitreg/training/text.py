@@ -134,12 +134,12 @@ class TextObjective(Objective):
 
     # The names and arguments are those that open_clip's zero-shot classifier calls.
 
-    def encode_image(self, image: Float[Tensor, "b 3 h w"], normalize: bool = False) -> Tensor:
+    def encode_image(self, image: Float[Tensor, "b 3 h w"], normalize: bool = False) -> Float[Tensor, "b c"]:
         """(b, embed)"""
         features = self.project(self.vit(image))
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, text: Int[Tensor, "b n"], normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Int[Tensor, "b n"], normalize: bool = False) -> Float[Tensor, "b c"]:
         """(b, embed)"""
         features = self.text(text)
         return F.normalize(features.float(), dim=-1) if normalize else features

@@ -81,6 +81,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
+    """A table of a paper: whose, what it shows, and its rows."""
+
     paper: str
     title: str
     rows: tuple[Row, ...]
