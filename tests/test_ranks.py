@@ -26,6 +26,8 @@ from vitreg.evals import Config, extract_features
 from vitreg.search.find_fix import find_cure
 from vitreg.verification.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

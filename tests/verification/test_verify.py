@@ -23,6 +23,8 @@ from vitreg.verification.resampling import Resampled
 from vitreg.verification.verdict import Control, Measure
 from vitreg.verification.verify import judge, verify
 
+pytestmark = pytest.mark.slow
+
 LAYER = 1
 
 
