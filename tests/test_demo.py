@@ -16,6 +16,8 @@ from vitreg.demo import LAYER, REAL, run, run_real
 from vitreg.diagnosis.version_figures import before_after
 from vitreg.phantoms.bundled import HELD_OUT, measure, object_cover, scenes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):

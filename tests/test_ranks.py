@@ -26,6 +26,8 @@ from vitreg.features import Config, extract_features
 from vitreg.search.fix_search import find_fix
 from vitreg.verification.measuring import verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,8 @@ from vitreg.evals.outlier_masks import outlier_masks, unfixed_diagnosis
 from vitreg.evals.tokens import TokensConfig
 from vitreg.models.probe import evaluating
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("dark", "light")
 
 

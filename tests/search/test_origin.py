@@ -22,6 +22,8 @@ from vitreg.phantoms import (
 from vitreg.search.origin import Candidate, Origin, _as_many_others, find_origin
 from vitreg.tracing.removal import Where, without_attention, without_mlps
 
+pytestmark = pytest.mark.slow
+
 # With nn.MultiheadAttention: open_clip vit, torchvision vit. With a norm before block 0, so that only blocks
 # can be planted: hf clip, open_clip vit. Positions are resampled in hf siglip2, added in place in naflexvit.
 BLOCKS = ["timm deit3", "timm dinov3 swiglu", "timm beit", "hf clip", "open_clip vit", "torchvision vit"]

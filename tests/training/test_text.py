@@ -166,6 +166,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(recipe, tmp_path):
     """Losses and gradients under DDP, with and without chunks."""
     recipe = dataclasses.replace(recipe, registers=2, val="")

@@ -23,6 +23,8 @@ from vitreg.verification.measuring import judge, verify
 from vitreg.verification.resampling import Resampled
 from vitreg.verification.verdict import Control, Measure
 
+pytestmark = pytest.mark.slow
+
 LAYER = 1
 
 
