@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "vitreg").rglob("*.py"))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 STUBS = sorted((ROOT / "vitreg").rglob("__init__.pyi"))
 HOUSE = runpy.run_path(str(ROOT / "scripts" / "house.py"))
 
@@ -115,3 +116,13 @@ def test_no_module_is_called_like_a_public_name_of_its_package(stub):
     """Importing the name would give a module or a function, by what was imported before."""
     package = importlib.import_module(".".join(stub.parent.relative_to(ROOT).parts))
     assert not {path.stem for path in stub.parent.iterdir()} & set(package.__all__)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS)])
+def test_files_that_a_page_names_exist(page):
+    """Those of this repository, and what it links to."""
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`((?:tests|benchmarks|docs|scripts|vitreg)/[\w/.-]+\.\w+)`", text)
+    named += [f"{page}/../{link}" for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)]
+    missing = [name for name in named if not (ROOT / name).resolve().exists()]
+    assert not missing
