@@ -13,10 +13,11 @@ from PIL import Image
 import vitreg
 from vitreg.errors import DataError
 from vitreg.fixes.added_registers import NAME, add_registers
+from vitreg.models.positions import position_table
 from vitreg.training.distillation import Distillation
 from vitreg.training.loop import train
 from vitreg.training.recipe import find_recipe
-from vitreg.training.register_init import _smooth, initial_registers, position_table
+from vitreg.training.register_init import _smooth, initial_registers
 from vitreg.training.sampler import seed_all
 from vitreg.training.tuned_model import top1
 
@@ -138,23 +139,23 @@ def test_recipes_that_cannot_be(change: dict[str, object], message: str) -> None
 
 def test_tables_of_positions_are_found() -> None:
     vit = vitreg.wrap(timm.create_model("vit_tiny_patch16_224", depth=2), image_size=224)
-    assert position_table(vit.model, vit.layout) is vit.model.pos_embed
+    assert position_table(vit).weight is vit.model.pos_embed
     small = transformers.Dinov2Config(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14
     )
     dino = vitreg.wrap(transformers.Dinov2Model(small), image_size=56)
-    assert position_table(dino.model, dino.layout) is dino.model.embeddings.position_embeddings
+    assert position_table(dino).weight is dino.model.embeddings.position_embeddings
     clip = transformers.CLIPVisionConfig(
         hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=64,
         patch_size=16,
     )  # fmt: skip
     tower = vitreg.wrap(transformers.CLIPVisionModel(clip), image_size=64)
-    table = position_table(tower.model, tower.layout)
+    table = position_table(tower)
     assert table is not None
-    assert table.shape == (17, 48)
+    assert (table.weight.shape, table.others) == ((17, 48), 1)
     rotary = timm.create_model("vit_small_patch16_rope_mixed_224", embed_dim=48, depth=2, num_heads=3)
     wrapped = vitreg.wrap(rotary, image_size=224)
-    assert position_table(wrapped.model, wrapped.layout) is None
+    assert position_table(wrapped) is None
 
 
 def test_bound_positions_become_those_of_their_neighbours() -> None:

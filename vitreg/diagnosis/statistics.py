@@ -54,9 +54,9 @@ class Statistics:
     groups: Int[Tensor, "l g k"]  # patch tokens, by groups of photos
     # Sums of each photo's largest patches, and of their squares; c coarse bins.
     large: Float[Tensor, "l c 2 d"]
-    large_counts: Int[Tensor, "l c"]  # these patches
+    large_counts: Float[Tensor, "l c"]  # these patches
     ordinary: Float[Tensor, "l 2 d"]  # the same of each photo's patches with at most the median norm
-    ordinary_counts: Int[Tensor, " l"]  # these patches
+    ordinary_counts: Float[Tensor, " l"]  # these patches
     images: int = 0
 
     @staticmethod

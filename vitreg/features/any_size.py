@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.models.backbone import Backbone
+from vitreg.models.positions import PositionTable, position_table
 from vitreg.models.probe import evaluating
 from vitreg.tracing.streams import watch
 
@@ -102,24 +103,17 @@ def _switches(vit: Backbone) -> Plan | None:
 
 
 def _resampled_positions(vit: Backbone) -> Plan | None:
-    """Learned positions of the patches, after those of other tokens perhaps: (n, d) or (1, n, d)."""
-    layout, width = vit.layout, vit.anatomy.width
-    for owner in vit.model.modules():
-        for name, value in owner.named_parameters(recurse=False):
-            if "pos" in name and value.dim() in (2, 3) and value.shape[-1] == width:
-                others = value.shape[-2] - layout.patches
-                if 0 <= others <= layout.prefix + layout.registers:
-                    return partial(_resample, vit, owner, name, others)
-    return None
+    table = position_table(vit)
+    if table is None or isinstance(table.owner, nn.Embedding):  # its rows are asked for by fixed numbers
+        return None
+    return partial(_resample, vit, table)
 
 
-def _resample(
-    vit: Backbone, owner: nn.Module, name: str, others: int, images: Tensor
-) -> list[AttributeChange]:
-    positions: Tensor = getattr(owner, name).detach()
-    before, patches = positions[..., :others, :], positions[..., others:, :]
+def _resample(vit: Backbone, table: PositionTable, images: Tensor) -> list[AttributeChange]:
+    positions = table.weight.detach()
+    before, patches = positions[..., : table.others, :], positions[..., table.others :, :]
     planes = patches.reshape(1, *vit.layout.grid, -1).permute(0, 3, 1, 2).float()
     planes = F.interpolate(planes, vit.layout_for(images).grid, mode="bicubic", antialias=True)
     cells = planes.flatten(2).mT.reshape(*positions.shape[:-2], -1, positions.shape[-1])
     whole = torch.cat([before, cells.to(positions.dtype)], -2)
-    return [(owner, name, nn.Parameter(whole, requires_grad=False))]
+    return [(table.owner, table.name, nn.Parameter(whole, requires_grad=False))]

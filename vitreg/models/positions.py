@@ -13,7 +13,7 @@ is computed.) Which weights hold it is then a matter of its gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,37 @@ class AddedPositions:
 
     module: str
     table: Float[Tensor, "p d"]
+
+
+class PositionTable(NamedTuple):
+    """A parameter of learned positions: the module that has it, under which name, and how many of its rows
+    (..., t, d) are those of other tokens, before those of the patches."""
+
+    owner: nn.Module
+    name: str
+    others: int
+
+    @property
+    def weight(self) -> nn.Parameter:
+        found = getattr(self.owner, self.name)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+
+def position_table(vit: Backbone) -> PositionTable | None:
+    """The learned positions of the patches, with or without those of prefix and registers; None without any.
+
+    By name ("pos") and shape, for those who change or resample them. What the model adds, whatever it is
+    called and wherever it is kept, `added_positions` finds.
+    """
+    layout, width = vit.layout, vit.anatomy.width
+    for path, owner in vit.model.named_modules():
+        for name, value in owner.named_parameters(recurse=False):
+            if "pos" in f"{path}.{name}" and value.dim() in (2, 3) and value.shape[-1] == width:
+                others = value.shape[-2] - layout.patches
+                if 0 <= others <= layout.prefix + layout.registers:
+                    return PositionTable(owner, name, others)
+    return None
 
 
 def added_positions(vit: Backbone, layout: TokenLayout | None = None) -> AddedPositions:

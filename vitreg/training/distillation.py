@@ -26,11 +26,12 @@ from vitreg.fixes.added_registers import add_registers
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import find_readout, logits_of
 from vitreg.models.loading import load
+from vitreg.models.positions import position_table
 from vitreg.models.probe import first_tensor
 from vitreg.training.data import TrainingPhotos, watched
 from vitreg.training.objective import Objective
 from vitreg.training.recipe import Recipe
-from vitreg.training.register_init import initial_registers, position_table
+from vitreg.training.register_init import initial_registers
 from vitreg.training.tuned_model import top1, write_tuned
 
 PARTS = ("positions", "patches", "last block", "all")
@@ -172,8 +173,8 @@ def _part(vit: Backbone, part: str) -> list[nn.Parameter]:
     if part == "all":
         return list(model.parameters())
     if part == "positions":
-        table = position_table(model, vit.layout)
-        return [] if table is None else [table]
+        table = position_table(vit)
+        return [] if table is None else [table.weight]
     assert anatomy.patch_embedding is not None
     return list(model.get_submodule(anatomy.patch_embedding).parameters())
 

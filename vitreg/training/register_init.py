@@ -14,6 +14,7 @@ from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.positions import position_table
 from vitreg.models.probe import evaluating, first_tensor
 
 # A position is bound if it is an outlier in so large a share of the photos.
@@ -28,7 +29,7 @@ def initial_registers(vit: Backbone, images: list[Tensor], n: int) -> Float[Tens
     """
     report = diagnose(vit, images, examples=0)
     bound = bound_places(report)
-    table = position_table(vit.model, vit.layout)
+    table = position_table(vit)
     if table is None or not bound.any():
         return None
     tokens = _entering(vit, images)[:, vit.layout.patch_slice].mean(0)  # (p, d)
@@ -36,22 +37,13 @@ def initial_registers(vit: Backbone, images: list[Tensor], n: int) -> Float[Tens
     order = often.argsort(descending=True)[: int(bound.sum())]
     registers = tokens[order[torch.arange(n) % len(order)]]
     with torch.no_grad():
-        _smooth(table, bound, vit.layout)
+        _smooth(table.weight, bound, vit.layout)
     return registers
 
 
 def bound_places(report: Diagnosis) -> Bool[Tensor, "gh gw"]:
     """The positions where most images have an outlier."""
     return torch.tensor(report.position_frequency) >= OFTEN
-
-
-def position_table(model: nn.Module, layout: TokenLayout) -> nn.Parameter | None:
-    """The learned positions (..., t, d) of patches, with or without those of a prefix; None without any."""
-    for name, parameter in model.named_parameters():
-        counts = (layout.patches, layout.prefix + layout.patches, layout.tokens)
-        if "pos" in name and parameter.ndim >= 2 and parameter.shape[-2] in counts:
-            return parameter
-    return None
 
 
 def _smooth(table: nn.Parameter, bound: Bool[Tensor, "gh gw"], layout: TokenLayout) -> None:
