@@ -45,16 +45,20 @@ def names_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("walk", WALKS.split("### ")[1:], ids=lambda walk: walk.splitlines()[0])
-def test_a_walk_is_forward_and_what_it_passes_exists(walk):
-    steps = re.findall(r"^\d+\. `([\w/]+\.py)`: (.*(?:\n   .*)*)", walk, re.MULTILINE)
+def test_a_walk_is_forward_and_each_step_is_named_where_one_comes_from(walk):
+    steps = re.findall(r"^(\d+)\. `([\w/]+\.py)`(?: \((\d+)\))?: (.*(?:\n   .*)*)", walk, re.MULTILINE)
+    assert [int(step[0]) for step in steps] == list(range(1, len(steps) + 1))
     assert len(steps) >= 7
-    files = [file for file, _ in steps]
+    files = [file for _, file, _, _ in steps]
     assert len(set(files)) == len(files), "a walk comes back to a file that it left"
-    everywhere = set().union(*(names_in(path) for path in FILES))
-    for file, says in steps:
+    for number, file, comes_from, says in steps:
         named = re.findall(r"`(\w+(?:\.\w+)?)`", says)
         assert named[0] in names_in(ROOT / "vitreg" / file), f"{file}: {named[0]}"
-        assert set(named) <= everywhere
+        if int(number) > 1:
+            before = files[int(comes_from or int(number) - 1) - 1]
+            names = {name for one in named for name in one.split(".")} | {Path(file).stem}
+            source = (ROOT / "vitreg" / before).read_text()
+            assert any(re.search(rf"\b{name}\b", source) for name in names), f"{before} does not name {file}"
 
 
 def test_a_house_of_few_rooms():

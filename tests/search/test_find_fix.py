@@ -87,6 +87,12 @@ def test_a_phantom_is_cured(name):
     assert all(torch.equal(weights[key], value) for key, value in phantom.vit.model.state_dict().items())
 
 
+def test_a_kind_that_is_none_is_refused_before_any_work(planted):
+    """It used to give a ShiftAverage, "as asked for"."""
+    with pytest.raises(vitreg.FixError, match=r"no type 'median' of fix\. Expected one of auto, registers"):
+        find_fix(planted[0].vit, None, kind="median")
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("registers", TestTimeRegisters), ("splitting", TokenSplitting), ("bias", AttentionBias)],

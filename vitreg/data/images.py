@@ -8,7 +8,7 @@
 A bad file is skipped and reported, and the next good one takes its place: every batch but the last is full,
 whatever the number of worker processes.
 
-Of several processes (see ranks.py) each reads every n-th batch; there, bad files make a batch smaller.
+Of several processes (see distributed.py) each reads every n-th batch; there, bad files make a batch smaller.
 """
 
 import contextlib

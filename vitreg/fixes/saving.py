@@ -30,6 +30,7 @@ from vitreg.fixes.base import Fix
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.names import LIBRARIES
 from vitreg.version import __version__
 
 FORMAT = 1
@@ -122,7 +123,7 @@ def _without_place(fingerprint: Fingerprint) -> Fingerprint:
     """Of a model that came from a folder, only the folder's own name: where it lay is nobody's business."""
     name = fingerprint.base_model or ""
     scheme, _, rest = name.partition(":")
-    if scheme in ("timm", "hf", "open_clip") and not os.path.exists(rest.removeprefix("local-dir:")):
+    if scheme in LIBRARIES and not os.path.exists(rest.removeprefix("local-dir:")):
         return fingerprint
     return replace(fingerprint, base_model=Path(name).name or None)
 

@@ -11,7 +11,7 @@ No labels are needed. A model without artifacts gets no fix.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -121,9 +121,11 @@ def find_fix(
     outlying positions are repaired; for the rest, see `choose_without_neurons`, which may find no fix: then
     the verdict is "no fix". Without outliers there is no fix either; "projection", asked for, is made all the
     same, for it takes out other things. `recursive` finds, fixes and finds again, for models with several
-    populations of outliers. `images` are read several times. Raises what `find_register_neurons` and the
-    fixes raise.
+    populations of outliers. `images` are read several times. Raises FixError for another `kind`, and what
+    `find_register_neurons` and the fixes raise.
     """
+    if kind not in get_args(FixKind):
+        raise FixError(f"there is no type {kind!r} of fix. Expected one of {', '.join(get_args(FixKind))}.")
     say = progress or (lambda stage: None)
     say("diagnosing the model as it is")
     report = report or diagnose(vit, images)
@@ -208,6 +210,7 @@ def build(
         return trial.fix, f"{asked}: {trial}"
     if kind == "projection":
         return projection_for(vit, images, report), asked
+    assert kind == "shift-average", f"`build` does not know {kind!r}"
     return ShiftAverage(), asked
 
 
