@@ -11,7 +11,7 @@ import pytest
 from drawn_reports import make_report
 
 import vitreg
-from vitreg.cli import main
+from vitreg.cli.main import main
 from vitreg.demo import LAYER, REAL, run, run_real
 from vitreg.diagnosis.version_figures import before_after
 from vitreg.phantoms.bundled import HELD_OUT, measure, object_cover, scenes

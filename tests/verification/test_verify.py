@@ -1,7 +1,6 @@
 """Verdicts on fixes whose effect is known: phantoms, placebos, destruction, and the real model."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.head import find_readout
+from vitreg.verification import measuring
 from vitreg.verification.controls import controls_of
 from vitreg.verification.measures import MEASURES, ForwardSummary, Reference, summarise
 from vitreg.verification.measuring import judge, verify
@@ -147,7 +147,7 @@ def test_batches_make_no_difference(helped, phantom, right, photos):
 
 def test_controls_run_on_evenly_spread_images(phantom, right, photos, monkeypatch):
     """The same number for a control, whatever the batches, as when only those images are there."""
-    monkeypatch.setattr(sys.modules["vitreg.verify"], "CONTROL_IMAGES", 40)  # vitreg.verify is the function
+    monkeypatch.setattr(measuring, "CONTROL_IMAGES", 40)
     found = verify(phantom.vit, right, list(photos.split(7)))
     few = verify(phantom.vit, right, [photos[::3]], report=found.before)
     assert (found.images, found.control_images, few.control_images) == (96, 32, 32)
