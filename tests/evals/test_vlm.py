@@ -17,6 +17,8 @@ from vitreg.errors import ModelLoadError, UnsupportedModelError
 from vitreg.evals.vlm import Vlm, VlmConfig, evaluate, image_attention, load
 from vitreg.phantoms.phantom import Phantom, plant
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 WORDS = ["<image>", "<pad>", "USER", "ASSISTANT", "describe", "count", "this", "image"]

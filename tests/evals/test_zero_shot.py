@@ -19,6 +19,8 @@ from vitreg.evals import find_task, zero_shot
 from vitreg.evals.zero_shot import ZeroShotConfig, class_embeddings, evaluate, load
 from vitreg.fixes import TestTimeRegisters
 
+pytestmark = pytest.mark.slow
+
 NAME = "open_clip:vitreg-tiny"
 WORDNET = list(wordnet_classes(1000))
 SMALL = {

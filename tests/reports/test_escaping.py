@@ -21,6 +21,8 @@ from vitreg.reports.report import write_comparison, write_cure, write_report, wr
 from vitreg.search.fix_search import FixSearch
 from vitreg.verification.verdict import Verdict
 
+pytestmark = pytest.mark.slow
+
 HARMLESS = "(name\n)"
 HOSTILE = "<img src=x onerror=alert(1)>{{ 7*7 }}{% x %}<b>\"'&\n"
 SHOWN = {words: words.replace("\n", "\\n") for words in (HARMLESS, HOSTILE)}

@@ -13,6 +13,8 @@ from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.phantoms.phantom import Phantom, plant
 from vitreg.search.register_neurons import find_register_neurons
 
+pytestmark = pytest.mark.slow
+
 
 def catalog() -> list[Member]:
     """12 architectures x 3 seeds x 1, 4 and 16 neurons, which switch or ramp; blocks and norms take turns."""

@@ -16,6 +16,8 @@ from vitreg.training.ablation import Ablation, ablate
 from vitreg.training.log import read_log
 from vitreg.training.loop import Run
 
+pytestmark = pytest.mark.slow
+
 TASK, METRIC = "classification", "top-1"
 SHORT = {"steps": 3, "diagnose_every": 2, "batch_size": 8}
 

@@ -9,6 +9,8 @@ from vitreg.errors import ModelLoadError
 from vitreg.training import cost as module
 from vitreg.training.cost import CLAIMED, cost, counted, papers_models, seconds
 
+pytestmark = pytest.mark.slow
+
 
 def by_hand(tokens: int, width: int, depth: int, patches: int, patch: int, classes: int) -> int:
     """2 operations for each weight and token; for attention, for each pair of tokens and channel, twice."""

@@ -21,6 +21,8 @@ from vitreg.training.recipe import find_recipe
 from vitreg.training.sampler import seed_all
 from vitreg.training.self_supervised import DinoIbot
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lightly")
 
 

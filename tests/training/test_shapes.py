@@ -14,6 +14,8 @@ from vitreg.training.loop import Machine, train
 from vitreg.training.recipe import find_recipe
 from vitreg.training.sampler import Seeded
 
+pytestmark = pytest.mark.slow
+
 RECIPE = find_recipe("demo")
 
 

@@ -23,6 +23,8 @@ from vitreg.training.recipe import find_recipe
 from vitreg.training.sampler import seed_all
 from vitreg.training.supervised import SupervisedObjective
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"augment": "", "color_jitter": 0.0, "crop_scale": 1.0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 
 

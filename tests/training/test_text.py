@@ -21,6 +21,8 @@ from vitreg.training.pairs import write_pairs
 from vitreg.training.recipe import find_recipe
 from vitreg.training.text import TextObjective, TextSupervised
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "white": (230, 230, 230)}
 
 
