@@ -1,15 +1,12 @@
 """Draw the packages of vitreg and who imports whom, from the code: docs/house.md.
 
-    python scripts/house.py            # writes the page
-    python scripts/house.py --check    # fails if the page is not what the code says
+    python scripts/house.py
 
 An arrow A --> B says that A imports B, at the head of a file or inside a function. Arrows that follow from
 others (A --> B --> C makes A --> C) are left out of the drawing, not of the table.
 """
 
-import argparse
 import ast
-import sys
 from pathlib import Path
 
 import grimp
@@ -92,17 +89,5 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    drawn = page()
-    if not parser.parse_args().check:
-        PAGE.write_text(drawn)
-    elif drawn != PAGE.read_text():
-        before, after = PAGE.read_text().splitlines(), drawn.splitlines()
-        differ = [line for line in after if line not in before][:5]
-        sys.exit("docs/house.md is not what the code says: python scripts/house.py\n" + "\n".join(differ))
-
-
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())

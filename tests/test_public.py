@@ -24,6 +24,12 @@ def test_every_public_name_exists_and_says_what_it_is():
     assert vitreg.__all__ == sorted(vitreg.__all__, key=lambda name: (name[0].islower(), name))
 
 
+@pytest.mark.parametrize(("old", "new"), [("find_cure", "find_fix"), ("Cure", "FixSearch")])
+def test_a_renamed_name_still_works_and_says_what_it_is_called_now(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"vitreg\.{old} is now vitreg\.{new}\."):
+        assert getattr(vitreg, old) is getattr(vitreg, new)
+
+
 def test_every_error_is_public_and_drawn_in_the_tree():
     errors = [x for x in vars(vitreg.errors).values() if isinstance(x, type) and issubclass(x, Exception)]
     for error in errors:

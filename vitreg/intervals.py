@@ -1,4 +1,9 @@
-"""Means over images with bootstrap intervals."""
+"""Means over images with bootstrap intervals.
+
+    low, high = interval(bootstrap(values))
+
+Images are the units that are drawn again in the bootstrap, for the patches of an image are not independent.
+"""
 
 from dataclasses import dataclass
 

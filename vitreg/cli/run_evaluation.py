@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vitreg.cli.output import check_writable
 from vitreg.config.settings import pairs, with_settings
 from vitreg.errors import DataError, OutputError
 from vitreg.evals.result import Result, compare, comparison_json
 from vitreg.evals.tasks import Task, find_task
 from vitreg.features.config import Config
-from vitreg.files import check_writable, write_atomically
+from vitreg.files import write_atomically
 from vitreg.fixes import Fix, load_fix
 from vitreg.models.backbone import Backbone
 from vitreg.plots.style import png
@@ -37,9 +38,7 @@ def run(
     config = with_settings(replace(found.config(), **(machine or {})), pairs(settings))
     if compared and not fix:
         raise DataError("--compare needs --fix: without one there is nothing to compare with.")
-    for path in (json_path, report, figure):
-        if path is not None:
-            check_writable(path)
+    check_writable(json_path, report, figure)
     loaded = load_fix(fix) if fix else None
     vit = load(found.load)
     if loaded:

@@ -1,8 +1,8 @@
 """From a model's name to a Backbone: the model, its preprocessing and its anatomy.
 
     vit = load("timm:vit_large_patch14_dinov2.lvd142m")     # or hf:ID, open_clip:ARCH/TAG, a folder
-    vit = wrap(my_model, preprocess)                         # a model already at hand
 
+A model already at hand is wrapped: backbone.py.
 Only this file and those that it is made of know libraries: from_transformers.py, preprocessing.py, sizes.py.
 """
 

@@ -1,10 +1,7 @@
-"""What a comparison of two versions of a model measures: one number per image, and intervals over images.
+"""What a comparison of two versions of a model measures: one number per image.
 
-    summary = summarise(vit, pixels, find_readout(vit))     # one forward pass
-    numbers = reference.measure(look)                  # {measure: (b,)}, against the unfixed model's pass
-    low, high = interval(bootstrap(values))
-
-Images are the units that are drawn again in the bootstrap, for the patches of an image are not independent.
+summary = summarise(vit, pixels, find_readout(vit))     # one forward pass
+numbers = reference.measure(summary)                    # {measure: (b,)}, against the unfixed model's pass
 """
 
 from dataclasses import dataclass
