@@ -10,10 +10,11 @@ would be invisible.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import authors_models
 import torch
 from torch import Tensor, nn
 
@@ -328,7 +329,53 @@ def torchvision_vit() -> nn.Module:
 
 TORCHVISION = {"torchvision vit": Entry(torchvision_vit, (32, 32), Truth(1, 0, (4, 4), DEPTH, 32, 128, 4))}
 
-CATALOG: dict[str, Entry] = TIMM | TRANSFORMERS | OPEN_CLIP | TORCHVISION
+
+# -- as authors write them: attention step by step ------------------------------------------------
+
+
+def authors(first: bool = False, **kind: Any) -> Entry:
+    return Entry(
+        lambda: authors_models.Authors(first=first, **kind), (32, 40), Truth(1, 0, (4, 5), DEPTH, 32, 128, 4)
+    )
+
+
+def timm_step_by_step(name: str) -> Entry:
+    """A timm model as it is built where no fused kernel is wanted."""
+
+    def build() -> nn.Module:
+        from timm.layers import set_fused_attn
+
+        set_fused_attn(False)
+        try:
+            return TIMM[name].build()
+        finally:
+            set_fused_attn(True)
+
+    return replace(TIMM[name], build=build)
+
+
+def hf_step_by_step(name: str) -> Entry:
+    def build() -> nn.Module:
+        model: Any = TRANSFORMERS[name].build()
+        model.set_attn_implementation("eager")
+        return model
+
+    return replace(TRANSFORMERS[name], build=build)
+
+
+STEP_BY_STEP = {
+    "authors dino": authors(attention=authors_models.Attention),
+    "authors in place": authors(attention=authors_models.InPlace),
+    "authors einsum": authors(attention=authors_models.Einsum),
+    "authors folded heads": authors(attention=authors_models.Folded),
+    "authors where": authors(attention=authors_models.Where),
+    "timm beit step by step": timm_step_by_step("timm beit"),
+    "timm dinov3 step by step": timm_step_by_step("timm dinov3"),
+    "hf beit step by step": hf_step_by_step("hf beit"),
+    "hf dinov2 registers step by step": hf_step_by_step("hf dinov2 registers"),
+}
+
+CATALOG: dict[str, Entry] = TIMM | TRANSFORMERS | OPEN_CLIP | TORCHVISION | STEP_BY_STEP
 
 # One of each kind: plain, another library's, rotary, with a positional bias, nn.MultiheadAttention.
 FEW = ["timm vit", "hf dinov2 registers", "timm dinov3", "timm beit", "hf beit", "open_clip vit"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from authors_models import Authors, MixedAfterwards, OverChannels, TalkingHeads, UsedTwice
 from catalog import timm_model
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
@@ -92,13 +93,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "mixer": (
         timm_plain("mixer_s16_224", img_size=64),
-        r"MlpMixer .*block 0 made no call of scaled-dot-product attention",
+        r"MlpMixer .*block 0 made no attention that vitreg sees.* Other kinds",
     ),
-    "xcit": (
-        small("xcit_nano_12_p16_224"),
-        r"Xcit .*no call of scaled-dot-product attention.* Other kinds",
-    ),
-    "cait": (small("cait_xxs24_224"), r"Cait .*no call of scaled-dot-product attention.* Other kinds"),
+    "xcit": (small("xcit_nano_12_p16_224"), r"Xcit .*over channels, not over tokens \(cross-covariance\)"),
+    "cait": (small("cait_xxs24_224"), r"Cait .*changes its attention by 'permute' between q k\^T and"),
+    "heads mixed before the softmax": (partial(Authors, TalkingHeads), "changes its attention by 'permute'"),
+    "heads mixed after the softmax": (partial(Authors, MixedAfterwards), "changes its attention by 'einsum'"),
+    "cross-covariance": (partial(Authors, OverChannels), "over channels, not over tokens"),
+    "weights used twice": (partial(Authors, UsedTwice), "block 0 computes attention 2 times"),
     "differential attention": (
         small("vit_dpwee_patch16_reg1_gap_256"),
         r"block 0 computes attention 2 times, not once",

@@ -95,6 +95,9 @@ class Reference:
         return (activation,)
 
 
+MASKING = ("add", "add_", "where", "masked_fill", "baddbmm")
+
+
 class _Padded(TorchFunctionMode):
     """Positional biases and masks with a 0 (or True) wherever a register stands."""
 
@@ -114,7 +117,35 @@ class _Padded(TorchFunctionMode):
                 for row, t in enumerate(self.own):
                     wide[..., t, self.own] = mask[..., row if mask.shape[-2] > 1 else 0, :]
                 kwargs["attn_mask"] = wide
+        if func.__name__ in MASKING:
+            args = self._padded_masks(func.__name__, args, tokens)
         return func(*args, **kwargs)
+
+    def _padded_masks(self, name: str, args: Any, tokens: int) -> Any:
+        """The masks and biases (..., n or 1, n) of attention step by step."""
+        sizes = [x.shape[-1] for x in args if isinstance(x, Tensor) and x.dim() > 1]
+        if tokens not in sizes and name != "baddbmm":
+            return args
+        return [
+            self._padded(x, tokens, name == "where")
+            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-2:].numel() in (self.n**2, self.n)
+            and x.shape[-1] == self.n else x
+            for x in args
+        ]  # fmt: skip
+
+    @property
+    def n(self) -> int:
+        return len(self.own)
+
+    def _padded(self, mask: Tensor, tokens: int, keep: bool) -> Tensor:
+        rows = tokens if mask.shape[-2] > 1 else 1
+        wide = mask.new_full((*mask.shape[:-2], rows, tokens), keep)
+        if rows == 1:
+            wide[..., self.own] = mask
+            return wide
+        for row, t in enumerate(self.own):
+            wide[..., t, self.own] = mask[..., row, :]
+        return wide
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from authors_models import Authors
 from catalog import CATALOG, Truth, built, images
 from looking import footprint, image_with_and_without_a_change, most_changed, removing, same, tensors
 from torch import Tensor, nn
@@ -58,10 +59,28 @@ class AttentionResults(TorchFunctionMode):
         return result
 
 
+class Softmaxes(TorchFunctionMode):
+    """Keeps what each softmax of a model gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.__name__ == "softmax":
+            self.results.append(result)
+        return result
+
+
 def eager_attention(vit: vitreg.Backbone, batch: Tensor) -> Tensor:
     """(l, b, h, n, n) attention of a copy of the model, as its own library computes it step by step."""
     model = copy.deepcopy(vit.model)
     maps: list[Tensor] = []
+    if isinstance(model, Authors):
+        with Softmaxes() as softmaxes, torch.no_grad():
+            model(batch)
+        return torch.stack([x.reshape(len(batch), -1, *x.shape[-2:]) for x in softmaxes.results])
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
     hooks = [

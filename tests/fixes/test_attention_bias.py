@@ -14,7 +14,7 @@ from vitreg.errors import FixError
 from vitreg.fixes import TestTimeRegisters
 from vitreg.fixes.attention_bias import AttentionBias, _OneMoreKey
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.hooks.attention import intercept
+from vitreg.hooks.attention_mode import intercept
 
 NEURONS = RegisterNeurons.of({0: [1, 5], 1: [0, 7, 9]})
 SOME = ["timm vit", "timm dinov3", "timm beit", "hf clip", "hf siglip2", "open_clip vit", "torchvision vit"]

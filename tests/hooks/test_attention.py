@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import intercept
 
 B, H, N, C = 2, 4, 6, 8
 ROWS = torch.tensor([4, 0, 5])

@@ -86,28 +86,10 @@ def test_a_model_with_compiled_blocks_is_refused() -> None:
     refused(model, "blocks.1 is compiled with torch.compile")
 
 
-def test_step_by_step_attention_is_refused_in_timm() -> None:
+def test_one_block_without_attention_is_refused() -> None:
     model = module()
-    for block in model.get_submodule("blocks"):
-        block.attn.fused_attn = False
-    refused(
-        model, r"block 0 made no call of scaled-dot-product attention.*timm.layers.set_fused_attn\(True\)"
-    )
-
-
-def test_step_by_step_attention_is_refused_in_transformers() -> None:
-    model = module("hf dinov2")
-    model.set_attn_implementation("eager")
-    refused(
-        model,
-        r"block 0 made no call of scaled-dot-product attention.*model.set_attn_implementation\('sdpa'\)",
-    )
-
-
-def test_one_block_with_step_by_step_attention_is_refused() -> None:
-    model = module()
-    model.get_submodule("blocks.2.attn").fused_attn = False
-    refused(model, "block 2 made no call of scaled-dot-product attention")
+    model.get_submodule("blocks.2.attn").forward = lambda x, **kwargs: x
+    refused(model, r"block 2 made no attention that vitreg sees.*model.set_attn_implementation\('sdpa'\)")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -10,7 +10,7 @@ from phantoms import crops
 
 import vitreg
 from vitreg.fixes.neurons import RegisterNeurons
-from vitreg.hooks.attention import intercept
+from vitreg.hooks.attention_mode import intercept
 from vitreg.models.head import find_readout
 from vitreg.studies.noop import _centred, _others, _seen, _value_reader, _visibility, _Without, noop_test
 

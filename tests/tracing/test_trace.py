@@ -234,22 +234,27 @@ def test_a_pass_that_stops_early_does_not_mix_with_the_one_before(vit: vitreg.Ba
 
 
 @pytest.mark.parametrize("name", ["timm dinov2", "hf dinov2"])
-def test_step_by_step_attention_is_refused(name: str) -> None:
+def test_attention_that_became_step_by_step_is_read_all_the_same(name: str) -> None:
     vit = CATALOG[name].backbone()
+    with torch.no_grad(), vitreg.trace(vit, attention="full") as fused:
+        vit(images(vit))
     if name.startswith("hf"):
         vit.model.set_attn_implementation("eager")
     else:
         vit.model.blocks[1].attn.fused_attn = False
+    with torch.no_grad(), vitreg.trace(vit, attention="full") as t:
+        vit(images(vit))
+    torch.testing.assert_close(t.attention, fused.attention, atol=1e-5, rtol=0)
+
+
+def test_attention_that_became_another_kind_is_refused() -> None:
+    vit = CATALOG["timm vit"].backbone()
+    vit.model.blocks[1].attn.forward = lambda x, **kwargs: x.mean(1, keepdim=True).expand_as(x)
     with vitreg.trace(vit) as t:
         vit(images(vit))
     assert t.norms.shape == (3, 2, 21)  # these need no attention
-    with (
-        vitreg.trace(vit, attention="cls"),
-        pytest.raises(
-            UnsupportedModelError,
-            match=r"block \d made no call of scaled-dot-product attention.*set_attn",
-        ),
-    ):
+    reason = r"block 1 made no attention that vitreg sees.*set_attn"
+    with vitreg.trace(vit, attention="cls"), pytest.raises(UnsupportedModelError, match=reason):
         vit(images(vit))
 
 

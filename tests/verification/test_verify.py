@@ -200,7 +200,7 @@ def test_attention_is_read_behind_what_a_fix_inserts(name):
     fix = TestTimeRegisters({LAYER: [3]}, registers=2)
     with fix.applied_to(vit):
         look = summarise(vit, photos, find_readout(vit))
-        from vitreg.hooks.attention import intercept
+        from vitreg.hooks.attention_mode import intercept
 
         with intercept(lambda call: calls.append(call.rows(slice(None)))), torch.no_grad():
             vit(photos)

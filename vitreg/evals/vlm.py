@@ -30,7 +30,8 @@ from vitreg.errors import UnsupportedModelError
 from vitreg.evals.outlier_masks import outlier_masks, outlier_notes, unfixed_diagnosis
 from vitreg.evals.result import Metric, Result, concluded
 from vitreg.features.config import Config
-from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone
 from vitreg.models.loading import load_vlm

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from vitreg.fixes.base import applied
-from vitreg.hooks.attention import AttentionCall, MultiheadCall, intercept
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import has_hooks, is_compiled, pre_hooks
@@ -152,9 +153,8 @@ def _attention(vit: Backbone) -> str:
     calls: list[AttentionCall] = []
     with evaluating(vit.model), intercept(calls.append):
         vit(torch.zeros(1, 3, *vit.image_size))
-    multihead = any(isinstance(call, MultiheadCall) for call in calls)
-    kind = "nn.MultiheadAttention" if multihead else "scaled_dot_product_attention"
-    return f"{kind}, {'with a mask or positional bias' if vit.anatomy.masked else 'without a mask or bias'}"
+    kinds = " and ".join(sorted({call.kind for call in calls}))
+    return f"{kinds}, {'with a mask or positional bias' if vit.anatomy.masked else 'without a mask or bias'}"
 
 
 def wrappers(model: nn.Module) -> list[str]:

@@ -27,8 +27,9 @@ from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import TestTimeRegisters
 from vitreg.hooks.attention import AttentionCall, MultiheadCall
+from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.block_edit import BlockEdit, Inner
-from vitreg.hooks.inside_block import BlockInterceptor, within
+from vitreg.hooks.inside_block import within
 from vitreg.hooks.neuron_edit import edited
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -158,58 +159,36 @@ class _BiasEdit(BlockEdit):
         self.hooked = down if len(self.index) else None
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        run = partial(within, _OneMoreKey(self.key, self.value), partial(inner, x, args, kwargs))
+        run = partial(within, _OneMoreKey(self.key, self.value, len(x)), partial(inner, x, args, kwargs))
         return edited(block, self.down, self._silence, run) if len(self.index) else run()
 
     def _silence(self, activation: Float[Tensor, "b n f"]) -> Float[Tensor, "b n f"]:
         return activation.index_fill(-1, self.index.to(activation.device), 0)
 
 
-class _OneMoreKey(BlockInterceptor):
+class _OneMoreKey(AttentionMode):
     """Attention with a key and value that belong to no token, behind those of the tokens."""
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
+    def __init__(self, key: Tensor, value: Tensor, images: int | None = None) -> None:
+        super().__init__(images)
         self._key, self._value = key, value
 
-    def _attend(
-        self,
-        func: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        _refuse_causal(is_causal)
-        return func(query, *self._extended(key, value, attn_mask), dropout_p, **kwargs)
-
-    def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """nn.MultiheadAttention has such a key built in: bias_k and bias_v, its 8th and 9th argument.
-
-        Only a compiled graph goes that way. Elsewhere somebody may be watching, and is to see the key.
-        """
-        _refuse_causal(kwargs.get("is_causal", False))
-        if torch.compiler.is_compiling() or kwargs.get("need_weights", True):
-            key, value = (constant.to(args[0]).flatten()[None, None] for constant in (self._key, self._value))
-            return func(*args[:7], key, value, *args[9:], **kwargs)
-        call, (dropout, out_weight, out_bias) = MultiheadCall(*args, **kwargs), args[10:13]
-        dropout = dropout if kwargs.get("training", True) else 0.0
-        mixed = self._attend(
-            F.scaled_dot_product_attention, call.q, call.k, call.v, call.mask, dropout, scale=call.scale
-        )
-        return F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
-
-    def _extended(
-        self, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and a mask or bias (..., n, n) with one key more, which is hidden from nobody."""
-        if mask is not None:
-            mask = mask.expand(*mask.shape[:-1], key.shape[-2])
+    def attend(self, call: AttentionCall) -> Float[Tensor, "*b h n e"]:
+        _refuse_causal(call.causal or (isinstance(call, MultiheadCall) and call.given.is_causal))
+        mask = call.mask
+        if mask is not None:  # it hides the new key from nobody
+            mask = mask.expand(*mask.shape[:-1], call.k.shape[-2])
             mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-        return _appended(key, self._key), _appended(value, self._value), mask
+        return call.compute(
+            mask, keys=partial(_appended, constant=self._key), values=partial(_appended, constant=self._value)
+        )
+
+    def weights(self, call: AttentionCall) -> Float[Tensor, "*b h n m"]:
+        """The rows over the tokens alone: what is missing to 1 goes to the new key."""
+        logits = call.logits(slice(None))
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        new = call.q.float() @ self._key.to(call.q.device)[..., None].float() * scale
+        return torch.cat([logits, new], -1).softmax(-1)[..., :-1]
 
 
 def _refuse_causal(causal: bool) -> None:

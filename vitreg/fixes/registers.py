@@ -186,7 +186,7 @@ class RegisterEdit(BlockEdit):
         masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
         run = partial(inner, x, args, kwargs)
         if masked:
-            run = partial(within, BlockInterceptor(self.own, start + self.inserted - self.own), run)
+            run = partial(within, BlockInterceptor(len(x), self.own, start + self.inserted - self.own), run)
         if self.neurons is not None:
             move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
             run = partial(edited, block, self.down, move, run)

@@ -14,7 +14,7 @@ The fork costs nothing where it happens: in that block the grid's token becomes 
 neurons are zeroed), and the original is the copy plus what those neurons would have written.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.calibration import calibrate_thresholds
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
-from vitreg.hooks.attention import AttentionCall, MultiheadCall, SdpaCall
+from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.block_edit import BlockEdit, Inner
 from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.inside_block import BlockInterceptor, within
@@ -255,7 +255,7 @@ class _Forked(BlockInterceptor):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
     def __init__(self, fork: Fork, start: int, n: int) -> None:
-        super().__init__(start, fork.position.shape[1])
+        super().__init__(fork.position.shape[0], start, fork.position.shape[1])
         self._fork, self._tokens = fork, n
         self._shown = ExitStack()
 
@@ -269,55 +269,36 @@ class _Forked(BlockInterceptor):
         self._shown.close()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def _attend(
-        self,
-        func: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        n = self._tokens
-        mask = None if attn_mask is None else self._rows_for_copies(attn_mask)
-        with self._shown_to_watchers(
-            lambda: SdpaCall(query, key, value, self._columns_for_copies(mask), *rest, **kwargs)
-        ):
-            return func(query, key[..., :n, :], value[..., :n, :], mask, *rest, **kwargs)
-
-    def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if kwargs.get("attn_mask") is not None:
-            raise UnsupportedModelError(
-                "token splitting in nn.MultiheadAttention with a mask is not supported. Use test-time"
-                " registers."
-            )
-        query, key, value, *rest = args
-        with self._shown_to_watchers(lambda: MultiheadCall(*args, **kwargs)):
-            return func(query, key[: self._tokens], value[: self._tokens], *rest, **kwargs)
-
-    def _shown_to_watchers(self, call: Callable[[], AttentionCall]) -> Any:
-        if torch.compiler.is_compiling():
-            return nullcontext()
-        return observed_as(lambda: ReorderedAttention(call(), self._order, self._absent))
-
-    def _columns_for_copies(self, mask: Tensor | None) -> Tensor | None:
-        """What the bias would be if copies could be attended to, for watchers."""
-        if mask is None or mask.shape[-1] != self._tokens:
+    def mask(self, mask: Tensor, keys: int) -> Tensor:
+        """A mask or bias with rows and columns for the copies: those of the tokens they are copies of."""
+        n, position = self._tokens, self._fork.position
+        if mask.shape[-1] != n:
             return mask
-        mask = mask[(None,) * (4 - mask.dim())].expand(self._fork.position.shape[0], -1, -1, -1)
-        columns = self._fork.position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        mask = mask[(None,) * (4 - mask.dim())].expand(position.shape[0], -1, -1, -1)
+        if mask.shape[-2] == n:  # neither one row for all, nor one that came widened as positional tables do
+            rows = position[:, None, :, None].expand(-1, mask.shape[1], -1, n)
+            mask = torch.cat([mask, mask.gather(2, rows)], 2)
+        columns = position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
         return torch.cat([mask, mask.gather(3, columns)], 3)
 
-    def _rows_for_copies(self, mask: Tensor) -> Tensor:
-        """A mask or positional bias with the rows of the copies: those of the tokens they are copies of."""
-        n, position = self._tokens, self._fork.position
-        mask = mask[..., :n]
-        if mask.shape[-2] != n:
-            return mask  # one row for all, or one that was widened with the positional tables
-        mask = mask[(None,) * (4 - mask.dim())].expand(position.shape[0], -1, -1, -1)
-        rows = position[:, None, :, None].expand(-1, mask.shape[1], -1, n)
-        return torch.cat([mask, mask.gather(2, rows)], 2)
+    def attend(self, call: AttentionCall) -> Float[Tensor, "b h n e"]:
+        mask = None if call.mask is None else call.mask[..., : self._tokens]
+        with self._shown_to_watchers(call):
+            return call.compute(mask, keys=self._of_tokens, values=self._of_tokens)
+
+    def weights(self, call: AttentionCall) -> Float[Tensor, "b h n m"]:
+        mask = torch.zeros(call.tokens, device=call.q.device)
+        mask[self._tokens :] = -torch.inf
+        return (call.logits(slice(None)) + mask).softmax(-1)
+
+    def _of_tokens(self, x: Float[Tensor, "b h m c"]) -> Float[Tensor, "b h n c"]:
+        """Keys or values without those of the copies."""
+        return x[..., : self._tokens, :]
+
+    def _shown_to_watchers(self, call: AttentionCall) -> Any:
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return observed_as(lambda: ReorderedAttention(call, self._order, self._absent))
 
 
 def _at(x: Float[Tensor, "b n d"], position: Int[Tensor, "b c"]) -> Float[Tensor, "b c d"]:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from vitreg.hooks.attention_mode import AttentionMode
 
 
-class BlockInterceptor(TorchFunctionMode):
+class BlockInterceptor(AttentionMode):
     """Entered around a block's own forward, in one thread, gone with it whatever happens.
 
     Where `inserted` tokens stand at `start` that the model does not know of (those of fixes further out
@@ -22,48 +23,16 @@ class BlockInterceptor(TorchFunctionMode):
     masked for every other token.
     """
 
-    def __init__(self, start: int = 0, inserted: int = 0) -> None:
-        super().__init__()
+    def __init__(self, images: int, start: int = 0, inserted: int = 0) -> None:
+        super().__init__(images)
         self._start, self._inserted = start, inserted
 
-    def __torch_function__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(func, *args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._attend_multihead(func, args, kwargs)
+    def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._inserted and func is F.interpolate:
             return self._interpolate(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        return super()._other(func, args, kwargs)
 
-    # Parameters have the names that callers may use.
-
-    def _attend(
-        self,
-        func: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if attn_mask is not None:
-            attn_mask = self._widened(attn_mask, key.shape[-2])
-        return func(query, key, value, attn_mask, *rest, **kwargs)
-
-    def _attend_multihead(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """nn.MultiheadAttention, whose tokens are the first axis."""
-        mask, keys = kwargs.get("attn_mask"), args[1].shape[0]
-        if mask is not None and mask.dtype == torch.bool:  # here it says what to ignore, not what to keep
-            kwargs = kwargs | {"attn_mask": ~self._widened(~mask, keys)}
-        elif mask is not None:
-            kwargs = kwargs | {"attn_mask": self._widened(mask, keys)}
-        return func(*args, **kwargs)
-
-    def _widened(self, mask: Tensor, keys: int) -> Tensor:
+    def mask(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""
         if mask.shape[-1] + self._inserted != keys:
             return mask
@@ -84,7 +53,7 @@ class BlockInterceptor(TorchFunctionMode):
         return input if known and input.shape[1] == 1 else func(input, size, *rest, **kwargs)
 
 
-def within(mode: BlockInterceptor, run: Callable[[], Float[Tensor, "b n d"]]) -> Float[Tensor, "b n d"]:
+def within(mode: AttentionMode, run: Callable[[], Float[Tensor, "b n d"]]) -> Float[Tensor, "b n d"]:
     """What `run` returns with a mode entered."""
     with mode:
         return run()

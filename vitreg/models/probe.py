@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
-from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.stream import Stream, tensors_in
 from vitreg.models.block_calls import BlockCalls
 from vitreg.models.down_projection import (
@@ -32,9 +33,10 @@ Forward = Callable[[Tensor], Any]
 
 PASS_AN_ANATOMY = "Pass an Anatomy to override."
 NO_ATTENTION_SEEN = (
-    "made no call of scaled-dot-product attention. If it computes such attention step by step, select a fused"
-    " kernel: model.set_attn_implementation('sdpa') in transformers, timm.layers.set_fused_attn(True) before"
-    " building in timm. Other kinds of attention, or none, are not supported"
+    "made no attention that vitreg sees: scaled_dot_product_attention, nn.MultiheadAttention, or softmax(q"
+    " k^T) v step by step. If a library's own kernel computes it, select PyTorch's:"
+    " model.set_attn_implementation('sdpa') in transformers, say. Other kinds of attention, or none, are not"
+    " supported"
 )
 IMAGES = 3  # of a probe: two different ones, and the first again
 
@@ -114,7 +116,7 @@ class Probe:
         with ExitStack() as stack, evaluating(self.model):
             for hook in self._hooks():
                 stack.callback(hook.remove)
-            stack.enter_context(intercept(self._saw_attention))
+            self._seeing = stack.enter_context(intercept(self._saw_attention, IMAGES))
             try:
                 forward(images)
             except Exception as error:
@@ -354,15 +356,30 @@ class Probe:
         for index in range(self.depth):
             shapes = [shape for block, shape in self.attention if block == index]
             if not shapes:
-                raise self._unsupported(f"block {index} {NO_ATTENTION_SEEN}")
+                raise self._unsupported(f"block {index} {self._why_no_attention()}")
             if len(shapes) > 1:
                 raise self._unsupported(f"block {index} computes attention {len(shapes)} times, not once")
+            if len(shapes[0]) == 4 and shapes[0][2] != self.tokens == shapes[0][3]:
+                raise self._unsupported(
+                    f"attention in block {index} is over channels, not over tokens (cross-covariance), so"
+                    " that no token attends to another"
+                )
             if len(shapes[0]) != 4 or shapes[0][0] != IMAGES or shapes[0][2] != self.tokens:
                 raise self._unsupported(
                     f"attention in block {index} has queries of shape {shapes[0]}, not (b, heads,"
                     f" {self.tokens} tokens, channels). Windowed models cannot carry extra tokens"
                 )
         return self.attention[0][1][1]
+
+    def _why_no_attention(self) -> str:
+        """What a block does in place of attention."""
+        changed = self._seeing.steps.changed
+        if not changed:
+            return NO_ATTENTION_SEEN
+        return (
+            f"changes its attention by {changed!r} between q k^T and the product with the values (heads that"
+            " are mixed, say), which vitreg cannot follow"
+        )
 
     def _unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
         kind = type(self.model).__name__

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.attention import intercept
+from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.hooked import hooked
 from vitreg.models.backbone import Backbone

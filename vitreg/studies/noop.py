@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vitreg.data.batches import Batch, pixels_of
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import FixError, ImageError
 from vitreg.fixes.neurons import RegisterNeurons
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.hooked import hooked
 from vitreg.hooks.weights import dense_weight
 from vitreg.intervals import Estimate
@@ -217,11 +217,11 @@ def _others(outliers: Bool[Tensor, "b p"], seed: int) -> Bool[Tensor, "b p"]:
     return chosen
 
 
-class _Without(TorchFunctionMode):
+class _Without(AttentionMode):
     """From block `first` on, nothing of the marked tokens reaches others: values of 0, or no keys at all."""
 
     def __init__(self, vit: Backbone, marked: Bool[Tensor, "b n"], first: int, silenced: bool) -> None:
-        super().__init__()
+        super().__init__(len(marked))
         self._marked, self._silenced = marked, silenced
         self._blocks, self._first, self._active = vit.anatomy.block_modules(vit.model), first, False
 
@@ -237,42 +237,15 @@ class _Without(TorchFunctionMode):
     def _start(self, module: nn.Module, args: Any) -> None:
         self._active = True
 
-    def __torch_function__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._active and func is F.scaled_dot_product_attention:
-            return self._attend(func, *args, **kwargs)
-        if self._active and func is F.multi_head_attention_forward:
-            return self._attend_multihead(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attend(
-        self, func: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **kwargs: Any
-    ) -> Any:
-        kept = ~self._marked[:, None, None, :]  # (b, 1, 1, n)
+    def attend(self, call: AttentionCall) -> Float[Tensor, "b h n e"] | None:
+        if not self._active:
+            return None
+        reaching = ~self._marked[:, None, None, :]  # (b, 1, 1, n)
         if self._silenced:
-            v = v * kept.transpose(-2, -1)
-        elif attn_mask is None:
-            attn_mask = kept
-        elif attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask & kept
-        else:
-            attn_mask = attn_mask.masked_fill(~kept, -torch.inf)
-        return func(q, k, v, attn_mask, *rest, **kwargs)
-
-    def _attend_multihead(self, func: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> Any:
-        if self._silenced:
-            # What this function projects to a value of 0: arguments come before the in-projection.
-            weight, bias = rest[2].chunk(3)[2], rest[3]
-            zero = v.new_zeros(v.shape[-1])
-            if bias is not None:
-                zero = torch.linalg.lstsq(weight.double(), -bias.chunk(3)[2].double()[:, None]).solution[:, 0]
-            v = torch.where(self._marked.T[..., None], zero.to(v), v)  # (n, b, d)
-        else:
-            ignored = torch.zeros(self._marked.shape, dtype=q.dtype, device=q.device)
-            kwargs = kwargs | {"key_padding_mask": ignored.masked_fill(self._marked, -torch.inf)}
-        return func(q, k, v, *rest, **kwargs)
+            return call.compute(call.mask, values=lambda v: v * reaching.transpose(-2, -1))
+        if call.mask is None or call.mask.dtype == torch.bool:
+            return call.compute(reaching if call.mask is None else call.mask & reaching)
+        return call.compute(call.mask.masked_fill(~reaching, -torch.inf))
 
 
 # -- of the weights --------------------------------------------------------------------------------

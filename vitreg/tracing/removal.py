@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.models.backbone import Backbone
 
 
@@ -75,14 +75,14 @@ def without_mlps(vit: Backbone, layers: Sequence[int], where: Where) -> Iterator
         yield
 
 
-class without_attention(TorchFunctionMode):  # noqa: N801 - used as a verb, like torch.no_grad
+class without_attention(AttentionMode):  # noqa: N801 - used as a verb, like torch.no_grad
     """In some blocks (0-based), patches get what attention gives to ordinary ones, on average.
 
     It is the mix of values that is replaced, before the output projection; keys and values stay.
     """
 
     def __init__(self, vit: Backbone, layers: Sequence[int], where: Where) -> None:
-        super().__init__()
+        super().__init__(len(where.at))
         blocks = vit.anatomy.block_modules(vit.model)
         self._blocks, self._where, self._inside = [blocks[layer] for layer in layers], where, False
         self._hooks = ExitStack()
@@ -101,15 +101,10 @@ class without_attention(TorchFunctionMode):  # noqa: N801 - used as a verb, like
     def _says(self, inside: bool) -> Callable[..., None]:
         return _in_this_thread(lambda *seen: setattr(self, "_inside", inside))
 
-    def __torch_function__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._inside and func is F.scaled_dot_product_attention:  # (b, h, n, c)
-            return self._where.averaged(result.transpose(1, 2)).transpose(1, 2)
-        if self._inside and func is F.multi_head_attention_forward:  # (n, b, d), weights
-            return self._where.averaged(result[0].transpose(0, 1)).transpose(0, 1), *result[1:]
-        return result
+    def attend(self, call: AttentionCall) -> Float[Tensor, "b h n e"] | None:
+        if not self._inside:
+            return None
+        return self._where.averaged(call.compute(call.mask).transpose(1, 2)).transpose(1, 2)
 
 
 def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

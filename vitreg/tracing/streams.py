@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
-from vitreg.hooks.attention import AttentionCall, intercept
+from vitreg.hooks.attention import AttentionCall
+from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import tensors_in
 from vitreg.hooks.token_order import in_order, shown
@@ -87,7 +88,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         downs = anatomy.down_projections(model)
         hooks: list[Any] = [model.register_forward_pre_hook(self._given, with_kwargs=True)]
         for layer, block in enumerate(self._blocks):
-            hooks.append(block.register_forward_pre_hook(partial(self._entered, layer)))
+            hooks.append(block.register_forward_pre_hook(partial(self._entered, layer), with_kwargs=True))
             hooks.append(block.register_forward_hook(partial(self._left, layer)))
             if self._on_neurons:
                 hooks.append(
@@ -98,7 +99,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         for hook in hooks:
             self._stack.callback(hook.remove)
         if self._on_attention:
-            self._stack.enter_context(intercept(self._attention))
+            self._seeing = self._stack.enter_context(intercept(self._attention))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -124,9 +125,11 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         elif tables:
             self.layout = replace(self.layout, grid=_one_grid(tables[0]))
 
-    def _entered(self, layer: int, module: nn.Module, args: Any) -> None:
+    def _entered(self, layer: int, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if self._ours():
             self._inside, self._attended, self._layer = layer, False, layer
+            if self._on_attention and kwargs is not None:
+                self._seeing.steps.images = len(self._vit.anatomy.stream.of_call(args, kwargs))
             self._inner.pop(layer, None)
             if layer == 0 and self._on_start:
                 self._on_start()
@@ -136,6 +139,8 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
             return
         residual = self._vit.anatomy.stream.of_output(output)
         self._inside = None
+        if self._on_attention:
+            self._seeing.steps.forget()
         self._check(layer, residual.shape[1])
         if self._on_block:
             self._on_block(layer, residual.detach())
