@@ -160,13 +160,15 @@ class SequenceFirst(nn.Module):
 class Authors(nn.Module):
     """A plain ViT of `DEPTH` blocks with a CLS token, around an attention; `first`: tokens before images."""
 
-    def __init__(self, attention: Any = Attention, first: bool = False, block: Any = Block) -> None:
+    def __init__(
+        self, attention: Any = Attention, first: bool = False, block: Any = Block, grid: Any = GRID
+    ) -> None:
         super().__init__()
         self.first = first
         self.patch_embed = nn.Conv2d(3, WIDTH, 8, 8)
-        self.image_size = (GRID[0] * 8, GRID[1] * 8)
+        self.image_size = (grid[0] * 8, grid[1] * 8)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(torch.zeros(1, TOKENS, WIDTH))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], WIDTH))
         self.blocks = nn.ModuleList(block(attention()) for _ in range(DEPTH))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import authors_models
+import rotary_models
 import torch
 from torch import Tensor, nn
 
@@ -369,6 +370,11 @@ STEP_BY_STEP = {
     "authors einsum": authors(attention=authors_models.Einsum),
     "authors folded heads": authors(attention=authors_models.Folded),
     "authors where": authors(attention=authors_models.Where),
+    "authors rotary halves": authors(attention=rotary_models.Halves),
+    "authors rotary centred": authors(attention=rotary_models.Centred),
+    "authors rotary interleaved": authors(attention=rotary_models.Interleaved),
+    "authors rotary complex": authors(attention=rotary_models.Complex),
+    "authors added positions": authors(attention=rotary_models.Added),
     "timm beit step by step": timm_step_by_step("timm beit"),
     "timm dinov3 step by step": timm_step_by_step("timm dinov3"),
     "hf beit step by step": hf_step_by_step("hf beit"),

@@ -97,10 +97,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "xcit": (small("xcit_nano_12_p16_224"), r"Xcit .*over channels, not over tokens \(cross-covariance\)"),
     "cait": (small("cait_xxs24_224"), r"Cait .*changes its attention by 'permute' between q k\^T and"),
-    "heads mixed before the softmax": (partial(Authors, TalkingHeads), "changes its attention by 'permute'"),
-    "heads mixed after the softmax": (partial(Authors, MixedAfterwards), "changes its attention by 'einsum'"),
-    "cross-covariance": (partial(Authors, OverChannels), "over channels, not over tokens"),
-    "weights used twice": (partial(Authors, UsedTwice), "block 0 computes attention 2 times"),
+    "heads mixed before the softmax": (
+        partial(Authors, TalkingHeads, grid=(8, 8)),
+        "changes its attention by 'permute'",
+    ),
+    "heads mixed after the softmax": (
+        partial(Authors, MixedAfterwards, grid=(8, 8)),
+        "changes its attention by 'einsum'",
+    ),
+    "cross-covariance": (partial(Authors, OverChannels, grid=(8, 8)), "over channels, not over tokens"),
+    "weights used twice": (partial(Authors, UsedTwice, grid=(8, 8)), "block 0 computes attention 2 times"),
     "differential attention": (
         small("vit_dpwee_patch16_reg1_gap_256"),
         r"block 0 computes attention 2 times, not once",

@@ -62,7 +62,7 @@ class Reference:
             removing(hooks),
             torch.no_grad(),
             _Padded(self),
-            _unrotated(blocks, self.inserted),
+            _unrotated(blocks, self.inserted, self.own),
         ):
             self.vit(image)
         return torch.stack(self.seen)
@@ -149,18 +149,30 @@ class _Padded(TorchFunctionMode):
 
 
 @contextmanager
-def _unrotated(blocks: list[nn.Module], more: int) -> Iterator[None]:
+def _unrotated(blocks: list[nn.Module], more: int, own: list[int]) -> Iterator[None]:
     """timm's rotary attention leaves as many of the first tokens unrotated as this integer says."""
     rotary = [
         m for block in blocks for m in block.modules() if isinstance(vars(m).get("num_prefix_tokens"), int)
     ]
     for module in rotary:
         module.num_prefix_tokens += more
+    authors = [m for block in blocks for m in block.modules() if hasattr(m, "rotate")]
+    for module in authors:
+        module.rotate = partial(_rotated_without, module.rotate, own)
     try:
         yield
     finally:
+        for module in authors:
+            del module.rotate
         for module in rotary:
             module.num_prefix_tokens -= more
+
+
+def _rotated_without(rotate: Callable[[Tensor], Tensor], own: list[int], x: Tensor) -> Tensor:
+    """(b, h, n, c) with positions at the model's own tokens alone."""
+    y = x.clone()
+    y[:, :, own] = rotate(x[:, :, own])
+    return y
 
 
 def reference(vit: vitreg.Backbone, *fixes: TestTimeRegisters, after_block_0: Any = None) -> Tensor:

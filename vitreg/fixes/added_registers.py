@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg.errors import FixError
+from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import applied, backbone_of
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.fixes.registers import RegisterEdit, TestTimeRegisters
@@ -43,6 +43,8 @@ def add_registers(
         raise ValueError(f"n={n}: expected 1 or more registers. A model without any is the model as it is.")
     vit = backbone_of(model)
     _refuse_twice(vit.model)
+    if vit.anatomy.no_registers:
+        raise UnsupportedModelError(f"{vit.name} has no room for registers: {vit.anatomy.no_registers}.")
     parameter = nn.Parameter(_initial(initial, n, vit))
     carry: CarriedTokens[Tensor] = CarriedTokens()
     blocks = vit.anatomy.block_modules(vit.model)

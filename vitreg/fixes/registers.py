@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.data.batches import Batch
-from vitreg.errors import FixError
+from vitreg.errors import FixError, UnsupportedModelError
 from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
@@ -142,7 +142,11 @@ class TestTimeRegisters(Fix):
                 f"registers enter before block {self.entry}, but the model has {vit.anatomy.depth} blocks."
                 " The fix was made for another model."
             )
-
+        if self.registers and vit.anatomy.no_registers:
+            raise UnsupportedModelError(
+                f"{vit.name} has no room for registers: {vit.anatomy.no_registers}. Use token splitting, or"
+                " registers=0, which zeroes the neurons."
+            )
         if self.initial == "given" and self.tensors["initial"].shape[1] != vit.anatomy.width:
             raise FixError(
                 f"initial values of width {self.tensors['initial'].shape[1]}, but the model's is"
@@ -168,7 +172,7 @@ class RegisterEdit(BlockEdit):
         self.start = first_patch(vit, layer)
         self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
-        self.masked = vit.anatomy.masked
+        self.masked = vit.anatomy.masked or vit.anatomy.counts_positions
         self.stream: Stream = vit.anatomy.stream
         self.neurons = fix.neurons.tensors(layer)
         self.hooked = None if self.neurons is None else self.down
@@ -183,10 +187,12 @@ class RegisterEdit(BlockEdit):
             registers = self._registers(x)
             before, after = x.split((start, patches), 1)
             x = torch.cat((before, registers, after), 1)
-        masked = self.inserted and (self.masked or given_mask(self.own + patches, args, kwargs))
+        tokens = self.own + patches  # of the model itself
+        masked = self.inserted and (self.masked or given_mask(tokens, args, kwargs))
         run = partial(inner, x, args, kwargs)
         if masked:
-            run = partial(within, BlockInterceptor(len(x), self.own, start + self.inserted - self.own), run)
+            more = start + self.inserted - self.own
+            run = partial(within, BlockInterceptor(x.shape[0], self.own, more, tokens), run)
         if self.neurons is not None:
             move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
             run = partial(edited, block, self.down, move, run)

@@ -32,7 +32,7 @@ from vitreg.fixes.base import Fix, first_patch
 from vitreg.fixes.calibration import calibrate_thresholds
 from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.attention import AttentionCall
-from vitreg.hooks.block_edit import BlockEdit, Inner
+from vitreg.hooks.block_edit import BlockEdit, Inner, without_edits
 from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.inside_block import BlockInterceptor, within
 from vitreg.hooks.neuron_edit import edited
@@ -40,11 +40,13 @@ from vitreg.hooks.stream import Stream
 from vitreg.hooks.token_order import ReorderedAttention, arranged, observed_as
 from vitreg.hooks.weights import is_affine, weight_columns
 from vitreg.models.backbone import Backbone
-from vitreg.models.probe import evaluating
+from vitreg.models.probe import evaluating, one_line
+from vitreg.models.room import attention_with, each_block
 from vitreg.models.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
 ROOM = 1.5
+TRIED = 3  # patches whose copies are tried where blocks make positions
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,61 @@ class TokenSplitting(Fix):
         marked, most = calibrate_thresholds(vit, images, neurons, feeders=feeders)
         return cls(marked, capacity=min(ROOM * most, 1.0))
 
+    def check(self, vit: Backbone) -> None:
+        super().check(vit)
+        if vit.anatomy.counts_positions:
+            _refuse_misplaced_copies(vit)
+
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
         carry: CarriedTokens[Fork] = CarriedTokens()
         layers = range(min(self.neurons.by_layer, default=vit.anatomy.depth), vit.anatomy.depth)
         _refuse_other_than_linear(vit, self.neurons)
         gains = write_gains(vit, list(self.neurons.by_layer))
         return {layer: _SplitEdit(self, vit, layer, carry, gains.get(layer)) for layer in layers}
+
+
+def _refuse_misplaced_copies(vit: Backbone) -> None:
+    """Copies of tokens that have all the same content must ask what the tokens ask that they are copies of."""
+    start, stream, heads = vit.anatomy.prefix + vit.anatomy.registers, vit.anatomy.stream, vit.anatomy.heads
+    failed: list[str] = []
+
+    def attempt(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
+        edit = _TrialFork(start, heads, stream)
+        try:
+            q = attention_with(edit, block, stream, args, kwargs).q.float()
+        except Exception as error:
+            failed.append(
+                f"block {index} fails with copies in it ({type(error).__name__}: {one_line(error)})"
+            )
+            return
+        tokens, copies = q.tensor_split([-TRIED], -2)
+        off = (tokens[..., start : start + TRIED, :] - copies).abs().max()
+        if off > 1e-3 * (1 + q.abs().max()):
+            failed.append(f"block {index} gives copies the positions of other tokens")
+
+    blocks = vit.anatomy.block_modules(vit.model)
+    with evaluating(vit.model), without_edits(vit.model), each_block(blocks, attempt):
+        vit(torch.zeros(1, 3, *vit.image_size))
+    if failed:
+        raise UnsupportedModelError(
+            f"{vit.name} cannot have its tokens split: {failed[0]}. Use test-time registers with registers=0,"
+            " which zeroes the neurons."
+        )
+
+
+class _TrialFork(BlockEdit):
+    """Copies of the first patches."""
+
+    def __init__(self, start: int, heads: int, stream: Stream) -> None:
+        self._start, self._heads, self.stream = start, heads, stream
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        n = x.shape[1]
+        position = torch.arange(TRIED, device=x.device).expand(x.shape[0], -1) + self._start
+        fork = Fork(position, torch.ones_like(position, dtype=torch.bool), _at(x, position))
+        args, kwargs = _with_rows_for_copies((args, kwargs), fork, n, self._start, self._heads)
+        wide = torch.cat([x, fork.original], 1)
+        return within(_Forked(fork, self._start, n), partial(inner, wide, args, kwargs))[:, :n]
 
 
 def _refuse_other_than_linear(vit: Backbone, neurons: RegisterNeurons) -> None:
@@ -157,7 +208,7 @@ class _SplitEdit(BlockEdit):
         n = x.shape[1]
         marker = self._marker(fork, n)
         if fork is not None:
-            args, kwargs = self._tables((args, kwargs), fork, n)
+            args, kwargs = _with_rows_for_copies((args, kwargs), fork, n, self.start, self.heads)
             x = torch.cat([_place(x, fork, fork.original), _at(x, fork.position)], 1)
         elif marker is None:
             return inner(x, args, kwargs)
@@ -196,28 +247,32 @@ class _SplitEdit(BlockEdit):
         columns = weight_columns(block.get_submodule(self.down), self.neurons.index, like)
         return columns * self.gain.to(like)[:, None]
 
-    def _tables(self, given: Any, fork: Fork, tokens: int) -> Any:
-        """Positional tables (rotary, say) that the model hands to the block, with rows for the copies."""
-        if isinstance(given, tuple | list):
-            return type(given)(self._tables(item, fork, tokens) for item in given)
-        if isinstance(given, dict):
-            return {name: self._tables(item, fork, tokens) for name, item in given.items()}
-        if not (
-            isinstance(given, Tensor)
-            and given.dim() >= 2
-            and given.shape[-2] in (tokens, tokens - self.start)
-        ):
-            return given
-        if given.dim() == 2 or (given.dim() == 3 and given.shape[0] == self.heads):
-            table = given.unsqueeze(0)
-        else:
-            table = given
-        if table.dim() == 3:
-            table = table.unsqueeze(1)
-        table = table.expand(fork.position.shape[0], -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
-        rows = fork.position - (tokens - given.shape[-2])
-        index = rows.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
-        return torch.cat([table, table.gather(2, index)], 2)
+
+def _with_rows_for_copies(given: Any, fork: Fork, tokens: int, start: int, heads: int) -> Any:
+    """Positional tables (rotary, say) that the model hands to a block, with rows for the copies."""
+    if isinstance(given, tuple | list):
+        return type(given)(_with_rows_for_copies(item, fork, tokens, start, heads) for item in given)
+    if isinstance(given, dict):
+        return {name: _with_rows_for_copies(item, fork, tokens, start, heads) for name, item in given.items()}
+    if not (isinstance(given, Tensor) and given.dim() >= 2 and given.shape[-2] in (tokens, tokens - start)):
+        return given
+    if given.dim() == 2 or (given.dim() == 3 and given.shape[0] == heads):
+        table = given.unsqueeze(0)
+    else:
+        table = given
+    if table.dim() == 3:
+        table = table.unsqueeze(1)
+    table = table.expand(fork.position.shape[0], -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
+    return torch.cat([table, _rows_at(table, 2, fork.position - (tokens - given.shape[-2]))], 2)
+
+
+def _rows_at(table: Tensor, axis: int, position: Int[Tensor, "b c"]) -> Tensor:
+    """What stands at some positions of an axis of (b, ...)."""
+    shape = [1] * table.dim()
+    shape[0], shape[axis] = position.shape
+    wanted = list(table.shape)
+    wanted[axis] = position.shape[1]
+    return table.gather(axis, position.clamp(min=0).reshape(shape).expand(wanted))
 
 
 class _Marker:
@@ -255,8 +310,8 @@ class _Forked(BlockInterceptor):
     """Copies ask, and are not asked: keys and values are those of the model's own n tokens."""
 
     def __init__(self, fork: Fork, start: int, n: int) -> None:
-        super().__init__(fork.position.shape[0], start, fork.position.shape[1])
-        self._fork, self._tokens = fork, n
+        super().__init__(fork.position.shape[0], start, fork.position.shape[1], n)
+        self._fork = fork
         self._shown = ExitStack()
 
     def __enter__(self) -> Any:
@@ -280,6 +335,14 @@ class _Forked(BlockInterceptor):
             mask = torch.cat([mask, mask.gather(2, rows)], 2)
         columns = position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
         return torch.cat([mask, mask.gather(3, columns)], 3)
+
+    def fit(self, table: Tensor, axis: int, like: Tensor, neutral: float) -> Tensor:
+        """A copy is where the token is that it is a copy of."""
+        table = table[(None,) * (like.dim() - table.dim())]
+        table = table.expand(like.shape[0], *[-1] * (table.dim() - 1))
+        position = self._fork.position - (self._tokens - table.shape[axis])
+        position = position.repeat_interleave(like.shape[0] // position.shape[0], 0)  # of folded heads
+        return torch.cat([table, _rows_at(table, axis, position)], axis)
 
     def attend(self, call: AttentionCall) -> Float[Tensor, "b h n e"]:
         mask = None if call.mask is None else call.mask[..., : self._tokens]

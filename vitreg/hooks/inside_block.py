@@ -1,4 +1,4 @@
-"""While a block runs: make room in attention's masks for tokens that the model does not know of.
+"""While a block runs: make room in masks and positions for tokens that the model does not know of.
 
 The mode costs Python time in every call that the block makes, so it is entered only where attention is
 rewritten. Neurons are edited without it (neuron_edit.py).
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
+from vitreg.hooks.position_tables import ELEMENTWISE, fitted, with_rows
 
 
 class BlockInterceptor(AttentionMode):
@@ -20,17 +21,28 @@ class BlockInterceptor(AttentionMode):
 
     Where `inserted` tokens stand at `start` that the model does not know of (those of fixes further out
     included), positional biases and masks are widened for them: a bias of 0, and masked for them is what is
-    masked for every other token.
+    masked for every other token. Tables of positions that the block makes for its own `tokens` leave them
+    where they are.
     """
 
-    def __init__(self, images: int, start: int = 0, inserted: int = 0) -> None:
+    def __init__(self, images: int, start: int = 0, inserted: int = 0, tokens: int = 0) -> None:
         super().__init__(images)
-        self._start, self._inserted = start, inserted
+        self._start, self._inserted, self._tokens = start, inserted, tokens
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self._inserted and func is F.interpolate:
+        if not self._inserted:
+            return super()._other(func, args, kwargs)
+        if func is F.interpolate:
             return self._interpolate(func, *args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ELEMENTWISE and not self.steps.follows(args):
+            args = fitted(name, args, self._inserted, self.fit)
         return super()._other(func, args, kwargs)
+
+    def fit(self, table: Tensor, axis: int, like: Tensor, neutral: float) -> Tensor:
+        """A table of positions for all tokens, or for those from some index on, with rows for the others."""
+        at = self._start - (self._tokens - table.shape[axis])
+        return table if at < 0 else with_rows(table, axis, at, self._inserted, neutral)
 
     def mask(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""

@@ -25,6 +25,7 @@ from vitreg.hooks.torch_internals import is_compiled
 from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
 from vitreg.models.patches import measure_patches
 from vitreg.models.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+from vitreg.models.room import room_for_registers
 
 _REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
 
@@ -79,10 +80,12 @@ class Anatomy:
     whose output is the patch grid before positions are added (None: not found, and what needs it is
     left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
     are given must agree with it. `padding` (height, width): pixels that the model adds to an image before it
-    cuts patches; without it, what does not fill a patch is left out. Also measured: `masked`, whether
-    attention has a mask or a positional bias; `stream`, where the blocks' calls and outputs hold the residual
-    stream; `head_error`, what the model raises after its last block when it is given images alone ("" if
-    nothing).
+    cuts patches; without it, what does not fill a patch is left out.
+
+    Also measured: `masked`, whether attention has a mask or a positional bias; `stream`, where the blocks'
+    calls and outputs hold the residual stream; `counts_positions`, whether a block makes positions for a
+    fixed number of tokens; `no_registers`, why no token can be added inside the blocks ("" where one can);
+    `head_error`, what the model raises after its last block when it is given images alone ("" if nothing).
     """
 
     blocks: str
@@ -98,6 +101,8 @@ class Anatomy:
     masked: bool = False
     padding: tuple[int, int] = (0, 0)
     stream: Stream = field(default_factory=Stream)
+    counts_positions: bool = False
+    no_registers: str = ""
     head_error: str = ""
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
@@ -138,7 +143,9 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     probe.run(forward)
     probe.check_stream()
     heads = probe.heads()
-    return _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+    anatomy = _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+    counts, refused = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
+    return replace(anatomy, counts_positions=counts, no_registers=refused)
 
 
 def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:

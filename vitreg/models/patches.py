@@ -131,7 +131,7 @@ def _sides_by_touch(probe: Probe, forward: Forward, grid: Pair) -> tuple[Pair, P
 
 def _tokens_reached(probe: Probe, forward: Forward, lines: list[Pair]) -> list[list[int]]:
     """The tokens that change with each line of pixels, (0, row) or (1, column)."""
-    images = probe._noise()[:1].repeat(len(lines) + 1, 1, 1, 1)
+    images = probe.noise()[:1].repeat(len(lines) + 1, 1, 1, 1)
     for image, (axis, place) in zip(images[1:], lines, strict=True):
         image.select(axis + 1, place).add_(CONTRAST)
     stream = probe.entering(forward, images)

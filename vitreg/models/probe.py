@@ -112,7 +112,7 @@ class Probe:
     # -- watching --------------------------------------------------------------------------------
 
     def run(self, forward: Forward) -> None:
-        images = self._noise()
+        images = self.noise()
         with ExitStack() as stack, evaluating(self.model):
             for hook in self._hooks():
                 stack.callback(hook.remove)
@@ -123,14 +123,14 @@ class Probe:
                 if not self.calls.inputs:
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} could not run on images of shape"
-                        f" {tuple(images.shape)} ({type(error).__name__}: {_one_line(error)}). Give vitreg"
+                        f" {tuple(images.shape)} ({type(error).__name__}: {one_line(error)}). Give vitreg"
                         " the vision encoder itself (of a larger model, its vision tower), a matching size,"
                         " or a `forward` that says how to call it."
                     ) from error
                 if len(self.calls.outputs) < self.depth:
                     raise
                 # Past the blocks: a head that wants more than images does not concern us.
-                self.head_error = f"{type(error).__name__}: {_one_line(error)}"
+                self.head_error = f"{type(error).__name__}: {one_line(error)}"
 
     def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
@@ -146,7 +146,7 @@ class Probe:
                     raise
         return streams[0]
 
-    def _noise(self) -> Tensor:
+    def noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.image_size, generator=generator)[[0, 1, 0]] * 2 - 1
         return images.to(device_of(self.model), dtype_of(self.model))
@@ -404,6 +404,6 @@ def _holds_blocks(module: nn.Module) -> bool:
     return any(min(map(count_linears, stack)) >= 4 for stack in stacks)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
