@@ -5,12 +5,13 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from catalog import CATALOG, images
+from catalog import CATALOG, STEP_BY_STEP, images
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -45,9 +46,25 @@ def marking(
 class Given(TorchFunctionMode):
     """Attention over keys and values from elsewhere (the reference's own mechanism)."""
 
-    def __init__(self, keys: list[Tensor], record: bool) -> None:
+    def __init__(self, keys: list[Tensor], record: bool, block: Any) -> None:
         super().__init__()
         self.keys, self.record = keys, record
+        self.authors = [module for module in block.modules() if hasattr(module, "mix")]
+
+    def __enter__(self) -> Any:
+        for module in self.authors:
+            module.mix = partial(self.mixed, module.mix)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for module in self.authors:
+            del module.mix
+
+    def mixed(self, mix: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.record:
+            self.keys += [k, v]
+        return mix(q, *self.keys)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -88,7 +105,7 @@ def reference(vit: vitreg.Backbone, batch: Tensor, fix: TokenSplitting) -> tuple
                 if stream is None and not any(marks):
                     continue
                 keys: list[Tensor] = []
-                with Given(keys, record=True):
+                with Given(keys, True, blocks[layer]):
                     blocks[layer](x, *args, **kwargs)
                 changed = x.clone()
                 if stream is not None:
@@ -101,7 +118,7 @@ def reference(vit: vitreg.Backbone, batch: Tensor, fix: TokenSplitting) -> tuple
                     return (activation,)
 
                 hook = downs[layer].register_forward_pre_hook(zero)
-                with Given(keys, record=False):
+                with Given(keys, False, blocks[layer]):
                     y = blocks[layer](changed, *args, **kwargs)
                 hook.remove()
                 stream = (y if isinstance(y, Tensor) else y[0])[image, token]
@@ -129,6 +146,7 @@ def reference(vit: vitreg.Backbone, batch: Tensor, fix: TokenSplitting) -> tuple
         "hf siglip2",
         "hf beit",
         "hf clip",
+        *(name for name in STEP_BY_STEP if name.startswith("authors")),
     ],
 )
 def test_copies_are_those_of_the_slow_reference(name):

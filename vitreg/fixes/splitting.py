@@ -109,7 +109,7 @@ class TokenSplitting(Fix):
 
 
 def _refuse_misplaced_copies(vit: Backbone) -> None:
-    """Copies of tokens that have all the same content must ask what the tokens ask that they are copies of."""
+    """Where all tokens have the same content, a copy must ask what the token asks that it is a copy of."""
     start, stream, heads = vit.anatomy.prefix + vit.anatomy.registers, vit.anatomy.stream, vit.anatomy.heads
     failed: list[str] = []
 
@@ -118,9 +118,8 @@ def _refuse_misplaced_copies(vit: Backbone) -> None:
         try:
             q = attention_with(edit, block, stream, args, kwargs).q.float()
         except Exception as error:
-            failed.append(
-                f"block {index} fails with copies in it ({type(error).__name__}: {one_line(error)})"
-            )
+            raised = f"{type(error).__name__}: {one_line(error)}"
+            failed.append(f"block {index} fails with copies in it ({raised})")
             return
         tokens, copies = q.tensor_split([-TRIED], -2)
         off = (tokens[..., start : start + TRIED, :] - copies).abs().max()
@@ -256,10 +255,8 @@ def _with_rows_for_copies(given: Any, fork: Fork, tokens: int, start: int, heads
         return {name: _with_rows_for_copies(item, fork, tokens, start, heads) for name, item in given.items()}
     if not (isinstance(given, Tensor) and given.dim() >= 2 and given.shape[-2] in (tokens, tokens - start)):
         return given
-    if given.dim() == 2 or (given.dim() == 3 and given.shape[0] == heads):
-        table = given.unsqueeze(0)
-    else:
-        table = given
+    of_all_images = given.dim() == 2 or (given.dim() == 3 and given.shape[0] == heads)
+    table = given.unsqueeze(0) if of_all_images else given
     if table.dim() == 3:
         table = table.unsqueeze(1)
     table = table.expand(fork.position.shape[0], -1, -1, -1)  # (b, 1 or h, tokens or patches, e)

@@ -48,15 +48,14 @@ def neutral(name: str, table: Tensor, axis: int) -> float:
 def _is_cosine(table: Shaped[Tensor, "..."], axis: int) -> bool:
     """Whether a table of rotary positions holds cosines, rather than sines.
 
-    A token at position 0 has a row of ones or of zeros. Where there is none, the slowest angles tell: they
-    hardly turn, so that their cosines stay near 1, while the mean of sines from 0 on is 0.73 at most.
+    The slowest channel tells, which hardly turns from token to token: its cosines stay near 1, its sines near
+    0. (So does a token at position 0, whose row is one of ones or of zeros.)
     """
     rows = table.movedim(axis, 0).flatten(1) if table.dim() > 1 else table[:, None]
-    if bool(((rows - 1).abs() < 1e-4).all(1).any()):
-        return True
-    if bool((rows.abs() < 1e-4).all(1).any()):
-        return False
-    return bool(rows.float().mean(0).max() > 0.75)
+    from_one, from_zero = (rows - 1).abs().float(), rows.abs().float()
+    if min(from_one.amax(1).min(), from_zero.amax(1).min()) < 1e-4:
+        return bool(from_one.amax(1).min() < from_zero.amax(1).min())
+    return bool(from_one.amax(0).min() < from_zero.amax(0).min())
 
 
 def with_rows(table: Tensor, axis: int, at: int, count: int, value: float) -> Tensor:

@@ -97,9 +97,13 @@ def joined(rounds: Sequence[RegisterNeurons]) -> RegisterNeurons:
     return neurons
 
 
-def registers_for(neurons: RegisterNeurons) -> TestTimeRegisters:
-    """Algorithm 2, for gated MLPs with the largest activation of either sign."""
-    return TestTimeRegisters(neurons, peak=_peak(neurons))
+def registers_for(vit: Backbone, neurons: RegisterNeurons) -> TestTimeRegisters:
+    """Algorithm 2, for gated MLPs with the largest activation of either sign.
+
+    Where blocks have no room for registers, the neurons are zeroed, which removes the outliers as well.
+    """
+    registers = 0 if vit.anatomy.no_registers else 1
+    return TestTimeRegisters(neurons, registers, peak=_peak(neurons))
 
 
 def calibrated_registers_for(
@@ -122,7 +126,7 @@ def splitting_for(
     """
     splits = [TokenSplitting.calibrate(vit, images, rounds[0])]
     for i in range(1, len(rounds)):
-        with registers_for(joined(rounds[:i])).applied_to(vit):
+        with registers_for(vit, joined(rounds[:i])).applied_to(vit):
             splits.append(TokenSplitting.calibrate(vit, images, rounds[i]))
     capacity = min(sum(split.capacity for split in splits), 1.0)
     return TokenSplitting(joined([split.neurons for split in splits]), capacity=capacity)
@@ -139,14 +143,18 @@ def choose(
     A test-time register cleans the attention that the model itself computes, but changes what every token
     reads. So the paper's single one is tried first, then as many as an image has outliers, with the feeding
     neurons moved too and calibrated to resemble outliers; if the model notices both, splitting, which
-    changes nothing but the forked patches. Judged without labels, by the first images.
+    changes nothing but the forked patches. Judged without labels, by the first images. Where blocks have no
+    room for registers, the neurons at zero stand in their place.
     """
     few, neurons = _few(images), joined(rounds)
     tried: list[str] = []
     candidates: tuple[tuple[str, Callable[[], Fix]], ...] = (
-        ("the paper's test-time register", lambda: registers_for(neurons)),
+        ("the paper's test-time register", lambda: registers_for(vit, neurons)),
         ("calibrated test-time registers", lambda: calibrated_registers_for(vit, few, neurons)),
     )
+    if vit.anatomy.no_registers:
+        tried.append(f"no registers, for {vit.anatomy.no_registers}")
+        candidates = (("the register neurons at zero", lambda: registers_for(vit, neurons)),)
     for name, build_it in candidates:
         try:
             trial = TriedFix.of(name, build_it(), vit, few, report)
@@ -156,6 +164,7 @@ def choose(
         if trial.unchanged:
             return trial.fix, f"{name}, for the model hardly notices: {trial.said}{_besides(tried)}"
         tried.append(f"{name}: {trial.said}")
+    what = "zeroed neurons" if vit.anatomy.no_registers else "test-time registers"
     try:
         splitting = splitting_for(vit, few, rounds)
         splitting.edits(vit)
@@ -163,7 +172,7 @@ def choose(
         return trial.fix, f"{trial.name}, though the model notices ({'; '.join(tried)}), for: {error}"
     return (
         splitting,
-        f"token splitting, for test-time registers change what the model says ({'; '.join(tried)}).",
+        f"token splitting, for {what} change what the model says ({'; '.join(tried)}).",
     )
 
 

@@ -9,7 +9,7 @@ No labels are needed. A model without artifacts gets no fix.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -198,7 +198,7 @@ def build(
     if kind == "auto":
         return choose(vit, images, rounds, report)
     if kind == "registers":
-        return registers_for(joined(rounds)), asked
+        return replace(registers_for(vit, joined(rounds)), registers=1), asked
     if kind == "splitting":
         return splitting_for(vit, images, rounds), asked
     if kind == "bias":
@@ -225,7 +225,7 @@ def _again(
     """Find, fix and find again, until nothing new is found: the rounds given, and what each more found."""
     while len(rounds) < ROUNDS:
         neurons = joined(rounds)
-        with registers_for(neurons).applied_to(vit):
+        with registers_for(vit, neurons).applied_to(vit):
             say(f"looking again, round {len(rounds) + 1}")
             report = diagnose(vit, images)
             if not report.has_artifacts:

@@ -217,10 +217,11 @@ def _searched(vit: Backbone, images: list[Tensor], found: RegisterNeurons, targe
     before = _Outliers(vit, found.rule)
     before.see(images)
     tried: dict[int, float] = {}
+    registers = 0 if vit.anatomy.no_registers else 1
 
     def left(count: int) -> float:
         if count not in tried:
-            with TestTimeRegisters(found.best(count)).applied_to(vit):
+            with TestTimeRegisters(found.best(count), registers).applied_to(vit):
                 tried[count] = before.left(images)
         return tried[count]
 

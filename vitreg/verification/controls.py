@@ -32,21 +32,26 @@ class Controls:
 def controls_of(fix: Fix, vit: Backbone, seed: int = 0) -> Controls:
     """The controls for any fix: variations of it if its type is registers, else of the plainest of these."""
     own = isinstance(fix, TestTimeRegisters)
-    plain = fix if isinstance(fix, TestTimeRegisters) else TestTimeRegisters(fix.neurons)
-    inert = replace(plain, neurons=RegisterNeurons(()), registers=max(getattr(fix, "registers", 1), 1))
+    room = not vit.anatomy.no_registers
+    plain = fix if isinstance(fix, TestTimeRegisters) else TestTimeRegisters(fix.neurons, int(room))
+    inert: dict[str, Fix] = {}
+    if room:
+        registers = max(getattr(fix, "registers", 1), 1)
+        inert["inert token"] = replace(plain, neurons=RegisterNeurons(()), registers=registers)
+    no_room = () if room else ("inert token: the model's blocks have no room for one",)
     if not fix.neurons.chosen:
         placebo = fix.placebo(vit, seed)
         own_kind: dict[str, Fix] = {} if placebo is None else {"placebo": placebo}
-        return Controls({"inert token": inert} | own_kind, ("neuron controls: the fix edits no neurons",))
+        return Controls(inert | own_kind, (*no_room, "neuron controls: the fix edits no neurons"))
     others = random_neurons(fix.neurons, vit.anatomy, seed)
-    left_out = []
+    left_out = [*no_room]
     # What "mean" and "own" leave behind is known of the neurons that were searched for, not of others.
     drawn = replace(plain, neurons=others, left="zero")
     if own and plain.left != "zero":
         left_out.append(
             f"random neurons leave zero behind: what {plain.left!r} would be is known of the fix's own"
         )
-    fixes: dict[str, Fix] = {"inert token": inert, "random neurons": drawn}
+    fixes: dict[str, Fix] = inert | {"random neurons": drawn}
     fixes["zeroed"] = TestTimeRegisters(fix.neurons, registers=0)
     if all(math.isfinite(neuron.elsewhere) for neuron in fix.neurons.chosen):
         fixes["mean-ablated"] = TestTimeRegisters(fix.neurons, registers=0, left="mean")
