@@ -41,7 +41,7 @@ from vitreg.hooks.token_order import ReorderedAttention, arranged, observed_as
 from vitreg.hooks.weights import is_affine, weight_columns
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating, one_line
-from vitreg.models.room import attention_with, each_block
+from vitreg.models.room import all_alike, attention_of, trying
 from vitreg.models.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
@@ -110,45 +110,34 @@ class TokenSplitting(Fix):
 
 def _refuse_misplaced_copies(vit: Backbone) -> None:
     """Where all tokens have the same content, a copy must ask what the token asks that it is a copy of."""
-    start, stream, heads = vit.anatomy.prefix + vit.anatomy.registers, vit.anatomy.stream, vit.anatomy.heads
+    start, heads = vit.anatomy.prefix + vit.anatomy.registers, vit.anatomy.heads
+    blocks = vit.anatomy.block_modules(vit.model)
     failed: list[str] = []
 
-    def attempt(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-        edit = _TrialFork(start, heads, stream)
+    def attempt(index: int, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> None:
+        x, n = all_alike(x), x.shape[1]
+        position = torch.arange(TRIED, device=x.device).expand(x.shape[0], -1) + start
+        fork = Fork(position, torch.ones_like(position, dtype=torch.bool), _at(x, position))
+        args, kwargs = _with_rows_for_copies((args, kwargs), fork, n, start, heads)
+        run = partial(inner, torch.cat([x, fork.original], 1), args, kwargs)
         try:
-            q = attention_with(edit, block, stream, args, kwargs).q.float()
+            q = attention_of(partial(within, _Forked(fork, start, n), run), x.shape[0]).q.float()
         except Exception as error:
             raised = f"{type(error).__name__}: {one_line(error)}"
             failed.append(f"block {index} fails with copies in it ({raised})")
             return
-        tokens, copies = q.tensor_split([-TRIED], -2)
-        off = (tokens[..., start : start + TRIED, :] - copies).abs().max()
+        off = (q[..., start : start + TRIED, :] - q[..., n:, :]).abs().max()
         if off > 1e-3 * (1 + q.abs().max()):
             failed.append(f"block {index} gives copies the positions of other tokens")
 
-    blocks = vit.anatomy.block_modules(vit.model)
-    with evaluating(vit.model), without_edits(vit.model), each_block(blocks, attempt):
+    attempts = [partial(attempt, index) for index in range(len(blocks))]
+    with evaluating(vit.model), without_edits(vit.model), trying(blocks, vit.anatomy.stream, attempts):
         vit(torch.zeros(1, 3, *vit.image_size))
     if failed:
         raise UnsupportedModelError(
             f"{vit.name} cannot have its tokens split: {failed[0]}. Use test-time registers with registers=0,"
             " which zeroes the neurons."
         )
-
-
-class _TrialFork(BlockEdit):
-    """Copies of the first patches."""
-
-    def __init__(self, start: int, heads: int, stream: Stream) -> None:
-        self._start, self._heads, self.stream = start, heads, stream
-
-    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        n = x.shape[1]
-        position = torch.arange(TRIED, device=x.device).expand(x.shape[0], -1) + self._start
-        fork = Fork(position, torch.ones_like(position, dtype=torch.bool), _at(x, position))
-        args, kwargs = _with_rows_for_copies((args, kwargs), fork, n, self._start, self._heads)
-        wide = torch.cat([x, fork.original], 1)
-        return within(_Forked(fork, self._start, n), partial(inner, wide, args, kwargs))[:, :n]
 
 
 def _refuse_other_than_linear(vit: Backbone, neurons: RegisterNeurons) -> None:

@@ -100,10 +100,7 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
         # Elsewhere another library has put a class on top (FSDP does); ours does nothing without edits.
         block.__class__ = getattr(type(block), _BASE)
     more = _inserted(edits) - _inserted(before)
-    for module in block.modules():
-        # Rotary attention leaves the first tokens unrotated, as many as this integer says.
-        if isinstance(module.__dict__.get("num_prefix_tokens"), int):
-            module.__dict__["num_prefix_tokens"] += more
+    leave_unrotated(block, more)
     if edits:
         block.__dict__[_EDITS] = edits  # a new list: a shallow replica keeps the one that it was made with
     else:
@@ -111,6 +108,13 @@ def _set(block: nn.Module, edits: list[BlockEdit]) -> None:
         stop_listening(block)
     for path in {edit.hooked for edit in edits if edit.hooked is not None}:
         listen(block, path)
+
+
+def leave_unrotated(block: nn.Module, more: int) -> None:
+    """Rotary attention leaves the first tokens unrotated, as many as an integer of timm's says."""
+    for module in block.modules():
+        if isinstance(module.__dict__.get("num_prefix_tokens"), int):
+            module.__dict__["num_prefix_tokens"] += more
 
 
 @cache

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
-from vitreg.hooks.block_edit import BlockEdit, Inner, install, uninstall
-from vitreg.hooks.hooked import hooked
+from vitreg.hooks.block_edit import BlockEdit, Inner, install, leave_unrotated, uninstall
 from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
 from vitreg.hooks.stream import Stream
 from vitreg.models.probe import Forward, Probe, evaluating, one_line
@@ -26,17 +25,16 @@ REGISTERS = 2  # enough to see whether they differ
 TOLERANCE = 1e-3
 
 
+Attempt = Callable[[nn.Module, Inner, Tensor, Any, Any], None]
+
+
 def room_for_registers(probe: Probe, stream: Stream, start: int, forward: Forward) -> tuple[bool, str]:
     """Whether a block makes positions for a fixed number of tokens, and why none can be added ("": they can).
 
     `start` is the index at which registers would stand.
     """
-    tried = [_Tried(index, stream, start, probe.masked) for index in range(probe.depth)]
-
-    def attempt(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-        tried[index].run(block, args, kwargs)
-
-    with evaluating(probe.model), each_block(probe.blocks, attempt):
+    tried = [_Tried(index, start, probe.masked) for index in range(probe.depth)]
+    with evaluating(probe.model), trying(probe.blocks, stream, [attempt.run for attempt in tried]):
         try:
             forward(probe.noise()[:1])
         except Exception:
@@ -46,63 +44,69 @@ def room_for_registers(probe: Probe, stream: Stream, start: int, forward: Forwar
 
 
 @contextmanager
-def each_block(
-    blocks: Sequence[nn.Module], attempt: Callable[[int, nn.Module, Any, Any], None]
-) -> Iterator[None]:
-    """While entered, each block is handed to `attempt` with its arguments before it runs for itself."""
-    trying = False
+def trying(blocks: Sequence[nn.Module], stream: Stream, attempts: Sequence[Attempt]) -> Iterator[None]:
+    """While entered, something is tried with each block before it runs for itself.
 
-    def before(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal trying
-        if trying:  # the attempt runs the block
-            return
-        trying = True
-        try:
-            attempt(index, block, args, kwargs)
-        finally:
-            trying = False
-
-    hooks = [
-        block.register_forward_pre_hook(partial(before, index), with_kwargs=True)
-        for index, block in enumerate(blocks)
-    ]
-    with hooked(hooks):
-        yield
-
-
-def attention_with(
-    edit: BlockEdit | None, block: nn.Module, stream: Stream, args: Any, kwargs: Any
-) -> AttentionCall:
-    """The attention of a block whose tokens have all the same content, with an edit or without."""
-    calls: list[AttentionCall] = []
-    x = stream.of_call(args, kwargs)
-    args, kwargs = stream.in_call(x.mean(1, keepdim=True).repeat(1, x.shape[1], 1), args, kwargs)
-    if edit is not None:
+    From inside the block's `forward`: what stands around that (sharding, offloading) has done its part then.
+    """
+    edits = [_Trial(attempt, stream) for attempt in attempts]
+    for block, edit in zip(blocks, edits, strict=True):
         install(block, edit)
     try:
-        with intercept(calls.append, x.shape[0]):
-            block(*args, **kwargs)
+        yield
     finally:
-        if edit is not None:
+        for block, edit in zip(blocks, edits, strict=True):
             uninstall(block, edit)
+
+
+class _Trial(BlockEdit):
+    def __init__(self, attempt: Attempt, stream: Stream) -> None:
+        self._attempt, self.stream = attempt, stream
+
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        self._attempt(block, inner, x, args, kwargs)
+        return inner(x, args, kwargs)
+
+
+def all_alike(x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    """Tokens of the same content."""
+    return x.mean(1, keepdim=True).repeat(1, x.shape[1], 1)
+
+
+def attention_of(run: Callable[[], Tensor], images: int) -> AttentionCall:
+    """The attention that a block computes."""
+    calls: list[AttentionCall] = []
+    with intercept(calls.append, images):
+        run()
     return calls[-1]
 
 
 class _Tried:
     """One block, run with registers in it."""
 
-    def __init__(self, index: int, stream: Stream, start: int, masked: bool) -> None:
+    def __init__(self, index: int, start: int, masked: bool) -> None:
         self.counts, self.refused = False, ""
-        self._index, self._stream, self._start, self._masked = index, stream, start, masked
+        self._index, self._start, self._masked = index, start, masked
 
-    def run(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        def attention(edit: BlockEdit | None) -> AttentionCall:
-            return attention_with(edit, block, self._stream, args, kwargs)
+    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> None:
+        b, n, start = *x.shape[:2], self._start
+        plain = attention_of(partial(inner, all_alike(x), args, kwargs), b)
 
-        plain = attention(None)
-        for counts in (False, True):
-            edit = _Inert(self._start, self._masked, counts, self._stream)
-            self.counts, differs = counts, self._differs(plain, partial(attention, edit))
+        def registers(fitting: bool) -> AttentionCall:
+            wide = all_alike(x)[:, :1].repeat(1, n + REGISTERS, 1)
+            run = partial(inner, wide, args, kwargs)
+            if fitting:
+                run = partial(within, BlockInterceptor(b, start, REGISTERS, n), run)
+            leave_unrotated(block, REGISTERS)
+            try:
+                return attention_of(run, b)
+            finally:
+                leave_unrotated(block, -REGISTERS)
+
+        differs = ""
+        for self.counts in (False, True):
+            fitting = self.counts or self._masked or given_mask(n, args, kwargs)
+            differs = self._differs(plain, partial(registers, fitting))
             if not differs:
                 return
         self.refused = f"with {REGISTERS} tokens more, block {self._index} {differs}"
@@ -135,21 +139,3 @@ def _as_long_as_patches(registers: Float[Tensor, "b h r c"], patches: Float[Tens
     rotated = (high - low) < TOLERANCE * high
     off = (length - high[..., None]).abs().amax(-1) > 10 * TOLERANCE * high
     return not bool((rotated & off).any())
-
-
-class _Inert(BlockEdit):
-    """Registers that stand in a block and do nothing."""
-
-    inserted = REGISTERS
-
-    def __init__(self, start: int, masked: bool, counts: bool, stream: Stream) -> None:
-        self._start, self._masked, self._counts, self.stream = start, masked, counts, stream
-
-    def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        start, tokens = self._start, x.shape[1]
-        wide = torch.cat([x[:, :start], x[:, :1].expand(-1, REGISTERS, -1), x[:, start:]], 1)
-        run = partial(inner, wide, args, kwargs)
-        if self._masked or self._counts or given_mask(tokens, args, kwargs):
-            run = partial(within, BlockInterceptor(x.shape[0], start, REGISTERS, tokens), run)
-        y = run()
-        return torch.cat([y[:, :start], y[:, start + REGISTERS :]], 1)
