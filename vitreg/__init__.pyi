@@ -41,8 +41,9 @@ from .fixes import (
 )
 from .fixes.added_registers import add_registers, remove_registers
 from .fixes.neurons import RegisterNeuron, RegisterNeurons
-from .models.anatomy import Anatomy, TokenLayout
+from .models.anatomy import Anatomy
 from .models.backbone import Backbone, wrap
+from .models.layout import TokenLayout
 from .models.loading import load
 from .phantoms.bundled import example
 from .phantoms.phantom import Phantom, plant

@@ -12,7 +12,7 @@ from ranked import of_each
 import vitreg
 from vitreg.diagnosis.diagnosing import collect
 from vitreg.diagnosis.statistics import EDGES, neighbour_similarity, share_by_chance
-from vitreg.models.anatomy import TokenLayout
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 
 VIT = CATALOG["timm dinov2 registers"].backbone()

@@ -11,7 +11,7 @@ from torch import nn
 
 import vitreg
 from vitreg.hooks.block_edit import BlockEdit, edits_of, inserted_tokens, install, uninstall, without_edits
-from vitreg.hooks.carry import CarriedTokens
+from vitreg.hooks.carry import CarriedTokens, handing_on
 
 
 class Add(BlockEdit):
@@ -192,3 +192,33 @@ def test_nothing_is_kept_for_tensors_that_are_gone():
     with torch.no_grad():
         carry.take(1, ONE)
     assert len(carry._of) == 0
+
+
+def test_what_is_left_belongs_to_the_stream_that_left_the_block():
+    """Two streams in lock-step, in either order."""
+    carry: CarriedTokens[str] = CarriedTokens()
+    streams = {}
+    for name in ("one", "other"):
+        with handing_on(torch.zeros(1)) as leaving:
+            carry.leave(0, name)
+            streams[name] = torch.ones(1)
+            leaving.append(streams[name])
+    assert carry.take(1, streams["other"]) == "other"
+    assert carry.take(1, streams["one"]) == "one"
+    assert carry.take(1, streams["one"]) is None
+    with pytest.raises(vitreg.UnsupportedModelError, match="nothing of block 0 came with its stream"):
+        carry.take_from_before(1, streams["one"])
+
+
+def test_several_streams_that_changed_on_the_way_are_refused():
+    carry: CarriedTokens[str] = CarriedTokens()
+    streams = []
+    for name in ("one", "other"):
+        with handing_on(torch.zeros(1)) as leaving:
+            carry.leave(0, name)
+            streams.append(torch.ones(1))
+            leaving.append(streams[-1])
+    with pytest.raises(
+        vitreg.UnsupportedModelError, match="2 streams left block 0, and block 1 is called on"
+    ):
+        carry.take(1, torch.ones(1))

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 import vitreg
-from vitreg.models.anatomy import TokenLayout
+from vitreg.models.layout import TokenLayout
 
 DEPTH, WIDTH, SIZE, PATCH = 12, 48, 112, 8
 PHOTOS = 24

@@ -34,8 +34,8 @@ from vitreg.diagnosis.result import MODERATE, SEVERE, Diagnosis, Example, LayerD
 from vitreg.diagnosis.statistics import EDGES, Collector, Statistics
 from vitreg.distributed import Ranks
 from vitreg.errors import ImageError
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 from vitreg.version import versions
 

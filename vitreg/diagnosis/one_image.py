@@ -22,9 +22,9 @@ from torch import Tensor
 from vitreg.diagnosis.statistics import query_tokens
 from vitreg.errors import NonFiniteError
 from vitreg.hooks.attention import AttentionCall
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import logits_of
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 from vitreg.tracing.streams import token_norms, watch
 

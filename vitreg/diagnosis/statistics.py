@@ -19,8 +19,8 @@ from vitreg.diagnosis.outliers import OutlierRule
 from vitreg.distributed import Ranks
 from vitreg.errors import NonFiniteError
 from vitreg.hooks.attention import AttentionCall
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.tracing.streams import token_norms, watch
 
 BINS, EDGES = NORMS.count, NORMS.edges

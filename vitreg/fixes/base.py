@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vitreg.errors import FixError
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, inserted_tokens, install, uninstall
+from vitreg.hooks.own_tokens import narrow_output
 from vitreg.hooks.torch_internals import compiled_model_of, uncompiled
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.fingerprint import Fingerprint
@@ -153,6 +154,7 @@ class Applied:
 
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
+        self._model = vit.model
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
         blocks = list(self._stack.children())
         # The modules themselves: others may take their place in the stack, around them.
@@ -172,6 +174,7 @@ class Applied:
     def install(self) -> None:
         for module, edit in self._edited:
             install(module, edit)
+        self._narrowing = self._model.register_forward_hook(narrow_output)
         self._stack.__dict__.setdefault(_FIXES, []).append(self)
 
     def undo(self) -> None:
@@ -185,6 +188,7 @@ class Applied:
             )
         for module, edit in self._edited:
             uninstall(module, edit)
+        self._narrowing.remove()
         present.pop()
         if not present:
             del self._stack.__dict__[_FIXES]

@@ -26,9 +26,9 @@ from vitreg.fixes.neighbours import grid_distances, nearest_clean
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
 from vitreg.hooks.carry import CarriedTokens
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.layout import TokenLayout
 from vitreg.models.positions import added_positions, form_of_patches
 
 # A row stands out if it is twice as long as the median row, and eight robust standard deviations of the

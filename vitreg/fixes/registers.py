@@ -206,9 +206,10 @@ class RegisterEdit(BlockEdit):
         return torch.cat((before, after), 1)
 
     def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
-        """Those that the block before left, or new ones."""
-        carried = None if self.layer == self.fix.entry else self.carry.take(self.layer, x)
-        return self._enter(x) if carried is None else carried.to(x)
+        """New ones at the first block, those that the block before left at others."""
+        if self.layer == self.fix.entry:
+            return self._enter(x)
+        return self.carry.take_from_before(self.layer, x).to(x)
 
     def _move(
         self, neurons: NeuronTensors, patches: int, activation: Float[Tensor, "b n f"]

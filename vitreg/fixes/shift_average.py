@@ -88,9 +88,8 @@ class _AppliedShifts(Applied):
 
     def __init__(self, fix: ShiftAverage, vit: Backbone) -> None:
         last = vit.anatomy.depth - 1
-        carry: CarriedTokens[Tensor] = (
-            CarriedTokens()
-        )  # the views' patches (v, b, p, d), from the entrance to the last block
+        # The views' patches (v, b, p, d), from the entrance to the last block.
+        carry: CarriedTokens[Tensor] = CarriedTokens(by_stream=False)
         super().__init__(fix, vit, {last: _Combine(carry, last, first_patch(vit, last), fix.reduce)})
         self._edited.append((_entrance(vit), _RunViews(carry, vit, fix.shifts())))
 

@@ -192,7 +192,7 @@ class _SplitEdit(BlockEdit):
         self.stream: Stream = vit.anatomy.stream
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        fork = None if self.first else self.carry.take(self.layer, x)
+        fork = None if self.first else self.carry.take_from_before(self.layer, x)
         n = x.shape[1]
         marker = self._marker(fork, n)
         if fork is not None:

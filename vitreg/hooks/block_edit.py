@@ -14,11 +14,14 @@ from functools import cache, partial, wraps
 from types import MethodType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitreg.hooks.carry import handing_on
 from vitreg.hooks.neuron_edit import listen, stop_listening
-from vitreg.hooks.stream import Stream, first_argument
+from vitreg.hooks.own_tokens import saw_tokens
+from vitreg.hooks.stream import Stream, as_given, first_argument
 
 Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
@@ -26,12 +29,14 @@ Inner = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 class BlockEdit(ABC):
     """What a fix does to one block. Threads share it, so it holds nothing of any one pass.
 
-    `inserted` counts the tokens that it puts before the patches while the block runs; `hooked` is the
-    path within the block of the module whose input, the neurons, it edits. `stream` says where the block's
-    calls and outputs hold the residual stream; without it, it is the first tensor of both.
+    `inserted` counts the tokens that it puts before the patches while the block runs, at index `own` among
+    the model's; `hooked` is the path within the block of the module whose input, the neurons, it edits.
+    `stream` says where the block's calls and outputs hold the residual stream; without it, it is the first
+    tensor of both.
     """
 
     inserted: int = 0
+    own: int = 0
     hooked: str | None = None
     stream: Stream | None = None
 
@@ -193,8 +198,21 @@ def _run(block: nn.Module, base: Callable[..., Any], first: Stream, args: Any, k
         return stream.of_output(outputs[0])
 
     x = stream.of_call(args, kwargs)
-    y = run(0, x, *stream.in_call(None, args, kwargs))
-    return stream.in_output(y, outputs[0])
+    given = stream.in_call(None, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _output(stream, run(0, x, *given), outputs[0], edits)
+    with handing_on(x) as leaving:
+        output = _output(stream, run(0, x, *given), outputs[0], edits)
+        leaving.append(as_given(stream.of_output(output)))
+    return output
+
+
+def _output(stream: Stream, y: Tensor, output: Any, edits: list[BlockEdit]) -> Any:
+    """What a block returns with another stream, which has the model's own tokens."""
+    inner = stream.of_output(output)
+    if inner.shape != y.shape:
+        saw_tokens(inner.shape[1], y.shape[1], max(edit.own for edit in edits), _inserted(edits))
+    return stream.in_output(y, output)
 
 
 def _restore(base: Any, own_forward: bool) -> Any:

@@ -1,6 +1,7 @@
-from .anatomy import Anatomy, TokenLayout
+from .anatomy import Anatomy
 from .backbone import Backbone, wrap
 from .head import Readout, class_names, find_readout
+from .layout import TokenLayout
 from .loading import load
 from .names import SCHEMES
 

@@ -7,68 +7,27 @@
 No library is named here. The block stack is the first homogeneous list of modules that hold linear
 layers; the neurons of a block are what enters its MLP's down-projection; prefix tokens are those that
 do not depend on the image. Layers are 0-based: layer i is the residual stream after block i, before
-any final norm. Token order is always [prefix | registers | patches], and `TokenLayout` is the only
-place that turns this into indices.
+any final norm.
 """
 
 import re
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
 from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import is_compiled
 from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
-from vitreg.models.patches import measure_patches
+from vitreg.models.layout import TokenLayout
+from vitreg.models.mlp import find_mlp
+from vitreg.models.patches import measure_patches, prove_grid
 from vitreg.models.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
 from vitreg.models.room import room_for_registers
 
-_REGISTER_NAME = re.compile(r"(^|[._])(reg|register|storage)_?tokens?$")
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """How the tokens of one forward pass are ordered: [prefix | registers | patches].
-
-    `prefix` counts CLS and distillation tokens, `registers` the trained register tokens, `grid` is
-    (rows, columns) of patches, in row-major order.
-    """
-
-    prefix: int
-    registers: int
-    grid: tuple[int, int]
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def tokens(self) -> int:
-        return self.prefix + self.registers + self.patches
-
-    @property
-    def prefix_slice(self) -> slice:
-        return slice(0, self.prefix)
-
-    @property
-    def register_slice(self) -> slice:
-        return slice(self.prefix, self.prefix + self.registers)
-
-    @property
-    def patch_slice(self) -> slice:
-        return slice(self.prefix + self.registers, self.tokens)
-
-    def patch(self, row: int, column: int) -> int:
-        """Index of the token of one patch."""
-        return self.prefix + self.registers + row * self.grid[1] + column
-
-    def as_grid(self, x: Shaped[Tensor, "*b p"]) -> Shaped[Tensor, "*b gh gw"]:
-        """Values per patch, laid out as the image is."""
-        return x.unflatten(-1, self.grid)
+_REGISTER_NAME = re.compile(r"(^|\.)registers?$|(^|[._])(reg|register|storage)_?tokens?$")
 
 
 @dataclass(frozen=True)
@@ -144,6 +103,7 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     probe.check_stream()
     heads = probe.heads()
     anatomy = _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+    prove_grid(probe, anatomy.layout(image_size), anatomy.patch_size, forward)
     counts, refused = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
     return replace(anatomy, counts_positions=counts, no_registers=refused)
 
@@ -153,7 +113,7 @@ def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anato
     patches = measure_patches(probe, forward)
     return Anatomy(
         blocks=stack,
-        down_projection=probe.down_projection(),
+        down_projection=find_mlp(probe),
         prefix=probe.constant_tokens() - registers,
         registers=registers,
         patch_size=patches.size,

@@ -12,9 +12,10 @@ from vitreg.errors import (
     ModelWarning,
     UnsupportedModelError,
 )
-from vitreg.models.anatomy import Anatomy, TokenLayout, find_anatomy
+from vitreg.models.anatomy import Anatomy, find_anatomy
 from vitreg.models.from_transformers import forward_of
 from vitreg.models.headless import run_without_head
+from vitreg.models.layout import TokenLayout
 from vitreg.models.placement import device_of, dtype_of
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.probe import Forward

@@ -88,6 +88,10 @@ class BlockCalls:
             found = [pair for pair in found if pair in kept] or found
         return found
 
+    def linked(self) -> bool:
+        """Whether every block is given the stream as the block before gave it back."""
+        return self._linked is None or self.rivals()[0] in self._linked
+
     def stream(self) -> Stream | None:
         """Where the residual stream is, or None where no tensor of tokens passes through all blocks."""
         rivals = self.rivals()

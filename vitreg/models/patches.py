@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import Feature, Forward, Probe, _equal_tokens
 
 Pair = tuple[int, int]
@@ -40,13 +41,39 @@ def measure_patches(probe: Probe, forward: Forward) -> PatchGeometry:
     rows_of_patches = [feature.name for feature in probe.features if feature.shape[1:-1] == (count,)]
     if maps and not rows_of_patches and count < maps[-1].grid[0] * maps[-1].grid[1]:
         rows, columns = maps[-1].grid
-        raise probe._unsupported(
+        raise probe.unsupported(
             f"of the {rows}x{columns} cells of {maps[-1].name!r} only {count} enter them as patch tokens."
             " Token dropping and merging are not supported: switch them off"
         )
     grid = _grid_by_touch(probe, forward, count)
     name = rows_of_patches[-1] if rows_of_patches else None
     return PatchGeometry(name, grid, *_sides_by_touch(probe, forward, grid))
+
+
+def prove_grid(probe: Probe, layout: TokenLayout, size: Pair, forward: Forward) -> None:
+    """Change the pixels of one patch: its token must move most. Raises UnsupportedModelError if another does.
+
+    Patches far from the diagonal tell rows from columns. Where a stem of convolutions lets pixels reach
+    several tokens, it may be the token of a neighbouring patch.
+    """
+    (rows, columns), (high, wide) = layout.grid, size
+    tried = sorted({(0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3)})
+    images = probe.noise()[:1].repeat(len(tried) + 1, 1, 1, 1)
+    for image, (row, column) in zip(images[1:], tried, strict=True):
+        image[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide].add_(CONTRAST)
+    plain, *changed = probe.entering(forward, images).float()
+    for (row, column), stream in zip(tried, changed, strict=True):
+        moved = int((stream - plain).norm(dim=-1).argmax())
+        reached = int((~_equal_tokens(plain, stream)).sum())
+        y, x = divmod(moved - layout.patch(0, 0), columns)
+        apart = max(abs(y - row), abs(x - column))
+        if apart > (reached > 1):
+            raise probe.unsupported(
+                f"their {layout.patches} patch tokens are no grid of {rows}x{columns} in row-major order:"
+                f" pixels of the patch in row {row}, column {column} change token {moved} most, not"
+                f" {layout.patch(row, column)}. Time steps, several views and other orders of patches are not"
+                " supported"
+            )
 
 
 # -- where a map shows the grid ----------------------------------------------------------------------
@@ -70,7 +97,7 @@ def _sides_of_maps(probe: Probe, of_grid: list[Feature]) -> tuple[Pair, Pair]:
             if length % cells:
                 (height, width), (rows, columns) = probe.image_size, grid
                 near = f"{round(height / rows) * rows}x{round(width / columns) * columns}"
-                raise probe._unsupported(
+                raise probe.unsupported(
                     f"{rows}x{columns} patches of {height}x{width} pixels do not say how large a patch is",
                     f"Use a size that the grid divides, such as {near}.",
                 )
@@ -106,7 +133,7 @@ def _grid_by_touch(probe: Probe, forward: Forward, count: int) -> Pair:
     ]
     if rows * columns != count or not in_order:
         height, width = probe.image_size
-        raise probe._unsupported(
+        raise probe.unsupported(
             f"no part of the model shows the grid of their {count} patch tokens, and in an image of"
             f" {height}x{width} pixels the first row of pixels changes {columns} of them and the first column"
             f" {rows}, which is no grid in row-major order",

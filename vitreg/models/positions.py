@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.hooked import hooked
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating, first_tensor
 
 # Two patches that share this much of what they read (cosine) are not told apart by their position.

@@ -19,14 +19,7 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.stream import Stream, tensors_in
 from vitreg.models.block_calls import BlockCalls
-from vitreg.models.down_projection import (
-    Call,
-    Shape,
-    is_linear,
-    leading_down,
-    without_attention,
-    without_bottlenecks,
-)
+from vitreg.models.down_projection import Call, is_linear
 from vitreg.models.placement import device_of, dtype_of
 
 Forward = Callable[[Tensor], Any]
@@ -38,6 +31,7 @@ NO_ATTENTION_SEEN = (
     " model.set_attn_implementation('sdpa') in transformers, say. Other kinds of attention, or none, are not"
     " supported"
 )
+MAKES_FEATURES = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 IMAGES = 3  # of a probe: two different ones, and the first again
 
 
@@ -105,6 +99,7 @@ class Probe:
         self.features: list[Feature] = []  # outputs before block 0, in order
         self.masked = False  # attention in the blocks has a mask or positional bias
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
+        self.between = False  # whether there is some between the first block and the last
         self._inside: int | None = None
         self._running = False
         self.head_error = ""  # what the model raised after the last block
@@ -161,7 +156,7 @@ class Probe:
             if name:
                 yield module.register_forward_hook(self._saw_call(name), with_kwargs=True)
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) or name == self.embedding:
+            if isinstance(module, MAKES_FEATURES) or name == self.embedding:
                 yield module.register_forward_hook(self._saw_feature(name))
 
     def _enter(self, index: int) -> Any:
@@ -202,6 +197,7 @@ class Probe:
             self.masked |= call.mask is not None
         elif self._running and call.tokens == call.k.shape[-2] > 1:
             self.elsewhere.append(shape)
+            self.between |= 0 < len(self.calls.outputs) < self.depth
 
     # -- concluding ------------------------------------------------------------------------------
 
@@ -233,11 +229,11 @@ class Probe:
     def check_stream(self) -> None:
         """Every block must map one (b, n, d) stream to another of the same shape, once per pass."""
         if not self.calls.inputs:
-            raise self._unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
+            raise self.unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
         if len(self.calls.inputs) == self.depth == len(self.calls.outputs):
             rivals = self.calls.rivals()
             if len(rivals) > 1:
-                raise self._unsupported(
+                raise self.unsupported(
                     f"they hand on {len(rivals)} tensors of tokens that differ from block to block"
                     f" ({' and '.join(map(str, rivals))}). Which of them is the residual stream cannot be"
                     " told"
@@ -245,10 +241,20 @@ class Probe:
         if self.calls.stream() is None:
             self._refuse_shapes()
         if len(self.calls.inputs) != self.depth or len(self.calls.outputs) != self.depth:
-            raise self._unsupported(f"a forward pass calls them {len(self.calls.inputs)} times")
+            raise self.unsupported(f"a forward pass calls them {len(self.calls.inputs)} times")
+        if self.between:
+            raise self.unsupported(
+                "between them the model computes attention of its own (in a second list of blocks, say), so"
+                " that they are a part of what makes its tokens"
+            )
+        if not self.calls.linked():
+            raise self.unsupported(
+                "what one of them gives back is not what the next one is given: the model changes its tokens"
+                " between them"
+            )
         others = {shape for shape in self.elsewhere if shape[-2] != self.tokens}
         if others:
-            raise self._unsupported(
+            raise self.unsupported(
                 f"outside them the model computes self-attention over {sorted(s[-2] for s in others)} tokens,"
                 f" not {self.tokens}. Hierarchical models and those with a decoder are not supported; of the"
                 " latter, give vitreg the encoder alone"
@@ -256,7 +262,7 @@ class Probe:
         if not self.stream.isfinite().all():
             raise NonFiniteError("the input of block 0 holds NaN or infinity for a noise image.")
         if not bool(_equal_tokens(self.stream[0], self.stream[2]).all()):
-            raise self._unsupported(
+            raise self.unsupported(
                 "the same image gives them other tokens each time. Random masks and shuffles are not"
                 " supported: switch them off, or give vitreg the encoder alone"
             )
@@ -266,77 +272,37 @@ class Probe:
         shapes = [*self.calls.inputs, *self.calls.outputs]
         first = shapes[0]
         if first is None or len(first) == 4:
-            raise self._unsupported(
+            raise self.unsupported(
                 f"block 0 takes {'no tensor' if first is None else f'a 4-dimensional input {first}'}."
                 " Windowed and convolutional models cannot carry extra tokens"
             )
         if len(first) != 3 or IMAGES not in first[:2]:
-            raise self._unsupported(
+            raise self.unsupported(
                 f"block 0 takes an input of shape {first} for {IMAGES} images, not (b, n, d)."
                 " Models that split an image into windows or several views are not supported"
             )
         changed = next((shape for shape in shapes if shape != first), None)
         if changed:
-            raise self._unsupported(
+            raise self.unsupported(
                 f"the residual stream changes from {first} to {changed}."
                 " Hierarchical models, which pool or widen tokens on the way, have no fixed patch tokens"
             )
-        raise self._unsupported(
-            f"no block changes its tokens {first}, or they come and go in other arguments"
-        )
+        raise self.unsupported(f"no block changes its tokens {first}, or they come and go in other arguments")
 
     def constant_tokens(self) -> int:
         """Tokens that are the same for both images; they must come first (prefix, then registers)."""
         constant = _equal_tokens(self.stream[0], self.stream[1])
         count = int(constant.sum())
         if count == self.tokens:
-            raise self._unsupported("their input does not depend on the image")
+            raise self.unsupported("their input does not depend on the image")
         if not bool(constant[:count].all()):
             places = constant.nonzero().flatten().tolist()
             named = ", ".join(map(str, places[:3])) + (", ..." if count > 3 else "")
-            raise self._unsupported(
+            raise self.unsupported(
                 f"of their tokens {count} do not depend on the image (number {named}) and are not in front of"
                 " the patches"
             )
         return count
-
-    def down_projection(self) -> str:
-        """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
-        shapes: set[Shape] = {(IMAGES, self.tokens, self.width), (self.tokens, IMAGES, self.width)}
-        with evaluating(self.model):
-            found = leading_down(self.called, shapes)
-        row = (IMAGES * self.tokens, self.width)
-        rows = [call for call in self.called if call.output == row and is_linear(call.module)]
-        if not found and rows:
-            raise self._unsupported(
-                f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"
-                f" {rows[-1].output}), so that it cannot be told which image an activation belongs to"
-            )
-        if not found:
-            raise self._unsupported(
-                f"block 0 has no MLP: no linear layer leads to its width {self.width} from another",
-                PASS_AN_ANATOMY,
-            )
-        if not self._others_lead_down(found[0]):
-            raise self._unsupported(
-                f"attention and MLP share {found[0].name!r}, their only linear layer to the width, so that"
-                " its input is not the neurons alone"
-            )
-        if len(found) > 1:
-            widths = {heads * channels for block, (_, heads, _, channels) in self.attention if block == 0}
-            found = without_bottlenecks(without_attention(found, self.called, widths), self.width)
-        if len(found) != 1:
-            names = ", ".join(call.name for call in found)
-            raise self._unsupported(f"block 0 has {len(found)} MLPs ({names}), not one")
-        return found[0].name
-
-    def _others_lead_down(self, call: Call) -> bool:
-        """Whether a linear layer outside of a module leads to the width too: attention's output does."""
-        return any(
-            is_linear(module) and getattr(module, "out_features", None) == self.width
-            for name, module in self.blocks[0].named_modules()
-            if not f"{name}.".startswith(f"{call.name}.")
-        )
 
     def check_embedding(self, path: str | None, grid: tuple[int, int]) -> None:
         """What an Anatomy says of the patch embedding must be what the probe saw of it."""
@@ -356,16 +322,16 @@ class Probe:
         for index in range(self.depth):
             shapes = [shape for block, shape in self.attention if block == index]
             if not shapes:
-                raise self._unsupported(f"block {index} {self._why_no_attention()}")
+                raise self.unsupported(f"block {index} {self._why_no_attention()}")
             if len(shapes) > 1:
-                raise self._unsupported(f"block {index} computes attention {len(shapes)} times, not once")
+                raise self.unsupported(f"block {index} computes attention {len(shapes)} times, not once")
             if len(shapes[0]) == 4 and shapes[0][2] != self.tokens == shapes[0][3]:
-                raise self._unsupported(
+                raise self.unsupported(
                     f"attention in block {index} is over channels, not over tokens (cross-covariance), so"
                     " that no token attends to another"
                 )
             if len(shapes[0]) != 4 or shapes[0][0] != IMAGES or shapes[0][2] != self.tokens:
-                raise self._unsupported(
+                raise self.unsupported(
                     f"attention in block {index} has queries of shape {shapes[0]}, not (b, heads,"
                     f" {self.tokens} tokens, channels). Windowed models cannot carry extra tokens"
                 )
@@ -381,7 +347,7 @@ class Probe:
             " are mixed, say), which vitreg cannot follow"
         )
 
-    def _unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
+    def unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
         kind = type(self.model).__name__
         found = "stages of several blocks" if _holds_blocks(self.blocks[0]) else "blocks"
         return UnsupportedModelError(

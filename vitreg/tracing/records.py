@@ -19,8 +19,9 @@ from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.attention import AttentionCall
-from vitreg.models.anatomy import Anatomy, TokenLayout
+from vitreg.models.anatomy import Anatomy
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.tracing.streams import token_norms, watch
 
 AttentionRows = Literal["cls", "registers", "full"] | Sequence[int]

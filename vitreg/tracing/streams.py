@@ -18,8 +18,9 @@ from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import tensors_in
 from vitreg.hooks.token_order import in_order, shown
 from vitreg.hooks.torch_internals import in_backward
-from vitreg.models.anatomy import TokenLayout, refuse_compiled
+from vitreg.models.anatomy import refuse_compiled
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import NO_ATTENTION_SEEN
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.result import Diagnosis
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.models.positions import position_table
 from vitreg.models.probe import evaluating, first_tensor
 

@@ -15,9 +15,9 @@ from vitreg.diagnosis.kinds.base import shares_of_patches
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.diagnosis.statistics import query_tokens
 from vitreg.hooks.attention import AttentionCall
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import Readout, logits_of
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 from vitreg.tracing.streams import token_norms, watch
 

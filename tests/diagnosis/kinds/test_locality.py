@@ -9,7 +9,7 @@ from phantoms import crops
 
 import vitreg
 from vitreg.diagnosis.kinds.locality import Locality, Pairs
-from vitreg.models.anatomy import TokenLayout
+from vitreg.models.layout import TokenLayout
 from vitreg.phantoms.changed_patches import patches_after
 from vitreg.phantoms.locality import plant_lost_locality
 

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.distributed import Ranks
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.diagnosis.kinds.base import Context, Finding, Meter
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 # What of its best locality a model must keep up to the last block. A DeiT-Ti keeps 74% (0.57 after block 2,
 # 0.42 after the last), a ViT-Ti 76%; random models of 52 architectures on photos, where they have any, at

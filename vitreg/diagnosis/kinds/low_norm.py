@@ -19,8 +19,8 @@ from torch import Tensor
 from vitreg.diagnosis.bins import LogBins
 from vitreg.diagnosis.kinds.base import Context, Finding, Meter
 from vitreg.diagnosis.populations import quantile
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 # The range is at least GAP times wide and holds at most a tenth of what lies below it; the median there is
 # at most LOW times the others'. In two real models no patch of 96 photos lies below 0.55 of its photo's

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.diagnosis.kinds.base import Context, Finding, Meter
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 # A massive dimension's mean |value| is at least this many times the median dimension's (random models: up
 # to 4.7; clean blocks of two real models: 5.5 and 11.6). It is so in every token: its squared mean |value|

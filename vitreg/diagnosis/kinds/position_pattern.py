@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.diagnosis.kinds.base import Context, Finding, Meter
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 # From this share on, position says more in the features than all that photos differ in. Every ViT holds
 # positions: 2% after the last block of a DeiT-Ti, 5 to 14% in its middle blocks and in those of a ViT-Ti, at

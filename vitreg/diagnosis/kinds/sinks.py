@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vitreg.diagnosis.bins import NORMS
 from vitreg.diagnosis.kinds.base import AttentionRows, Context, Finding, Meter, shares_of_patches
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 # How many times an even share of the attention to patches a sink draws. In the clean blocks of two real
 # models the most drawn patch of 128 photos has 6.6 times (the photos' median: 0.5 to 2.3); in the last block,

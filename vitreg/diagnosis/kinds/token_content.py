@@ -21,8 +21,8 @@ from torch import Tensor
 from vitreg.diagnosis.kinds.base import Context, Finding, Meter
 from vitreg.diagnosis.kinds.token_sample import ALIKE, UNLIKE, Sampled, TokenSample, centre
 from vitreg.distributed import Ranks
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 
 PHOTOS, TOKENS = 32, 32  # sampled of all photos, and of the patches of each
 # A token says the same in every photo if so many of the others hold one alike that shows something else (of
