@@ -78,7 +78,7 @@ class Folded(Attention):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         bias = self.bias.repeat(b, 1, 1)
         logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=self.scale)
-        logits = logits.view(b, HEADS, *logits.shape[1:]).masked_fill(self.hidden[None, None, None], -1e9)
+        logits = logits.view(b, HEADS, *logits.shape[1:]).masked_fill(self.hidden[None, None, None], -3e4)
         weights = self.drop(logits.flatten(0, 1).softmax(2))
         return torch.bmm(weights, v).unflatten(0, (b, HEADS))
 

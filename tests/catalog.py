@@ -383,8 +383,18 @@ STEP_BY_STEP = {
 
 CATALOG: dict[str, Entry] = TIMM | TRANSFORMERS | OPEN_CLIP | TORCHVISION | STEP_BY_STEP
 
-# One of each kind: plain, another library's, rotary, with a positional bias, nn.MultiheadAttention.
-FEW = ["timm vit", "hf dinov2 registers", "timm dinov3", "timm beit", "hf beit", "open_clip vit"]
+# One of each kind: plain, another library's, rotary, with a positional bias, nn.MultiheadAttention, step by
+# step, with positions made in the blocks.
+FEW = [
+    "timm vit",
+    "hf dinov2 registers",
+    "timm dinov3",
+    "timm beit",
+    "hf beit",
+    "open_clip vit",
+    "authors folded heads",
+    "authors rotary halves",
+]
 
 
 @cache

@@ -169,7 +169,7 @@ def test_queries_keys_and_biases_of_the_models_own_tokens_are_unchanged(vit: vit
     close(fixed.k[:, :, own], plain.k)
     assert torch.equal(fixed.bias[..., own, :][..., own], plain.bias)
     assert not fixed.bias[..., registers].any()
-    hidden = plain.bias.amax(-2, keepdim=True) < -1e8  # from all tokens
+    hidden = plain.bias.amax(-2, keepdim=True) < -1e4  # from all tokens
     assert not fixed.bias[..., registers, :][..., own].masked_fill(hidden, 0).any()
     for x in (fixed.q, fixed.k):
         close(x[:, :, registers[0]], x[:, :, registers[1]], 1e-6)  # at no position, hence alike

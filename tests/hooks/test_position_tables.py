@@ -85,8 +85,8 @@ def test_cosines_are_told_from_sines(rows: int, columns: int, base: float, first
 
 
 def test_only_tables_that_lack_the_tokens_are_fitted() -> None:
-    def fit(table: torch.Tensor, axis: int, like: torch.Tensor, value: float) -> torch.Tensor:
-        return with_rows(table, axis, 1, 2, value)
+    def fit(name: str, table: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:
+        return with_rows(table, axis, 1, 2, neutral(name, table, axis))
 
     x = torch.randn(2, 4, 7, 8)
     short = torch.randn(5, 8)

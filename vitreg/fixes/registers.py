@@ -172,7 +172,8 @@ class RegisterEdit(BlockEdit):
         self.start = first_patch(vit, layer)
         self.last = layer == vit.anatomy.depth - 1
         self.down = vit.anatomy.down_projection
-        self.masked = vit.anatomy.masked or vit.anatomy.counts_positions
+        tables = vit.anatomy.position_tables
+        self.masked, self.neutral_values = vit.anatomy.masked or bool(tables), tables[layer] if tables else ()
         self.stream: Stream = vit.anatomy.stream
         self.neurons = fix.neurons.tensors(layer)
         self.hooked = None if self.neurons is None else self.down
@@ -192,7 +193,8 @@ class RegisterEdit(BlockEdit):
         run = partial(inner, x, args, kwargs)
         if masked:
             more = start + self.inserted - self.own
-            run = partial(within, BlockInterceptor(x.shape[0], self.own, more, tokens), run)
+            mode = BlockInterceptor(x.shape[0], self.own, more, tokens, self.neutral_values)
+            run = partial(within, mode, run)
         if self.neurons is not None:
             move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
             run = partial(edited, block, self.down, move, run)

@@ -97,7 +97,7 @@ class TokenSplitting(Fix):
 
     def check(self, vit: Backbone) -> None:
         super().check(vit)
-        if vit.anatomy.counts_positions:
+        if vit.anatomy.position_tables or vit.anatomy.no_registers:
             _refuse_misplaced_copies(vit)
 
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
@@ -244,12 +244,16 @@ def _with_rows_for_copies(given: Any, fork: Fork, tokens: int, start: int, heads
         return {name: _with_rows_for_copies(item, fork, tokens, start, heads) for name, item in given.items()}
     if not (isinstance(given, Tensor) and given.dim() >= 2 and given.shape[-2] in (tokens, tokens - start)):
         return given
-    of_all_images = given.dim() == 2 or (given.dim() == 3 and given.shape[0] == heads)
+    per_head = given.dim() == 3 and given.shape[0] == heads and given.is_floating_point()
+    of_all_images = given.dim() == 2 or per_head
     table = given.unsqueeze(0) if of_all_images else given
+    position = fork.position - (tokens - given.shape[-2])
+    if table.dim() == 3 and table.shape[0] == fork.position.shape[0] and not of_all_images:
+        return torch.cat([table, _rows_at(table, 1, position)], 1)  # of each image
     if table.dim() == 3:
         table = table.unsqueeze(1)
     table = table.expand(fork.position.shape[0], -1, -1, -1)  # (b, 1 or h, tokens or patches, e)
-    return torch.cat([table, _rows_at(table, 2, fork.position - (tokens - given.shape[-2]))], 2)
+    return torch.cat([table, _rows_at(table, 2, position)], 2)
 
 
 def _rows_at(table: Tensor, axis: int, position: Int[Tensor, "b c"]) -> Tensor:
@@ -322,7 +326,7 @@ class _Forked(BlockInterceptor):
         columns = position[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
         return torch.cat([mask, mask.gather(3, columns)], 3)
 
-    def fit(self, table: Tensor, axis: int, like: Tensor, neutral: float) -> Tensor:
+    def fit(self, name: str, table: Tensor, axis: int, like: Tensor) -> Tensor:
         """A copy is where the token is that it is a copy of."""
         table = table[(None,) * (like.dim() - table.dim())]
         table = table.expand(like.shape[0], *[-1] * (table.dim() - 1))

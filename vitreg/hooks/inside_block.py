@@ -4,7 +4,7 @@ The mode costs Python time in every call that the block makes, so it is entered 
 rewritten. Neurons are edited without it (neuron_edit.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
-from vitreg.hooks.position_tables import ELEMENTWISE, fitted, with_rows
+from vitreg.hooks.position_tables import ELEMENTWISE, fitted, neutral, with_rows
 
 
 class BlockInterceptor(AttentionMode):
@@ -22,12 +22,22 @@ class BlockInterceptor(AttentionMode):
     Where `inserted` tokens stand at `start` that the model does not know of (those of fixes further out
     included), positional biases and masks are widened for them: a bias of 0, and masked for them is what is
     masked for every other token. Tables of positions that the block makes for its own `tokens` leave them
-    where they are.
+    where they are: `neutral_values` are what stands there for them, in the order in which the block meets its
+    tables; without it, the tables are looked at.
     """
 
-    def __init__(self, images: int, start: int = 0, inserted: int = 0, tokens: int = 0) -> None:
+    def __init__(
+        self,
+        images: int,
+        start: int = 0,
+        inserted: int = 0,
+        tokens: int = 0,
+        neutral_values: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(images)
         self._start, self._inserted, self._tokens = start, inserted, tokens
+        self._known = neutral_values
+        self.neutral_values: list[float] = []  # of the tables so far
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not self._inserted:
@@ -39,10 +49,17 @@ class BlockInterceptor(AttentionMode):
             args = fitted(name, args, self._inserted, self.fit)
         return super()._other(func, args, kwargs)
 
-    def fit(self, table: Tensor, axis: int, like: Tensor, neutral: float) -> Tensor:
+    def fit(self, name: str, table: Tensor, axis: int, like: Tensor) -> Tensor:
         """A table of positions for all tokens, or for those from some index on, with rows for the others."""
         at = self._start - (self._tokens - table.shape[axis])
-        return table if at < 0 else with_rows(table, axis, at, self._inserted, neutral)
+        if at < 0:
+            return table
+        order = len(self.neutral_values)
+        # Looking at the table would break a compiled graph.
+        known = self._known is not None and order < len(self._known)
+        value = self._known[order] if known else neutral(name, table, axis)  # type: ignore[index]
+        self.neutral_values.append(value)
+        return with_rows(table, axis, at, self._inserted, value)
 
     def mask(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""

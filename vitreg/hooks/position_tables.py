@@ -13,7 +13,7 @@ from torch import Tensor
 
 ELEMENTWISE = {"mul", "mul_", "multiply", "add", "add_", "sub", "sub_", "addcmul", "__rsub__"}
 
-Fit = Callable[[Tensor, int, Tensor, float], Tensor]  # (table, axis, what it meets, neutral value) -> table
+Fit = Callable[[str, Tensor, int, Tensor], Tensor]  # (function, table, axis, what it meets) -> table
 
 
 def fitted(name: str, args: Any, more: int, fit: Fit) -> Any:
@@ -34,7 +34,7 @@ def _fitted(name: str, value: Any, like: Tensor, more: int, fit: Fit) -> Any:
     for axis in range(-1, -value.dim() - 1, -1):
         if value.shape[axis] not in (1, like.shape[axis]):
             short = value.shape[axis] == like.shape[axis] - more
-            return fit(value, axis, like, neutral(name, value, axis)) if short else value
+            return fit(name, value, axis, like) if short else value
     return value
 
 

@@ -22,7 +22,8 @@ from vitreg.hooks.products import PRODUCTS, Product, product_of
 
 FOLLOWED = 6  # tensors at a time: other products may come between q k^T and its softmax
 
-_SCALES = {"mul", "mul_", "multiply", "multiply_", "div", "div_", "divide", "divide_", "true_divide"}
+_MULTIPLIES = {"mul", "mul_", "multiply", "multiply_"}
+_DIVIDES = {"div", "div_", "divide", "divide_", "true_divide"}
 _ADDS = {"add", "add_", "sub", "sub_", "subtract", "__rsub__"}
 _FILLS = {"masked_fill", "masked_fill_", "where"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
@@ -235,12 +236,10 @@ class Step:
         if operand is None or result.shape != tensor.shape:
             return None
         alike = not isinstance(operand, Tensor) or operand.dim() == 0 or operand.shape[-1] == 1
-        if name in _SCALES and alike:
-            if not name.startswith(("mul", "multiply")):
-                if self._at:
-                    return None
-                operand = 1 / operand
+        if name in _MULTIPLIES and alike:
             return (_Done("scale", operand),)
+        if name in _DIVIDES and alike and not self._at:
+            return (_Done("scale", 1 / operand),)
         if name in _ADDS:
             return self._added(operand, alike)
         return None

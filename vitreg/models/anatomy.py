@@ -42,9 +42,10 @@ class Anatomy:
     cuts patches; without it, what does not fill a patch is left out.
 
     Also measured: `masked`, whether attention has a mask or a positional bias; `stream`, where the blocks'
-    calls and outputs hold the residual stream; `counts_positions`, whether a block makes positions for a
-    fixed number of tokens; `no_registers`, why no token can be added inside the blocks ("" where one can);
-    `head_error`, what the model raises after its last block when it is given images alone ("" if nothing).
+    calls and outputs hold the residual stream; `position_tables`, of the tables that each block makes for a
+    fixed number of tokens, what stands there for a token without a position (() where no block does);
+    `no_registers`, why no token can be added inside the blocks ("" where one can); `head_error`, what the
+    model raises after its last block when it is given images alone ("" if nothing).
     """
 
     blocks: str
@@ -60,7 +61,7 @@ class Anatomy:
     masked: bool = False
     padding: tuple[int, int] = (0, 0)
     stream: Stream = field(default_factory=Stream)
-    counts_positions: bool = False
+    position_tables: tuple[tuple[float, ...], ...] = ()
     no_registers: str = ""
     head_error: str = ""
 
@@ -104,8 +105,8 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     heads = probe.heads()
     anatomy = _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
     prove_grid(probe, anatomy.layout(image_size), anatomy.patch_size, forward)
-    counts, refused = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
-    return replace(anatomy, counts_positions=counts, no_registers=refused)
+    tables, refused = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
+    return replace(anatomy, position_tables=tables, no_registers=refused)
 
 
 def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:

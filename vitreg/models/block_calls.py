@@ -40,6 +40,7 @@ class BlockCalls:
         self._linked: set[Pair] | None = None  # given as the block before gave it back, each time
         self._shapes: list[tuple[dict[Argument, Shape], dict[Path, Shape]]] = []  # of all tensors, per block
         self._called: dict[Argument, Shape] = {}
+        self.not_finite: int | None = None  # the first block that gave tokens with NaN or infinity
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         every = list(arguments_of(block, args, kwargs))
@@ -60,6 +61,8 @@ class BlockCalls:
     def leave(self, output: Any) -> None:
         every = list(tensors_in(output))
         self._returned = {path: tensor for path, tensor in every if self._may_be_stream(tensor)}
+        if self.not_finite is None and not all(x.isfinite().all() for x in self._returned.values()):
+            self.not_finite = len(self.outputs)
         pairs = [
             Pair(argument, path)
             for argument in self._given

@@ -123,7 +123,10 @@ class Probe:
                         " or a `forward` that says how to call it."
                     ) from error
                 if len(self.calls.outputs) < self.depth:
-                    raise
+                    raise self.unsupported(
+                        f"block {len(self.calls.outputs)} fails on images of shape {tuple(images.shape)}"
+                        f" ({type(error).__name__}: {one_line(error)})"
+                    ) from error
                 # Past the blocks: a head that wants more than images does not concern us.
                 self.head_error = f"{type(error).__name__}: {one_line(error)}"
 
@@ -246,6 +249,11 @@ class Probe:
             raise self.unsupported(
                 "between them the model computes attention of its own (in a second list of blocks, say), so"
                 " that they are a part of what makes its tokens"
+            )
+        if self.calls.not_finite is not None:
+            raise NonFiniteError(
+                f"block {self.calls.not_finite} gives NaN or infinity for a noise image: weights that were"
+                " never set or loaded, perhaps."
             )
         if not self.calls.linked():
             raise self.unsupported(

@@ -28,10 +28,14 @@ TOLERANCE = 1e-3
 Attempt = Callable[[nn.Module, Inner, Tensor, Any, Any], None]
 
 
-def room_for_registers(probe: Probe, stream: Stream, start: int, forward: Forward) -> tuple[bool, str]:
-    """Whether a block makes positions for a fixed number of tokens, and why none can be added ("": they can).
+def room_for_registers(
+    probe: Probe, stream: Stream, start: int, forward: Forward
+) -> tuple[tuple[tuple[float, ...], ...], str]:
+    """Of the tables of positions that each block makes, what stands there for tokens without a position.
 
-    `start` is the index at which registers would stand.
+    And why no tokens can be added ("": they can).
+
+    `start` is the index at which registers would stand. Without any table in any block: ().
     """
     tried = [_Tried(index, start, probe.masked) for index in range(probe.depth)]
     with evaluating(probe.model), trying(probe.blocks, stream, [attempt.run for attempt in tried]):
@@ -40,7 +44,9 @@ def room_for_registers(probe: Probe, stream: Stream, start: int, forward: Forwar
         except Exception:
             if not probe.head_error:
                 raise
-    return any(attempt.counts for attempt in tried), next((x.refused for x in tried if x.refused), "")
+    counts = any(attempt.counts or attempt.neutral_values for attempt in tried)
+    tables = tuple(tuple(attempt.neutral_values) for attempt in tried) if counts else ()
+    return tables, next((x.refused for x in tried if x.refused), "")
 
 
 @contextmanager
@@ -86,6 +92,7 @@ class _Tried:
 
     def __init__(self, index: int, start: int, masked: bool) -> None:
         self.counts, self.refused = False, ""
+        self.neutral_values: list[float] = []
         self._index, self._start, self._masked = index, start, masked
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> None:
@@ -96,7 +103,9 @@ class _Tried:
             wide = all_alike(x)[:, :1].repeat(1, n + REGISTERS, 1)
             run = partial(inner, wide, args, kwargs)
             if fitting:
-                run = partial(within, BlockInterceptor(b, start, REGISTERS, n), run)
+                mode = BlockInterceptor(b, start, REGISTERS, n)
+                self.neutral_values = mode.neutral_values
+                run = partial(within, mode, run)
             leave_unrotated(block, REGISTERS)
             try:
                 return attention_of(run, b)
