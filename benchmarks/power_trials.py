@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import vitreg
 from vitreg.diagnosis.statistics import Collector, Statistics
-from vitreg.models.anatomy import TokenLayout
 from vitreg.models.backbone import Backbone
+from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 from vitreg.tracing.records import trace
 

@@ -7,6 +7,7 @@ import torch
 from catalog import CATALOG, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looking import removing
 from ranked import of_each
 
 import vitreg
@@ -90,3 +91,21 @@ def test_the_share_by_chance_is_that_of_random_vectors(width, count):
     squares = torch.randn(20000, width, generator=torch.Generator().manual_seed(0)).square()
     expected = float((squares.topk(count).values.sum(1) / squares.sum(1)).mean())
     assert share_by_chance(width, count) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("least", [3000, 3130, 3270, 3410, 3560])
+@pytest.mark.parametrize("photos", [2, 3, 5])
+def test_a_direction_is_seen_wherever_the_threshold_falls_in_its_bin(least: float, photos: int) -> None:
+    """Outliers of nearly equal norms, whose threshold parts a coarse bin: hardly one of them is lost."""
+    vector = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0)
+    norms = torch.linspace(least, 1.15 * least, photos)
+
+    def plant(module, args, output):
+        output = output.clone()
+        output[:photos, VIT.layout.patch(1, 2)] = vector * norms[:, None]
+        return output
+
+    with removing([VIT.model.blocks[1].register_forward_hook(plant)]):
+        s = statistics(IMAGES)
+    for threshold in EDGES[(EDGES > 2500) & (EDGES < least)].tolist():
+        assert s.direction(1, threshold) > 0.95

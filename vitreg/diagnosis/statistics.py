@@ -27,6 +27,7 @@ BINS, EDGES = NORMS.count, NORMS.edges
 
 # Photos are dealt out into this many groups, so that one odd photo is told from many.
 GROUPS = 16
+NEARLY_ALL = 0.9  # of the patches in a bin
 # For directions, each photo's largest norms are looked at (one patch in so many), in coarse bins.
 LARGEST = 16
 COARSE = 4  # bins in a coarse one
@@ -179,11 +180,22 @@ class Statistics:
         return outliers, self.ordinary[layer] / self.ordinary_counts[layer].clamp(min=1)
 
     def _large_beyond(self, layer: int, threshold: float) -> Bool[Tensor, " c"]:
-        """The coarse bins beyond a threshold; the one that it lies in only where there is no other."""
-        beyond = EDGES[:-1:COARSE] >= threshold
-        if not self.large_counts[layer][beyond].any():
-            beyond = EDGES[COARSE::COARSE] > threshold
-        return beyond
+        """The coarse bins beyond a threshold, and often the one that it lies in.
+
+        That counts where it has most of the outliers (or all but one) and little else, or where there is no
+        other.
+        """
+        beyond, touched = EDGES[:-1:COARSE] >= threshold, EDGES[COARSE::COARSE] > threshold
+        without, with_it = (int(self.large_counts[layer][chosen].sum()) for chosen in (beyond, touched))
+        if without >= max(with_it / 2, 2):
+            return beyond
+        return touched if not without or self._nearly_all_beyond(layer, threshold, touched) else beyond
+
+    def _nearly_all_beyond(self, layer: int, threshold: float, coarse: Bool[Tensor, " c"]) -> bool:
+        """Whether hardly a patch in these coarse bins is below a threshold."""
+        counts = self.counts[layer].unflatten(0, (-1, COARSE))[coarse]
+        above = int(counts[_beyond(threshold).unflatten(0, (-1, COARSE))[coarse]].sum())
+        return above >= NEARLY_ALL * int(counts.sum())
 
     def largest_group(self, layer: int, threshold: float) -> float:
         """The share of the outliers that lie in the one group of photos that has most of them."""
