@@ -157,11 +157,28 @@ class SequenceFirst(nn.Module):
         return mixed
 
 
+class Chunk(nn.ModuleList):
+    """Some of a model's blocks, with nothing in the places of those before."""
+
+    def __init__(self, blocks: nn.ModuleList, chosen: range) -> None:
+        super().__init__([*(nn.Identity() for _ in range(chosen.start)), *(blocks[i] for i in chosen)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
 class Authors(nn.Module):
     """A plain ViT of `DEPTH` blocks with a CLS token, around an attention; `first`: tokens before images."""
 
     def __init__(
-        self, attention: Any = Attention, first: bool = False, block: Any = Block, grid: Any = GRID
+        self,
+        attention: Any = Attention,
+        first: bool = False,
+        block: Any = Block,
+        grid: Any = GRID,
+        chunks: Any = (),
     ) -> None:
         super().__init__()
         self.first = first
@@ -170,6 +187,8 @@ class Authors(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], WIDTH))
         self.blocks = nn.ModuleList(block(attention()) for _ in range(DEPTH))
+        if chunks:
+            self.blocks = nn.ModuleList(Chunk(self.blocks, chosen) for chosen in chunks)
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
 
     def forward(self, images: Tensor) -> Tensor:

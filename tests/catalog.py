@@ -375,6 +375,7 @@ STEP_BY_STEP = {
     "authors rotary interleaved": authors(attention=rotary_models.Interleaved),
     "authors rotary complex": authors(attention=rotary_models.Complex),
     "authors added positions": authors(attention=rotary_models.Added),
+    "authors chunks": authors(chunks=[range(2), range(2, 3)]),
     "timm beit step by step": timm_step_by_step("timm beit"),
     "timm dinov3 step by step": timm_step_by_step("timm dinov3"),
     "hf beit step by step": hf_step_by_step("hf beit"),

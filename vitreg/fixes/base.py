@@ -156,7 +156,7 @@ class Applied:
         self.fix, self.edits = fix, edits
         self._model = vit.model
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
-        blocks = list(self._stack.children())
+        blocks = vit.anatomy.block_modules(vit.model)
         # The modules themselves: others may take their place in the stack, around them.
         self._edited: list[tuple[nn.Module, BlockEdit]] = [(blocks[i], edit) for i, edit in edits.items()]
         for edit in edits.values():

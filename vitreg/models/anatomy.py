@@ -21,10 +21,11 @@ from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import is_compiled
 from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
+from vitreg.models.block_stack import blocks_in, find_block_stack
 from vitreg.models.layout import TokenLayout
 from vitreg.models.mlp import find_mlp
 from vitreg.models.patches import measure_patches, prove_grid
-from vitreg.models.probe import PASS_AN_ANATOMY, Forward, Probe, count_linears, part
+from vitreg.models.probe import Forward, Probe, part
 from vitreg.models.room import room_for_registers
 
 _REGISTER_NAME = re.compile(r"(^|\.)registers?$|(^|[._])(reg|register|storage)_?tokens?$")
@@ -34,12 +35,13 @@ _REGISTER_NAME = re.compile(r"(^|\.)registers?$|(^|[._])(reg|register|storage)_?
 class Anatomy:
     """Where a model keeps its blocks and neurons, and how its tokens are ordered.
 
-    `blocks` is the dotted path of the block stack, `down_projection` the path within a block of the
-    MLP's last linear layer (its input is the neuron vector), `patch_embedding` the path of the module
-    whose output is the patch grid before positions are added (None: not found, and what needs it is
-    left out), `patch_size` (height, width) in pixels. The four counts are measured by the probe; those that
-    are given must agree with it. `padding` (height, width): pixels that the model adds to an image before it
-    cuts patches; without it, what does not fill a patch is left out.
+    `blocks` is the dotted path of the block stack (a list of blocks, or of chunks of them),
+    `down_projection` the path within a block of the MLP's last linear layer (its input is the neuron
+    vector), `patch_embedding` the path of the module whose output is the patch grid before positions are
+    added (None: not found, and what needs it is left out), `patch_size` (height, width) in pixels. The four
+    counts are measured by the probe; those that are given must agree with it. `padding` (height, width):
+    pixels that the model adds to an image before it cuts patches; without it, what does not fill a patch is
+    left out.
 
     Also measured: `masked`, whether attention has a mask or a positional bias; `stream`, where the blocks'
     calls and outputs hold the residual stream; `position_tables`, of the tables that each block makes for a
@@ -66,7 +68,7 @@ class Anatomy:
     head_error: str = ""
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
-        return list(model.get_submodule(self.blocks).children())
+        return blocks_in(model.get_submodule(self.blocks))
 
     def down_projections(self, model: nn.Module) -> list[nn.Module]:
         """The module of each block that the neurons enter (hooks/weights.py: what it multiplies by)."""
@@ -98,7 +100,7 @@ def find_anatomy(
 
 
 def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], given: Anatomy | None) -> Anatomy:
-    stack = given.blocks if given else _find_block_stack(model)
+    stack = given.blocks if given else find_block_stack(model)
     probe = Probe(model, stack, image_size, given.patch_embedding if given else None)
     probe.run(forward)
     probe.check_stream()
@@ -189,25 +191,6 @@ def _refuse_non_finite(model: nn.Module) -> None:
                 f"weight {name} holds NaN or infinity. The checkpoint is damaged or training diverged;"
                 " load an earlier one."
             )
-
-
-def _find_block_stack(model: nn.Module) -> str:
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    for least in (2, 1):  # one block alone is rare, and many things are lists of one
-        for name, module in lists:
-            if _is_stack(module, least):
-                return name
-    raise UnsupportedModelError(
-        f"found no stack of transformer blocks in {type(model).__name__}: no ModuleList or Sequential of"
-        f" modules of one class with at least 2 linear layers each. {PASS_AN_ANATOMY}"
-    )
-
-
-def _is_stack(module: nn.Module, least: int) -> bool:
-    children = list(module.children())
-    # By name: of blocks of one class, FSDP or a fix may have given some a subclass of that name.
-    one_class = len({type(child).__name__ for child in children}) == 1
-    return len(children) >= least and one_class and all(count_linears(child) >= 2 for child in children)
 
 
 def _count_registers(model: nn.Module, constant_tokens: int) -> int:

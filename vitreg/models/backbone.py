@@ -16,6 +16,7 @@ from vitreg.models.anatomy import Anatomy, find_anatomy
 from vitreg.models.from_transformers import forward_of
 from vitreg.models.headless import run_without_head
 from vitreg.models.layout import TokenLayout
+from vitreg.models.own_forward import ModelForward, OfModel, own_forward
 from vitreg.models.placement import device_of, dtype_of
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.probe import Forward
@@ -80,13 +81,15 @@ class Backbone:
 
     def with_model(self, model: nn.Module, name: str) -> "Backbone":
         """The same backbone around another instance of the same model (a copy with other weights)."""
-        if self.forward is not None and forward_of(self.model) is None:
+        forward = forward_of(model)
+        if isinstance(self.forward, ModelForward):
+            forward = self.forward.on(model)
+        elif self.forward is not None and forward_of(self.model) is None:
             raise UnsupportedModelError(
                 "this backbone was wrapped with a `forward` of its own, which would still run the old model."
-                " Wrap the copy with wrap(copy, forward=...)."
+                " Let it take the model, too: wrap(model, forward=lambda model, images: ...)."
             )
         # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
-        forward = forward_of(model)
         return Backbone(
             model, name, self.anatomy, self.image_size, self.preprocess, forward, planted=self.planted
         )
@@ -97,20 +100,21 @@ def wrap(
     preprocess: Preprocess | None = None,
     *,
     image_size: Size | None = None,
-    forward: Forward | None = None,
+    forward: Forward | OfModel | None = None,
     anatomy: Anatomy | None = None,
     name: str | None = None,
 ) -> Backbone:
     """A Backbone around a model that the caller holds, which may be an encoder inside a larger model.
 
-    `forward` runs `module` on (b, 3, h, w) images where `module(images)` does not. `image_size` is
+    `forward` runs `module` on (b, 3, h, w) images where `module(images)` does not: a method of the module, or
+    a function (module, images); one of images alone cannot run copies of the model. `image_size` is
     (height, width) or one side in pixels; without it, what the model's own configuration says, or 224. Where
     `preprocess` gives photos another size, that is used, and a ModelWarning says so. `anatomy` overrides what
     would be found. Raises UnsupportedModelError with the reason for a model that is not a plain Vision
     Transformer.
     """
     size = _agreed(name or type(module).__name__, module, preprocess, image_size)
-    forward = forward or forward_of(module)
+    forward = own_forward(module, forward) or forward_of(module)
     found = find_anatomy(module, forward or module, size, anatomy)
     preprocess = preprocess or timm_preprocess(module, size)
     named, planted = name or type(module).__name__, getattr(module, PLANTED, False)

@@ -1,5 +1,6 @@
 """The one MLP of a model's blocks, by what a probe saw in block 0."""
 
+from vitreg.models.block_stack import PASS_AN_ANATOMY
 from vitreg.models.down_projection import (
     Call,
     Shape,
@@ -8,7 +9,7 @@ from vitreg.models.down_projection import (
     without_attention,
     without_bottlenecks,
 )
-from vitreg.models.probe import IMAGES, PASS_AN_ANATOMY, Probe, evaluating
+from vitreg.models.probe import IMAGES, Probe, evaluating
 
 
 def find_mlp(probe: Probe) -> str:

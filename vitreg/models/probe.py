@@ -19,12 +19,12 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.stream import Stream, tensors_in
 from vitreg.models.block_calls import BlockCalls
-from vitreg.models.down_projection import Call, is_linear
+from vitreg.models.block_stack import PASS_AN_ANATOMY, blocks_in, holds_blocks
+from vitreg.models.down_projection import Call
 from vitreg.models.placement import device_of, dtype_of
 
 Forward = Callable[[Tensor], Any]
 
-PASS_AN_ANATOMY = "Pass an Anatomy to override."
 NO_ATTENTION_SEEN = (
     "made no attention that vitreg sees: scaled_dot_product_attention, nn.MultiheadAttention, or softmax(q"
     " k^T) v step by step. If a library's own kernel computes it, select PyTorch's:"
@@ -43,11 +43,6 @@ def part(module: nn.Module, path: str) -> nn.Module:
         raise UnsupportedModelError(
             f"expected a module at {path!r} in {type(module).__name__}, found none. Correct the Anatomy."
         ) from error
-
-
-def count_linears(module: nn.Module) -> int:
-    """How many linear layers are in a module."""
-    return sum(map(is_linear, module.modules()))
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -89,7 +84,7 @@ class Probe:
         self, model: nn.Module, stack: str, image_size: tuple[int, int], embedding: str | None = None
     ) -> None:
         self.model, self.image_size, self.embedding = model, image_size, embedding
-        self.blocks = list(part(model, stack).children())
+        self.blocks = blocks_in(part(model, stack))
         self.depth = len(self.blocks)
         if not self.blocks:
             raise UnsupportedModelError(f"expected blocks in {stack!r}, found none. Correct the Anatomy.")
@@ -232,7 +227,7 @@ class Probe:
     def check_stream(self) -> None:
         """Every block must map one (b, n, d) stream to another of the same shape, once per pass."""
         if not self.calls.inputs:
-            raise self.unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
+            self._refuse_uncalled()
         if len(self.calls.inputs) == self.depth == len(self.calls.outputs):
             rivals = self.calls.rivals()
             if len(rivals) > 1:
@@ -274,6 +269,15 @@ class Probe:
                 "the same image gives them other tokens each time. Random masks and shuffles are not"
                 " supported: switch them off, or give vitreg the encoder alone"
             )
+
+    def _refuse_uncalled(self) -> None:
+        if self.called:
+            raise self.unsupported(
+                f"the model's forward pass calls the parts of block 0 ({self.called[0].name!r} first), and"
+                " never the block itself: a pair of attention and MLP in a list, say. Give the blocks a"
+                " `forward` that calls their parts, and let the model call them"
+            )
+        raise self.unsupported("block 0 was never called by the model's forward pass", PASS_AN_ANATOMY)
 
     def _refuse_shapes(self) -> None:
         """Say why no tensor of a block's call is a residual stream."""
@@ -357,7 +361,7 @@ class Probe:
 
     def unsupported(self, reason: str, hint: str = "") -> UnsupportedModelError:
         kind = type(self.model).__name__
-        found = "stages of several blocks" if _holds_blocks(self.blocks[0]) else "blocks"
+        found = "stages of several blocks" if holds_blocks(self.blocks[0]) else "blocks"
         return UnsupportedModelError(
             f"{kind} is not a Vision Transformer that vitreg can read: found {self.depth} {found}, but"
             f" {reason}. {hint}".rstrip()
@@ -369,13 +373,6 @@ def _equal_tokens(one: Tensor, other: Tensor) -> Tensor:
     one, other = one.float(), other.float()
     scale = one.abs().amax(-1) + other.abs().amax(-1)
     return (one - other).abs().amax(-1) <= 1e-4 * scale
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    """Whether a module of the stack is itself a stage: a list of things with attention and an MLP."""
-    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    # Four linear layers at least: q, k, v (or all in one), out, up, down.
-    return any(min(map(count_linears, stack)) >= 4 for stack in stacks)
 
 
 def one_line(error: Exception) -> str:
