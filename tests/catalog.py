@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import authors_models
+import paired_models
 import rotary_models
 import torch
 from torch import Tensor, nn
@@ -375,6 +376,12 @@ STEP_BY_STEP = {
     "authors rotary interleaved": authors(attention=rotary_models.Interleaved),
     "authors rotary complex": authors(attention=rotary_models.Complex),
     "authors added positions": authors(attention=rotary_models.Added),
+    "authors pairs": Entry(paired_models.Paired, (32, 40), Truth(1, 0, (4, 5), DEPTH, 32, 128, 4)),
+    "authors pairs by number": Entry(
+        lambda: paired_models.Paired(authors_models.Einsum, "by number"),
+        (32, 40),
+        Truth(1, 0, (4, 5), DEPTH, 32, 128, 4),
+    ),
     "authors chunks": authors(chunks=[range(2), range(2, 3)]),
     "timm beit step by step": timm_step_by_step("timm beit"),
     "timm dinov3 step by step": timm_step_by_step("timm dinov3"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from catalog import images
 from looking import removing
+from paired_models import Paired
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -176,4 +177,6 @@ def _rotated_without(rotate: Callable[[Tensor], Tensor], own: list[int], x: Tens
 
 
 def reference(vit: vitreg.Backbone, *fixes: TestTimeRegisters, after_block_0: Any = None) -> Tensor:
+    if isinstance(vit.model, Paired):
+        vit = vitreg.wrap(vit.model.joined(), image_size=vit.image_size)
     return Reference(vit, *fixes, after_block_0=after_block_0).residuals(images(vit, 3))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from authors_models import Authors
 from catalog import CATALOG, Truth, built, images
 from looking import footprint, image_with_and_without_a_change, most_changed, removing, same, tensors
+from paired_models import Paired
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -77,7 +78,7 @@ def eager_attention(vit: vitreg.Backbone, batch: Tensor) -> Tensor:
     """(l, b, h, n, n) attention of a copy of the model, as its own library computes it step by step."""
     model = copy.deepcopy(vit.model)
     maps: list[Tensor] = []
-    if isinstance(model, Authors):
+    if isinstance(model, Authors | Paired):
         with Softmaxes() as softmaxes, torch.no_grad():
             model(batch)
         return torch.stack([x.reshape(len(batch), -1, *x.shape[-2:]) for x in softmaxes.results])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalog import CATALOG, STEP_BY_STEP, images
+from paired_models import Paired
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -84,6 +85,8 @@ def reference(vit: vitreg.Backbone, batch: Tensor, fix: TokenSplitting) -> tuple
     One token at a time: a copy takes its original's place, and attends to what the unfixed model's tokens
     are to each other.
     """
+    if isinstance(vit.model, Paired):
+        vit = vitreg.wrap(vit.model.joined(), image_size=vit.image_size)
     blocks = vit.anatomy.block_modules(vit.model)
     downs = vit.anatomy.down_projections(vit.model)
     calls: list[Any] = []

@@ -52,6 +52,7 @@ class BlockEdit(ABC):
 
 
 _EDITS = "_vitreg_edits"
+MADE_BY = "_vitreg_made_by"  # of a class that is made while the program runs: the function, and its argument
 
 
 _BASE = "_vitreg_base"  # of an editable class: the class that the block had
@@ -154,7 +155,7 @@ def _editable(base: Any, own_forward: bool) -> Any:
         del self.__dict__["forward"]
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _restore, (base, own_forward), self.__dict__
+        return _restore, (getattr(base, MADE_BY, base), own_forward), self.__dict__
 
     body = {
         "forward": property(get, put, delete) if own_forward else forward,
@@ -216,4 +217,7 @@ def _output(stream: Stream, y: Tensor, output: Any, edits: list[BlockEdit]) -> A
 
 
 def _restore(base: Any, own_forward: bool) -> Any:
+    if isinstance(base, tuple):
+        maker, made_of = base
+        base = maker(made_of)
     return base.__new__(_editable(base, own_forward))

@@ -24,6 +24,7 @@ from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
 from vitreg.models.block_stack import blocks_in, find_block_stack
 from vitreg.models.layout import TokenLayout
 from vitreg.models.mlp import find_mlp
+from vitreg.models.pairs import pairs_as_blocks
 from vitreg.models.patches import measure_patches, prove_grid
 from vitreg.models.probe import Forward, Probe, part
 from vitreg.models.room import room_for_registers
@@ -95,7 +96,7 @@ def find_anatomy(
     """
     refuse_compiled(model)
     _refuse_non_finite(model)
-    with without_edits(model):
+    with without_edits(model), pairs_as_blocks(model):
         return _found(model, forward, image_size, given)
 
 

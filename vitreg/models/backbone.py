@@ -17,6 +17,7 @@ from vitreg.models.from_transformers import forward_of
 from vitreg.models.headless import run_without_head
 from vitreg.models.layout import TokenLayout
 from vitreg.models.own_forward import ModelForward, OfModel, own_forward
+from vitreg.models.pairs import make_blocks
 from vitreg.models.placement import device_of, dtype_of
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.probe import Forward
@@ -89,6 +90,7 @@ class Backbone:
                 "this backbone was wrapped with a `forward` of its own, which would still run the old model."
                 " Let it take the model, too: wrap(model, forward=lambda model, images: ...)."
             )
+        make_blocks(model)  # of pairs, as in the model that was wrapped
         # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
         return Backbone(
             model, name, self.anatomy, self.image_size, self.preprocess, forward, planted=self.planted

@@ -50,4 +50,4 @@ def holds_blocks(module: nn.Module) -> bool:
     """Whether a module of the stack is itself a stage: a list of things with attention and an MLP."""
     stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
     # Four linear layers at least: q, k, v (or all in one), out, up, down.
-    return any(min(map(count_linears, stack)) >= 4 for stack in stacks)
+    return any(min(map(count_linears, stack.children())) >= 4 for stack in stacks)

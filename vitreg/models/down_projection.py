@@ -9,6 +9,7 @@ layers within an affine module are no MLP: there is no neuron between them.
 import re
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vitreg.hooks.weights import is_affine
@@ -73,9 +74,23 @@ def _tensors(module: nn.Module) -> set[int]:
     return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
 
-def without_attention(found: list[Call], calls: list[Call], widths: set[int]) -> list[Call]:
-    """Attention with its own width also leads back to d: its input is exactly heads x channels."""
-    return [call for call in found if not (call.neurons in widths and _projects_queries(call, calls))]
+def without_attention(found: list[Call], calls: list[Call], mixed: Tensor | None) -> list[Call]:
+    """Attention with its own width also leads back to d: what enters there are the mixed values (b, n, h c).
+
+    Where something was done to them on the way (a gate, say), names tell.
+    """
+    if mixed is None:
+        return found
+    return [call for call in found if not (_takes(call, mixed) or _is_output(call, calls, mixed.shape[2]))]
+
+
+def _takes(call: Call, mixed: Tensor) -> bool:
+    orders = (mixed, mixed.transpose(0, 1))
+    return any(call.given.shape == x.shape and torch.allclose(call.given, x, atol=1e-4) for x in orders)
+
+
+def _is_output(call: Call, calls: list[Call], width: int) -> bool:
+    return call.neurons == width and _projects_queries(call, calls)
 
 
 def _projects_queries(call: Call, calls: list[Call]) -> bool:

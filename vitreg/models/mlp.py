@@ -35,8 +35,7 @@ def find_mlp(probe: Probe) -> str:
             " its input is not the neurons alone"
         )
     if len(found) > 1:
-        widths = {heads * channels for block, (_, heads, _, channels) in probe.attention if block == 0}
-        found = without_bottlenecks(without_attention(found, probe.called, widths), probe.width)
+        found = without_bottlenecks(without_attention(found, probe.called, probe.mixed), probe.width)
     if len(found) != 1:
         names = ", ".join(call.name for call in found)
         raise probe.unsupported(f"block 0 has {len(found)} MLPs ({names}), not one")

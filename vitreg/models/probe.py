@@ -73,8 +73,9 @@ class Feature(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Of a map (b, c, rows, columns)."""
-        return self.shape[2], self.shape[3]
+        """Of a map (b, c, rows, columns), or (b, rows, columns, c) of a linear layer."""
+        rows = 1 if isinstance(self.module, nn.Linear) else 2
+        return self.shape[rows], self.shape[rows + 1]
 
 
 class Probe:
@@ -90,6 +91,7 @@ class Probe:
             raise UnsupportedModelError(f"expected blocks in {stack!r}, found none. Correct the Anatomy.")
         self.calls = BlockCalls(IMAGES)
         self.attention: list[tuple[int, tuple[int, ...]]] = []  # (block, shape of q)
+        self.mixed: Tensor | None = None  # what attention in block 0 made of the values, (IMAGES, n, h * c)
         self.called: list[Call] = []  # of the modules within block 0, in order
         self.features: list[Feature] = []  # outputs before block 0, in order
         self.masked = False  # attention in the blocks has a mask or positional bias
@@ -192,6 +194,8 @@ class Probe:
         shape = tuple(call.q.shape)
         if self._inside is not None:
             self.attention.append((self._inside, shape))
+            if self._inside == 0:
+                self.mixed = call.compute(call.mask).transpose(1, 2).flatten(2) if len(shape) == 4 else None
             self.masked |= call.mask is not None
         elif self._running and call.tokens == call.k.shape[-2] > 1:
             self.elsewhere.append(shape)
@@ -321,8 +325,8 @@ class Probe:
         if path is None:
             return
         part(self.model, path)
-        shapes = [feature.shape for feature in self.features if feature.name == path]
-        seen = [shape[2:] if len(shape) == 4 else shape[1:2] for shape in shapes]
+        features = [feature for feature in self.features if feature.name == path]
+        seen = [x.grid if len(x.shape) == 4 else x.shape[1:2] for x in features]
         if grid not in seen and (grid[0] * grid[1],) not in seen:
             raise UnsupportedModelError(
                 f"expected {path!r} to embed {grid[0]}x{grid[1]} patches before block 0, found"

@@ -169,7 +169,10 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
     def _embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if not self._ours():
             return
-        if output.dim() == 4:
+        if output.dim() == 4 and isinstance(module, nn.Linear):  # (b, rows, columns, c)
+            self._check_grid((output.shape[1], output.shape[2]))
+            output = output.flatten(1, 2)
+        elif output.dim() == 4:
             self._check_grid((output.shape[2], output.shape[3]))
             output = output.flatten(2).transpose(1, 2)
         if self._on_embedding:
