@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import CATALOG, SMALL, images, timm_model
+from authors_models import Attention, Authors
+from catalog import CATALOG, SMALL, images, randomise, timm_model
 from hypothesis import given
 from hypothesis import strategies as st
 from refused_models import REFUSED
@@ -263,3 +264,115 @@ def test_a_model_for_any_size_is_probed_at_the_square_of_its_positions() -> None
     vit = vitreg.wrap(model)
     assert vit.image_size == (32, 32)
     assert vit.layout == TokenLayout(0, 0, (4, 4))
+
+
+# -- what authors write ----------------------------------------------------------------------------
+
+
+class WideAttention(Attention):
+    """More channels in all heads than the stream has, in layers whose names say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(32, 3 * 96), nn.Sequential(nn.Linear(96, 32), nn.Dropout(0.1))
+        del self.qkv, self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.one(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.other(self.mix(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_attention_of_its_own_width_is_no_mlp_whatever_its_layers_are_called() -> None:
+    vit = vitreg.wrap(randomise(Authors(WideAttention)).eval())
+    assert (vit.anatomy.down_projection, vit.anatomy.neurons, vit.anatomy.heads) == ("mlp.2", 128, 4)
+
+
+class PatchLayer(nn.Module):
+    """Patches cut by hand, a linear layer that gives (b, rows, columns, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, 32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3)
+        return self.linear(patches).permute(0, 3, 1, 2)
+
+
+def test_a_patch_layer_that_is_linear_shows_the_grid() -> None:
+    model = Authors()
+    model.patch_embed = PatchLayer()
+    vit = vitreg.wrap(randomise(model).eval())
+    assert (vit.anatomy.patch_embedding, vit.layout.grid) == ("patch_embed.linear", (4, 5))
+    with torch.no_grad(), vitreg.trace(vit, embedding=True) as t:
+        vit(torch.randn(2, 3, 32, 40))
+    assert t.embedding.shape == (2, 20, 32)
+
+
+class Shuffled(Authors):
+    """Patches in columns, one after the other."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.middle = nn.Linear(32, 32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.how == "half the size":
+            patches = self.patch_embed(images[:, :, ::2]).repeat(1, 1, 2, 1)
+        else:
+            patches = self.patch_embed(images).transpose(2, 3).reshape(len(images), 32, *self.grid)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 4, 5
+
+
+@pytest.mark.parametrize("how", ["columns", "half the size"])
+def test_a_grid_in_another_order_is_refused(how: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"are no grid of 4x5 in row-major|is no grid"):
+        vitreg.wrap(randomise(Shuffled(how)).eval())
+
+
+class Between(Authors):
+    """A model that does something to its tokens between two blocks, or attends there."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.second = what, nn.ModuleList([Attention()])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).mT
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == 1:
+                x = x * 1.5 if self.what == "scaled" else x + self.second[0](x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("scaled", "is not what the next one is given"), ("attends", "attention of its own")],
+)
+def test_half_a_model_is_refused(what: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        vitreg.wrap(randomise(Between(what)).eval())
+
+
+def test_a_block_that_fails_says_so() -> None:
+    model = Authors().eval()
+    model.blocks[1].mlp[0] = nn.Linear(7, 128)
+    with pytest.raises(UnsupportedModelError, match=r"block 1 fails on images of shape .*RuntimeError"):
+        vitreg.wrap(model)
+
+
+def test_a_buffer_that_was_never_set_is_no_change_of_tokens() -> None:
+    model = Authors().eval()
+    model.blocks[1].mlp.register_buffer("never", torch.full((1,), torch.nan))
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output + module.never)
+    with pytest.raises(NonFiniteError, match="block 1 gives NaN or infinity for a noise image"):
+        vitreg.wrap(model)

@@ -28,7 +28,8 @@ def product_of(name: str, args: Any, kwargs: Any) -> Product | None:
     if name != "baddbmm":
         return Product(left, right)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-    return Product(left, right, bias=args[0] * beta if beta else None, scale=alpha)
+    adds = beta and args[0].shape[-1:] != (1,)  # what is added to all keys alike does not pass the softmax
+    return Product(left, right, bias=args[0] * beta if adds else None, scale=alpha)
 
 
 def _einsum(args: Any) -> Product | None:

@@ -27,7 +27,7 @@ _DIVIDES = {"div", "div_", "divide", "divide_", "true_divide"}
 _ADDS = {"add", "add_", "sub", "sub_", "subtract", "__rsub__"}
 _FILLS = {"masked_fill", "masked_fill_", "where"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
-_CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"}
+_CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"}
 _SOFTMAX = {"softmax"}
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "nan_to_num"}
 
@@ -334,7 +334,7 @@ class StepwiseCall(AttentionCall):
             return None
         if self._weights.dim() == 3 and bias.dim() == 3 and bias.shape[0] == self._weights.shape[0]:
             bias = self._by_head(bias)
-        return bias.to(self._product.left.dtype)
+        return torch.atleast_2d(bias).to(self._product.left.dtype)
 
     def rows(self, index: Tensor | slice) -> Float[Tensor, "*b h r m"]:
         rows = self._by_head(self._weights)[..., index, :]

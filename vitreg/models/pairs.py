@@ -10,7 +10,7 @@ block can be watched and edited as any other. Without an edit the loop adds what
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -122,19 +122,24 @@ def pairs_as_blocks(model: nn.Module) -> Iterator[None]:
         pair.__dict__[_CHECKED] = True
     try:
         yield
-        if not all(pair.__dict__[_CHECKED] for pair in pairs):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is not a Vision Transformer that vitreg can read: its blocks are"
-                " pairs of an attention and an MLP, and what the second is given is not what the first was"
-                " given plus what it gave."
-            )
+        _refuse_other_loops(model, pairs)
     except BaseException:
         for pair in pairs:
             pair.__class__ = getattr(type(pair), _BASE)
+        _refuse_other_loops(model, pairs)  # which explains whatever was raised
         raise
     finally:
         for pair in pairs:
-            del pair.__dict__[_CHECKED]
+            pair.__dict__.pop(_CHECKED, None)
+
+
+def _refuse_other_loops(model: nn.Module, pairs: Sequence[nn.ModuleList]) -> None:
+    if not all(pair.__dict__[_CHECKED] for pair in pairs):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Vision Transformer that vitreg can read: its blocks are pairs"
+            " of an attention and an MLP, and what the second is given is not what the first was given plus"
+            " what it gave."
+        )
 
 
 def make_blocks(model: nn.Module) -> list[nn.ModuleList]:
