@@ -1,6 +1,6 @@
 """What vitreg makes of models as their authors publish them: small builds from checkouts.
 
-    python benchmarks/checkouts.py FOLDER [--only PATTERN] [--json F] [--deps DIR]
+    python benchmarks/checkouts.py FOLDER [--only PATTERN] [--json F] [--write PAGE] [--deps DIR]
 
 FOLDER holds checkouts named OWNER+NAME. Each model is built from the checkout's own code in a process of its
 own, three blocks deep, with random weights; nothing of that code is kept here but how it is called. `--deps`
@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checkouts_page import Row, page, summary
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -45,11 +46,9 @@ from torch.utils._pytree import tree_leaves
 import vitreg
 from vitreg.errors import VitregError
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
-from vitreg.printing import text_table
 
 NEURONS = RegisterNeurons.of({1: [3, 5]})
 Arguments = dict[str, Any]
-Row = dict[str, str]
 
 
 # -- how models are built --------------------------------------------------------------------------
@@ -518,21 +517,6 @@ def in_child(name: str, arguments: list[str]) -> Row:
         return {"repository": name, "model": "", "verdict": f"CRASH: {last} (exit code {done.returncode})"}
 
 
-def summary(table: list[Row]) -> str:
-    """Each row in words of one column, then everything that is no yes in full, then counts."""
-    heads = ["repository", "model", "verdict", *CHECKS]
-    parts = [text_table([[row.get(h, "").partition(":")[0] for h in heads] for row in table], heads, left=3)]
-    for row in table:
-        texts = {head: text for head, text in row.items() if ":" in text}
-        parts += [f"{row['repository']} {row['model']}, {head}: {text}" for head, text in texts.items()]
-    kinds = [row["verdict"].partition(":")[0] for row in table]
-    parts.append(", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) + ".")
-    right = sum(all(row.get(check) == "yes" for check in CHECKS) for row in table)
-    wrong = sum(any(text.startswith(("CRASH", "NO")) for text in row.values()) for row in table)
-    parts.append(f"{right} with every check right, {wrong} with a crash or a wrong answer.")
-    return "\n".join(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -540,6 +524,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the folder of checkouts, named OWNER+NAME")
     parser.add_argument("--only", default="*", help="a pattern of 'OWNER+NAME model'")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--write", type=Path, help="also write a page (Markdown) here")
     parser.add_argument("--deps", type=Path, help="a folder of packages that checkouts import")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -549,7 +534,9 @@ def main() -> None:
         print(json.dumps(judged(RECIPES[args.child], args.folder)))
         return
     table = [in_child(name, sys.argv) for name in RECIPES if fnmatch.fnmatch(name, args.only)]
-    print(summary(table))
+    print(summary(table, list(CHECKS)))
+    if args.write:
+        args.write.write_text(page(table, list(CHECKS)), encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps(table, indent=1), encoding="utf-8")
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import huggingface_hub
 import pytest
 import torch
-from catalog import CATALOG, images
+from authors_models import Authors
+from catalog import CATALOG, images, randomise
 from checkpoints import into_cache
 from safetensors.torch import load_file, save_file
 
@@ -674,3 +675,19 @@ def test_save_fix_is_what_the_method_calls(tmp_path):
     one = save_fix(fix, tmp_path / "one", evidence=EVIDENCE)
     other = fix.save(tmp_path / "other", evidence=EVIDENCE)
     assert contents(one) == contents(other)
+
+
+def test_a_fix_knows_the_size_it_was_made_for(tmp_path):
+    """A bare model whose size nothing names, 32x40 pixels: no configuration, and not the usual 224."""
+    model = randomise(Authors()).eval()
+    del model.image_size
+    vit = vitreg.wrap(model, image_size=(32, 40))
+    neurons = dataclasses.replace(RegisterNeurons.of({1: [3]}), fingerprint=Fingerprint.of(vit))
+    TestTimeRegisters(neurons).save(tmp_path / "fix")
+    batch = torch.randn(2, 3, 32, 40)
+    with torch.no_grad(), TestTimeRegisters(neurons).applied_to(vit):
+        expected = vit(batch)
+    with torch.no_grad(), load_fix(tmp_path / "fix").applied_to(model):
+        assert torch.equal(model(batch), expected)
+    with pytest.raises(vitreg.UnsupportedModelError, match="a matching size"):
+        TestTimeRegisters({1: [3]}).apply(model)

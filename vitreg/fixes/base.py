@@ -27,6 +27,7 @@ from vitreg.hooks.own_tokens import narrow_output
 from vitreg.hooks.torch_internals import compiled_model_of, uncompiled
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.fingerprint import Fingerprint
+from vitreg.models.sizes import Pair, native_size
 
 _FIXES = "_vitreg_fixes"
 
@@ -55,7 +56,8 @@ class Fix(ABC):
         fix is already applied, or where splitting is and this one adds tokens; warns (FixWarning) where the
         model has other weights.
         """
-        vit = backbone_of(model)
+        made_for = self.neurons.fingerprint
+        vit = backbone_of(model, None if made_for is None else made_for.image_size)
         self.check(vit)
         if any(handle.fix == self for handle in applied(vit.model)):
             raise FixError("this fix is already applied to the model. Undo it before you apply it again.")
@@ -212,13 +214,16 @@ def without_fixes(model: nn.Module) -> Iterator[None]:
             handle.install()
 
 
-def backbone_of(model: nn.Module | Backbone) -> Backbone:
-    """A Backbone around a model, which may already be fixed or compiled."""
+def backbone_of(model: nn.Module | Backbone, size: Pair | None = None) -> Backbone:
+    """A Backbone around a model, which may already be fixed or compiled.
+
+    `size` is the (height, width) of its images where the model's configuration names none.
+    """
     if isinstance(model, Backbone):
         return model
     original = compiled_model_of(model)
     with uncompiled(original):
-        return wrap(original)
+        return wrap(original, image_size=native_size(original) or size)
 
 
 def first_patch(vit: Backbone, layer: int) -> int:

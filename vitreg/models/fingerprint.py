@@ -24,8 +24,9 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Blocks, width, neurons per block and the hash of the weights; `base_model` is the name, where known.
+    """Blocks, width, neurons per block and the hash of the weights.
 
+    `base_model` is the name, where known, `image_size` the (height, width) at which the model was looked at.
     `weights` is None where there is nothing to hash: quantised weights are other numbers in every format.
     """
 
@@ -34,11 +35,12 @@ class Fingerprint:
     neurons: int
     weights: str | None
     base_model: str | None = field(default=None, compare=False)
+    image_size: tuple[int, int] | None = field(default=None, compare=False)
 
     @staticmethod
     def of(vit: Backbone) -> "Fingerprint":
         a = vit.anatomy
-        return Fingerprint(a.depth, a.width, a.neurons, weights_hash(vit), vit.name)
+        return Fingerprint(a.depth, a.width, a.neurons, weights_hash(vit), vit.name, vit.image_size)
 
     def check(self, vit: Backbone) -> None:
         """Raise FixError for a model of another geometry, warn (FixWarning) about other weights."""
