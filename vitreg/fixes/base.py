@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -156,7 +157,7 @@ class Applied:
 
     def __init__(self, fix: Fix, vit: Backbone, edits: dict[int, BlockEdit]) -> None:
         self.fix, self.edits = fix, edits
-        self._model = vit.model
+        self._model, self._heads = vit.model, vit.anatomy.heads
         self._stack = vit.model.get_submodule(vit.anatomy.blocks)
         blocks = vit.anatomy.block_modules(vit.model)
         # The modules themselves: others may take their place in the stack, around them.
@@ -176,7 +177,7 @@ class Applied:
     def install(self) -> None:
         for module, edit in self._edited:
             install(module, edit)
-        self._narrowing = self._model.register_forward_hook(narrow_output)
+        self._narrowing = self._model.register_forward_hook(partial(narrow_output, self._heads))
         self._stack.__dict__.setdefault(_FIXES, []).append(self)
 
     def undo(self) -> None:

@@ -6,6 +6,7 @@ so that rows no longer sum to 1: the rest goes to those.
 """
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vitreg.hooks.torch_internals import tree_map_only
 
 class _Pass(threading.local):
     def __init__(self) -> None:
-        self.own: dict[int, list[int]] = {}  # by how many tokens a block had, the model's own among them
+        self.own: dict[int, tuple[int, int, int]] = {}  # by how many tokens a block had, see `saw_tokens`
 
 
 _pass = _Pass()
@@ -26,26 +27,24 @@ def saw_tokens(inner: int, tokens: int, start: int, inserted: int) -> None:
     """A block had `inner` tokens of which `tokens` are the model's: `inserted` at index `start` are not, and
     neither are those behind them, which are copies."""
     if not torch.compiler.is_compiling():
-        _pass.own[inner] = [*range(start), *range(start + inserted, tokens + inserted)]
+        _pass.own[inner] = (tokens, start, inserted)
 
 
-def of_own_tokens(output: Any) -> Any:
-    """An output without the tokens that fixes added in this thread's latest pass."""
-    return tree_map_only(Tensor, _narrowed, output) if _pass.own else output
-
-
-def _narrowed(value: Tensor) -> Tensor:
-    own = _pass.own.get(value.shape[-1]) if value.dim() >= 3 else None
-    if own is None or value.shape[-2] != value.shape[-1]:
-        return value
-    index = torch.tensor(own, device=value.device)
-    return value.index_select(-2, index).index_select(-1, index)
-
-
-def narrow_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook of a model."""
+def narrow_output(heads: int, module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook of a model with so many heads: its attention without the tokens that fixes added."""
     if torch.compiler.is_compiling() or not _pass.own:
         return None
-    narrowed = of_own_tokens(output)
+    narrowed = tree_map_only(Tensor, partial(_narrowed, heads), output)
     _pass.own = {}
     return narrowed
+
+
+def _narrowed(heads: int, value: Tensor) -> Tensor:
+    """An attention (b, h, n, n), or its mean over heads (b, n, n), of the model's own tokens."""
+    own = _pass.own.get(value.shape[-1]) if value.dim() in (3, 4) else None
+    if own is None or value.shape[-2] != value.shape[-1] or (value.dim() == 4 and value.shape[1] != heads):
+        return value
+    tokens, start, inserted = own
+    index = torch.arange(tokens, device=value.device)
+    index = torch.where(index < start, index, index + inserted)
+    return value.index_select(-2, index).index_select(-1, index)

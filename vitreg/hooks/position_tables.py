@@ -24,7 +24,10 @@ def fitted(name: str, args: Any, more: int, fit: Fit) -> Any:
     tensors = [value for value in args if isinstance(value, Tensor)]
     if len(tensors) < 2:
         return args
-    largest = max(tensors, key=lambda x: (x.dim(), x.numel()))
+    largest = tensors[0]
+    for x in tensors[1:]:  # no max(): Dynamo breaks its graph there
+        if (x.dim(), x.numel()) > (largest.dim(), largest.numel()):
+            largest = x
     return [_fitted(name, value, largest, more, fit) for value in args]
 
 
