@@ -457,7 +457,8 @@ def undo(case: Case) -> str:
 
 def compiled(case: Case) -> str:
     with vitreg.TestTimeRegisters(NEURONS, 2).applied_to(case.vit):
-        fast: Any = torch.compile(case.vit.forward or case.vit.model, backend="eager")
+        run = case.vit.forward or case.vit.model
+        fast: Any = torch.compile(lambda images: run(images), backend="eager")
         off = apart(case.outputs(fast), case.outputs())
     return yes(off < 1e-5, f"the compiled answer is off by {off:.2g}")
 
@@ -475,16 +476,13 @@ def judged(recipe: Recipe, folder: Path) -> Row:
     try:
         model = recipe.build(folder)
         own = recipe.forward
-        forward = (lambda x: own(model, x)) if own else None
         images = torch.rand(2, 3, recipe.size, recipe.size) * 2 - 1
         with torch.no_grad():
-            (forward or model)(images)
+            own(model, images) if own else model(images)
     except Exception as error:
         return row | {"verdict": f"not built: {said(error)}"}
     wrapped: list[vitreg.Backbone] = []
-    row["verdict"] = tried(
-        lambda: wrapped.append(vitreg.wrap(model, image_size=recipe.size, forward=forward))
-    )
+    row["verdict"] = tried(lambda: wrapped.append(vitreg.wrap(model, image_size=recipe.size, forward=own)))
     if wrapped:
         case = Case(recipe, wrapped[0], images)
         row |= {name: tried(check, case) for name, check in CHECKS.items()}
