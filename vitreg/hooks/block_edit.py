@@ -203,8 +203,9 @@ def _run(block: nn.Module, base: Callable[..., Any], first: Stream, args: Any, k
     if torch.compiler.is_compiling():
         return _output(stream, run(0, x, *given), outputs[0], edits)
     with handing_on(x) as leaving:
-        output = _output(stream, run(0, x, *given), outputs[0], edits)
-        leaving.append(as_given(stream.of_output(output)))
+        y = run(0, x, *given)
+        output = _output(stream, y, outputs[0], edits)
+        leaving.append(as_given(stream.of_output(output)) if stream.tokens_first else y)
     return output
 
 

@@ -6,8 +6,6 @@ views, pipelined batches), each block gets what came with the tensor that it is 
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,18 +53,27 @@ class _Latest(threading.local):
         self.waiting: list[_Left] = []
 
 
-@contextmanager
-def handing_on(x: Tensor) -> Iterator[list[Tensor]]:
-    """Around a block that is called on `x`: what is left in it belongs to the tensor put into the list."""
-    before = _handing.given, _handing.left
-    _handing.given, _handing.left = as_given(x), []
-    leaving: list[Tensor] = []
-    try:
-        yield leaving
-        for left in _handing.left:
-            left.stream = weakref.ref(leaving[0])
-    finally:
-        _handing.given, _handing.left = before
+class handing_on:  # noqa: N801 - used as a verb, like torch.no_grad
+    """Around a block that is called on `x`: what is left in it belongs to the tensor put into the list.
+
+    Every block of every pass enters one: hence no generator.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def __enter__(self) -> list[Tensor]:
+        self._before = _handing.given, _handing.left
+        _handing.given, _handing.left = as_given(self._x), []
+        self._leaving: list[Tensor] = []
+        return self._leaving
+
+    def __exit__(self, *error: object) -> None:
+        left = _handing.left
+        _handing.given, _handing.left = self._before
+        if self._leaving:
+            for each in left:
+                each.stream = weakref.ref(self._leaving[0])
 
 
 class CarriedTokens(Generic[T]):
