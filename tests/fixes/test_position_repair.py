@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalog import CATALOG, images
-from looking import same, tensors
+from looking import removing, same, tensors
 from phantoms import crops, massive_vector
 from torch import Tensor, nn
 
@@ -290,3 +290,25 @@ def test_a_real_models_features_come_back(shared, model, kind):
     assert F.cosine_similarity(broken, clean, dim=-1)[:, chosen].mean() < 0.5
     assert likeness[:, chosen].mean() >= 0.95
     assert likeness.median() >= 0.999
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_leaves_nothing_for_the_next():
+    """Also where somebody holds what its modules gave."""
+    vit = CATALOG["timm clip"].backbone()  # a norm lies between the positions and block 0
+    batch, held = images(vit, 2), []
+
+    def fail(module, args):
+        raise RuntimeError("in the middle")
+
+    with PositionRepair.calibrate(vit, patches=[7]).applied_to(vit):
+        expected = patches(vit, batch)
+        hooks = [
+            module.register_forward_hook(lambda module, args, output: held.append(output))
+            for module in vit.model.modules()
+        ]
+        failing = vit.model.blocks[0].register_forward_pre_hook(fail)
+        with removing([*hooks, failing]), pytest.raises(RuntimeError, match="in the middle"):
+            vit(images(vit, 3, seed=1))
+        assert same(patches(vit, batch), expected)
+    assert held

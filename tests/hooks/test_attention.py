@@ -265,3 +265,13 @@ def test_intercepts_nest() -> None:
     with intercept(outer.append), intercept(inner.append):
         F.scaled_dot_product_attention(*qkv())
     assert len(inner) == len(outer) == 1
+
+
+@pytest.mark.parametrize("hidden", ["bool", "float"])
+def test_a_causal_attention_stays_causal_with_another_mask(hidden: str) -> None:
+    q, k, v = qkv()
+    call = seen_by(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    keep, lower = ~random_mask(B, 1, 1, N), torch.ones(N, N, dtype=torch.bool).tril()
+    expected = softmax(q, k, blocked(~(keep & lower))) @ v
+    found = call.compute(keep if hidden == "bool" else blocked(~keep))
+    torch.testing.assert_close(found[:, :, 2:], expected[:, :, 2:])  # from there on all see a key

@@ -42,7 +42,8 @@ class AttentionBias(Fix):
 
     `tensors` holds "keys" (l, h, c) and "values" (l, h, e) in float32, one per query head, after rotary
     positions and key norms; l counts the blocks from `entry` (0-based) to the last. They are means at the
-    size of the calibration images: calibrate again for another.
+    size of the calibration images: calibrate again for another. A model that computes attention step by step
+    and gives it back gives the rows without the new key.
     """
 
     type: ClassVar[str] = "bias"

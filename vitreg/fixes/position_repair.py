@@ -148,7 +148,7 @@ class _AppliedRepair(Applied):
     """An edit of the module after which the table is added."""
 
     def __init__(self, fix: PositionRepair, vit: Backbone) -> None:
-        repaired: CarriedTokens[bool] = CarriedTokens()
+        repaired: CarriedTokens[bool] = CarriedTokens(by_stream=False)
         positions = added_positions(vit, vit.layout)
         super().__init__(fix, vit, {0: _Expect(repaired, positions.module)})
         rows = positions.table[list(fix.patches)]

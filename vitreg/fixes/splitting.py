@@ -41,7 +41,7 @@ from vitreg.hooks.token_order import ReorderedAttention, arranged, observed_as
 from vitreg.hooks.weights import is_affine, weight_columns
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating, one_line
-from vitreg.models.room import all_alike, attention_of, trying
+from vitreg.models.room import TOLERANCE, all_alike, attention_of, trying
 from vitreg.models.write_gain import write_gains
 
 # Room for more marked patches than any image of the calibration had.
@@ -127,7 +127,7 @@ def _refuse_misplaced_copies(vit: Backbone) -> None:
             failed.append(f"block {index} fails with copies in it ({raised})")
             return
         off = (q[..., start : start + TRIED, :] - q[..., n:, :]).abs().max()
-        if off > 1e-3 * (1 + q.abs().max()):
+        if off > TOLERANCE * (1 + q.abs().max()):
             failed.append(f"block {index} gives copies the positions of other tokens")
 
     attempts = [partial(attempt, index) for index in range(len(blocks))]

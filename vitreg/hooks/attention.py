@@ -7,7 +7,7 @@ softmax(q k^T) by v step by step (stepwise.py). A mode of attention_mode.py sees
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class AttentionCall(ABC):
     causal: bool
     tokens: int  # queries
     dropout: float = 0.0
+    grouped: bool = False  # fewer keys and values than query heads
 
     @property
     @abstractmethod
@@ -85,10 +86,23 @@ class AttentionCall(ABC):
         self, mask: Tensor | None, *, keys: Change = _same, values: Change = _same
     ) -> Float[Tensor, "*b h n e"]:
         """What the queries get with another mask, and with changed keys and values (b, h or fewer, m, c)."""
-        k, v = keys(self.k), values(self.v)
+        k, v = keys(self._shared_k), values(self._shared_v)
+        causal = self.causal and mask is None
+        if self.causal and mask is not None:
+            allowed = torch.ones(self.tokens, k.shape[-2], dtype=torch.bool, device=k.device).tril()
+            mask = mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)
         return F.scaled_dot_product_attention(
-            self.q, k, v, mask, self.dropout, self.causal and mask is None, scale=self.scale
+            self.q, k, v, mask, self.dropout, causal, scale=self.scale, enable_gqa=self.grouped
         )
+
+    @property
+    def _shared_k(self) -> Float[Tensor, "*b g m c"]:
+        """Keys as query heads share them, g of them or one each."""
+        return self.k
+
+    @property
+    def _shared_v(self) -> Float[Tensor, "*b g m e"]:
+        return self.v
 
 
 class SdpaCall(AttentionCall):
@@ -109,7 +123,7 @@ class SdpaCall(AttentionCall):
     ) -> None:
         self._q, self._k, self._v = query, key, value
         self.mask, self.causal, self.scale = attn_mask, is_causal, scale
-        self.dropout, self._grouped = dropout_p, enable_gqa
+        self.dropout, self.grouped = dropout_p, enable_gqa
         self.tokens = query.shape[-2]
 
     @property
@@ -128,15 +142,13 @@ class SdpaCall(AttentionCall):
         groups = self._q.shape[-3] // x.shape[-3]
         return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
 
-    def compute(
-        self, mask: Tensor | None, *, keys: Change = _same, values: Change = _same
-    ) -> Float[Tensor, "*b h n e"]:
-        options: dict[str, Any] = {"scale": self.scale}
-        if self._grouped:
-            options["enable_gqa"] = True
-        return F.scaled_dot_product_attention(
-            self._q, keys(self._k), values(self._v), mask, self.dropout, self.causal, **options
-        )
+    @property
+    def _shared_k(self) -> Float[Tensor, "*b g m c"]:
+        return self._k
+
+    @property
+    def _shared_v(self) -> Float[Tensor, "*b g m e"]:
+        return self._v
 
 
 class MultiheadArguments(NamedTuple):

@@ -36,6 +36,10 @@ class AttentionMode(TorchFunctionMode):
         """What takes the place of a mask (True: kept) or bias (..., n or 1, m) over so many keys."""
         return mask
 
+    def beside(self, func: Any, args: Any) -> Any:
+        """What takes the place of the arguments of a function that is no step of an attention."""
+        return args
+
     def attend(self, call: AttentionCall) -> Float[Tensor, "*b h n e"] | None:
         """What the queries get, or None: what the model computes."""
         return None
@@ -58,7 +62,7 @@ class AttentionMode(TorchFunctionMode):
         """A function that is no attention by itself, and may be a step of one."""
         step = self.steps.before(func, args, kwargs)
         if step is None:
-            return func(*args, **kwargs)
+            return func(*self.beside(func, args), **kwargs)
         call = step.call
         if call is not None and (mixed := self.attend(call)) is not None:
             return step.as_result(mixed)

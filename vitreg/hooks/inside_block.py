@@ -40,14 +40,14 @@ class BlockInterceptor(AttentionMode):
         self.neutral_values: list[float] = []  # of the tables so far
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if not self._inserted:
-            return super()._other(func, args, kwargs)
-        if func is F.interpolate:
+        if self._inserted and func is F.interpolate:
             return self._interpolate(func, *args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ELEMENTWISE and not self.steps.follows(args):
-            args = fitted(name, args, self._inserted, self.fit)
         return super()._other(func, args, kwargs)
+
+    def beside(self, func: Any, args: Any) -> Any:
+        name = getattr(func, "__name__", "")
+        fits = self._inserted and name in ELEMENTWISE
+        return fitted(name, args, self._inserted, self.fit) if fits else args
 
     def fit(self, name: str, table: Tensor, axis: int, like: Tensor) -> Tensor:
         """A table of positions for all tokens, or for those from some index on, with rows for the others."""

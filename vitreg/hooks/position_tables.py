@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-ELEMENTWISE = {"mul", "mul_", "multiply", "add", "add_", "sub", "sub_", "addcmul", "__rsub__"}
+from vitreg.hooks.products import ADDS, MULTIPLIES
+
+ELEMENTWISE = MULTIPLIES | ADDS | {"addcmul"}
 
 Fit = Callable[[str, Tensor, int, Tensor], Tensor]  # (function, table, axis, what it meets) -> table
 

@@ -1,9 +1,14 @@
-"""Products of two batches of matrices, in whichever function of PyTorch a model writes them."""
+"""Products of two batches of matrices, in whichever function of PyTorch a model writes them.
+
+And the names of PyTorch's functions that multiply and add elementwise.
+"""
 
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+MULTIPLIES = {"mul", "mul_", "multiply", "multiply_"}
+ADDS = {"add", "add_", "sub", "sub_", "subtract", "__rsub__"}
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm"}  # Tensor's @ is matmul
 
 
@@ -28,8 +33,13 @@ def product_of(name: str, args: Any, kwargs: Any) -> Product | None:
     if name != "baddbmm":
         return Product(left, right)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-    adds = beta and args[0].shape[-1:] != (1,)  # what is added to all keys alike does not pass the softmax
+    adds = beta and not alike_for_keys(args[0])
     return Product(left, right, bias=args[0] * beta if adds else None, scale=alpha)
+
+
+def alike_for_keys(operand: Any) -> bool:
+    """Whether what meets logits (..., n, m) is the same for all keys: added, it does not pass the softmax."""
+    return not isinstance(operand, Tensor) or operand.dim() == 0 or operand.shape[-1] == 1
 
 
 def _einsum(args: Any) -> Product | None:

@@ -18,13 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.hooks.attention import AttentionCall
-from vitreg.hooks.products import PRODUCTS, Product, product_of
+from vitreg.hooks.products import ADDS, MULTIPLIES, PRODUCTS, Product, alike_for_keys, product_of
 
 FOLLOWED = 6  # tensors at a time: other products may come between q k^T and its softmax
 
-_MULTIPLIES = {"mul", "mul_", "multiply", "multiply_"}
 _DIVIDES = {"div", "div_", "divide", "divide_", "true_divide"}
-_ADDS = {"add", "add_", "sub", "sub_", "subtract", "__rsub__"}
 _FILLS = {"masked_fill", "masked_fill_", "where"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 _CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach"}
@@ -75,10 +73,6 @@ class Steps:
             return None
         product = product_of(name, args, kwargs) if name in PRODUCTS else None
         return Step(self, name, args, kwargs, at, followed, product)
-
-    def follows(self, args: Any) -> bool:
-        """Whether a followed tensor is among a function's arguments."""
-        return self._among(args)[1] is not None
 
     def _among(self, args: Any) -> tuple[int, _Followed | None]:
         """The followed tensor among a function's arguments, and where it is."""
@@ -235,12 +229,12 @@ class Step:
         operand = self._args[1 - self._at] if len(self._args) > 1 and self._at < 2 else None
         if operand is None or result.shape != tensor.shape:
             return None
-        alike = not isinstance(operand, Tensor) or operand.dim() == 0 or operand.shape[-1] == 1
-        if name in _MULTIPLIES and alike:
+        alike = alike_for_keys(operand)
+        if name in MULTIPLIES and alike:
             return (_Done("scale", operand),)
         if name in _DIVIDES and alike and not self._at:
             return (_Done("scale", 1 / operand),)
-        if name in _ADDS:
+        if name in ADDS:
             return self._added(operand, alike)
         return None
 
@@ -251,7 +245,6 @@ class Step:
             operand = -operand
         if self._kwargs.get("alpha", 1) != 1:
             operand = operand * self._kwargs["alpha"]
-        # What is added to all keys alike does not pass the softmax.
         return () if alike else (_Done("add", operand),)
 
     def _filled(self) -> tuple[_Done, ...] | None:
@@ -304,8 +297,7 @@ class StepwiseCall(AttentionCall):
         scale, q = self._scale, self._by_head(self._product.left)
         if not isinstance(scale, Tensor):
             return q
-        per_head = scale.dim() == 3 and scale.shape[0] == self._product.left.shape[0] > 1 and q.dim() == 4
-        return q * (self._by_head(scale) if per_head and self._product.left.dim() == 3 else scale)
+        return q * self._unfolded(scale, self._product.left)
 
     @property
     def k(self) -> Float[Tensor, "*b h m c"]:
@@ -332,9 +324,8 @@ class StepwiseCall(AttentionCall):
                 bias = bias.expand(*before, *bias.shape[-2:]).reshape(*after, *bias.shape[-2:])
         if bias is None:
             return None
-        if self._weights.dim() == 3 and bias.dim() == 3 and bias.shape[0] == self._weights.shape[0]:
-            bias = self._by_head(bias)
-        return torch.atleast_2d(bias).to(self._product.left.dtype)
+        bias = torch.atleast_2d(self._unfolded(bias, self._weights))
+        return bias.to(self._product.left.dtype)
 
     def rows(self, index: Tensor | slice) -> Float[Tensor, "*b h r m"]:
         rows = self._by_head(self._weights)[..., index, :]
@@ -347,6 +338,10 @@ class StepwiseCall(AttentionCall):
         if self._images and x.dim() == 3 and x.shape[0] % self._images == 0:
             return x.unflatten(0, (self._images, -1))
         return x
+
+    def _unfolded(self, x: Tensor, like: Tensor) -> Tensor:
+        """What met a tensor with folded heads, by head; as it is where it has no such axis."""
+        return self._by_head(x) if like.dim() == x.dim() == 3 and len(x) == len(like) else x
 
     def _like_queries(self, x: Tensor) -> Tensor:
         lead = self._by_head(self._product.left).shape[:-2]

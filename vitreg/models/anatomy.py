@@ -108,8 +108,8 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     heads = probe.heads()
     anatomy = _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
     prove_grid(probe, anatomy.layout(image_size), anatomy.patch_size, forward)
-    tables, refused = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
-    return replace(anatomy, position_tables=tables, no_registers=refused)
+    room = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
+    return replace(anatomy, position_tables=room.tables, no_registers=room.refused)
 
 
 def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:

@@ -39,9 +39,11 @@ PLANTED = "_vitreg_planted"  # an attribute of a module, and its copies, whose a
 class Backbone:
     """A Vision Transformer that vitreg can read. Call it on (b, 3, h, w) images as one would the model.
 
-    `model` is the module as its library made it, unchanged. `image_size` (height, width) in pixels is what
-    its preprocess gives of a photo; images of other sizes may come, and `layout_for` knows their tokens.
-    `planted` says that its artifacts were (vitreg.plant): it is called a phantom wherever it is shown.
+    `model` is the module as its library made it, unchanged but for lists that are pairs of an attention and
+    an MLP: they get a subclass of their own class (pairs.py), which changes no answer. `image_size` (height,
+    width) in pixels is what its preprocess gives of a photo; images of other sizes may come, and `layout_for`
+    knows their tokens. `planted` says that its artifacts were (vitreg.plant): it is called a phantom wherever
+    it is shown.
     """
 
     model: nn.Module

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.block_edit import MADE_BY
-from vitreg.models.down_projection import is_linear
+from vitreg.models.block_stack import count_linears
 
 _BASE = "_vitreg_pair_base"
 _CHECKED = "_vitreg_adds_its_parts"  # while a probe runs: whether it has done so by now
@@ -162,4 +162,4 @@ def _is_pair(module: nn.Module) -> bool:
     parts = list(module.children())
     if type(module) is not nn.ModuleList or len(parts) != 2 or type(parts[0]) is type(parts[1]):
         return False
-    return all(sum(map(is_linear, part.modules())) >= 2 for part in parts)
+    return all(count_linears(part) >= 2 for part in parts)

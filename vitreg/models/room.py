@@ -8,7 +8,7 @@ registers must have none.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,34 +19,40 @@ from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import BlockEdit, Inner, install, leave_unrotated, uninstall
 from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
 from vitreg.hooks.stream import Stream
+from vitreg.models.headless import run_without_head
 from vitreg.models.probe import Forward, Probe, evaluating, one_line
 
 REGISTERS = 2  # enough to see whether they differ
 TOLERANCE = 1e-3
 
-
 Attempt = Callable[[nn.Module, Inner, Tensor, Any, Any], None]
 
 
-def room_for_registers(
-    probe: Probe, stream: Stream, start: int, forward: Forward
-) -> tuple[tuple[tuple[float, ...], ...], str]:
-    """Of the tables of positions that each block makes, what stands there for tokens without a position.
+class Room(NamedTuple):
+    """What a model's blocks make of tokens that are added to theirs.
 
-    And why no tokens can be added ("": they can).
-
-    `start` is the index at which registers would stand. Without any table in any block: ().
+    `tables`: of the tables of positions that each block makes, in order, what stands there for a token
+    without a position (() where no block makes any). `refused`: why no token can be added ("": they can).
     """
+
+    tables: tuple[tuple[float, ...], ...]
+    refused: str
+
+
+def room_for_registers(probe: Probe, stream: Stream, start: int, forward: Forward) -> Room:
+    """Try every block with registers at index `start`."""
     tried = [_Tried(index, start, probe.masked) for index in range(probe.depth)]
+    image = probe.noise()[:1]
     with evaluating(probe.model), trying(probe.blocks, stream, [attempt.run for attempt in tried]):
-        try:
-            forward(probe.noise()[:1])
-        except Exception:
-            if not probe.head_error:
-                raise
-    counts = any(attempt.counts or attempt.neutral_values for attempt in tried)
-    tables = tuple(tuple(attempt.neutral_values) for attempt in tried) if counts else ()
-    return tables, next((x.refused for x in tried if x.refused), "")
+        if probe.head_error:
+            run_without_head(probe.blocks[-1], forward, image)
+        else:
+            forward(image)
+    needed = any(attempt.tables is not None for attempt in tried)
+    return Room(
+        tuple(attempt.tables or () for attempt in tried) if needed else (),
+        next((attempt.refused for attempt in tried if attempt.refused), ""),
+    )
 
 
 @contextmanager
@@ -88,44 +94,36 @@ def attention_of(run: Callable[[], Tensor], images: int) -> AttentionCall:
 
 
 class _Tried:
-    """One block, run with registers in it."""
+    """One block, run with registers in it. `tables` is None where they need no place in any."""
 
     def __init__(self, index: int, start: int, masked: bool) -> None:
-        self.counts, self.refused = False, ""
-        self.neutral_values: list[float] = []
+        self.tables: tuple[float, ...] | None = None
+        self.refused = ""
         self._index, self._start, self._masked = index, start, masked
 
     def run(self, block: nn.Module, inner: Inner, x: Tensor, args: Any, kwargs: Any) -> None:
-        b, n, start = *x.shape[:2], self._start
+        b, n = x.shape[:2]
         plain = attention_of(partial(inner, all_alike(x), args, kwargs), b)
+        wide = partial(inner, all_alike(x)[:, :1].repeat(1, n + REGISTERS, 1), args, kwargs)
+        masked = self._masked or given_mask(n, args, kwargs)
+        if not masked and not self._differs(plain, block, wide):
+            return
+        mode = BlockInterceptor(b, self._start, REGISTERS, n)
+        differs = self._differs(plain, block, partial(within, mode, wide))
+        if mode.neutral_values or not masked:
+            self.tables = tuple(mode.neutral_values)
+        if differs:
+            self.refused = f"with {REGISTERS} tokens more, block {self._index} {differs}"
 
-        def registers(fitting: bool) -> AttentionCall:
-            wide = all_alike(x)[:, :1].repeat(1, n + REGISTERS, 1)
-            run = partial(inner, wide, args, kwargs)
-            if fitting:
-                mode = BlockInterceptor(b, start, REGISTERS, n)
-                self.neutral_values = mode.neutral_values
-                run = partial(within, mode, run)
-            leave_unrotated(block, REGISTERS)
-            try:
-                return attention_of(run, b)
-            finally:
-                leave_unrotated(block, -REGISTERS)
-
-        differs = ""
-        for self.counts in (False, True):
-            fitting = self.counts or self._masked or given_mask(n, args, kwargs)
-            differs = self._differs(plain, partial(registers, fitting))
-            if not differs:
-                return
-        self.refused = f"with {REGISTERS} tokens more, block {self._index} {differs}"
-
-    def _differs(self, plain: AttentionCall, run: Callable[[], AttentionCall]) -> str:
+    def _differs(self, plain: AttentionCall, block: nn.Module, run: Callable[[], Tensor]) -> str:
         """What is wrong with a block's attention with registers in it; "" where nothing is."""
+        leave_unrotated(block, REGISTERS)
         try:
-            wide = run()
+            wide = attention_of(run, plain.q.shape[0])
         except Exception as error:
             return f"fails ({type(error).__name__}: {one_line(error)})"
+        finally:
+            leave_unrotated(block, -REGISTERS)
         start, stop = self._start, self._start + REGISTERS
         for name in ("q", "k", "v"):
             before, after = getattr(plain, name).float(), getattr(wide, name).float()
