@@ -58,6 +58,7 @@ from .training.exporting import export
 from .verification.measuring import verify
 from .verification.verdict import Verdict
 from .version import __version__ as __version__
+from .viewing import Look, look
 
 __all__ = [
     "Anatomy",
@@ -79,6 +80,7 @@ __all__ = [
     "ImageError",
     "Images",
     "Inpainting",
+    "Look",
     "MissingExtraError",
     "ModelLoadError",
     "ModelWarning",
@@ -115,6 +117,7 @@ __all__ = [
     "find_register_neurons",
     "load",
     "load_fix",
+    "look",
     "noop_test",
     "plant",
     "read_images",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,12 +15,11 @@ import vitreg
 from vitreg.data.images import demo_photos
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.files import write_atomically
-from vitreg.phantoms.bundled import HELD_OUT, ExampleMeasures, example, measure, scenes
-from vitreg.phantoms.phantom import Phantom, plant
+from vitreg.phantoms.bundled import HELD_OUT, ExampleMeasures, measure, planted_example, scenes
+from vitreg.phantoms.phantom import Phantom
+from vitreg.viewing.at_hand import DEFAULT
 
-REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-LAYER = 3  # (0-based) of the example's six blocks, whose MLP the phantom's neurons are planted in
-PHOTOS, MEASURED = 64, 256  # that are diagnosed; that top-1 and attention are measured on
+MEASURED = 256  # photos that top-1 and attention are measured on
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,14 @@ def run(out: Path) -> None:
     """Plant artifacts in the bundled ViT, find them, remove them, and say what each step did."""
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    vit, phantom, photos = planted()
-    console.print(f"A small ViT that tells 12 shapes apart, and {PHOTOS} drawn photos it has never seen.")
+    vit, phantom, photos = planted_example()
+    console.print(f"A small ViT that tells 12 shapes apart, and {photos.total} drawn photos, new to it.")
     clean = vitreg.diagnose(vit, photos)
     console.print(f"It has {clean.verdict}: {clean.reason}\n", highlight=False)
     report = vitreg.diagnose(phantom.vit, photos)
     console.print(
-        f"So {len(phantom.neurons)} register neurons were planted in block {LAYER} of a copy, a phantom with"
-        f" known truth.\n{truth(phantom, report, photos)}"
+        f"So {len(phantom.neurons)} register neurons were planted in block {phantom.layer} of a copy, a phantom"
+        f" with known truth.\n{truth(phantom, report, photos)}"
     )
     cure = vitreg.find_fix(phantom.vit, photos, report=report)
     _tell(console, phantom, report, cure)
@@ -59,17 +57,7 @@ def run(out: Path) -> None:
     console.print(f"ground truth: {phantom.save(out / 'phantom.json')}", highlight=False)
 
 
-def planted() -> tuple[vitreg.Backbone, Phantom, vitreg.Images]:
-    """The bundled ViT as it was trained, a phantom of it, and drawn photos: those with most to show first."""
-    vit, drawn = example(PHOTOS)
-    photos = vitreg.read_images([scene.photo for scene in drawn], vit)
-    phantom = plant(vit, [batch.pixels for batch in photos], LAYER)
-    patches = torch.cat([phantom.marked(batch.pixels).sum((1, 2)) for batch in photos])
-    most_first = patches.argsort(descending=True, stable=True)
-    return vit, phantom, vitreg.read_images([drawn[i].photo for i in most_first], vit)
-
-
-def run_real(out: Path, images: str | None = None, model: str = REAL) -> None:
+def run_real(out: Path, images: str | None = None, model: str = DEFAULT) -> None:
     """The same of a public model with artifacts of its own, on the bundled photos or others of your own.
 
     Raises ModelLoadError where neither the hub nor its cache has the model.

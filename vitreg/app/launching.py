@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from vitreg.app.explorer import Explorer
 from vitreg.data.images import demo_photos, read_images
 from vitreg.data.photo_sources import Source
-from vitreg.demo import planted
 from vitreg.errors import MissingExtraError, OutputError
 from vitreg.fixes import load_fix
 from vitreg.models.backbone import Backbone
 from vitreg.models.loading import load
+from vitreg.phantoms.bundled import planted_example
 
 if TYPE_CHECKING:
     from vitreg.fixes import Fix
@@ -53,7 +53,7 @@ def launch(
 
 def example_explorer() -> Explorer:
     """The demo's: the bundled ViT with planted artifacts, and drawn photos."""
-    _, phantom, photos = planted()
+    _, phantom, photos = planted_example()
     return Explorer(phantom.vit, photos)
 
 

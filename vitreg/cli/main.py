@@ -8,26 +8,40 @@ import io
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vitreg.cli.diagnose import diagnose, doctor, registers
 from vitreg.cli.evaluate import TASKS_HELP, evaluate, papers
 from vitreg.cli.explore import demo, explore
 from vitreg.cli.features import features
 from vitreg.cli.fix import fix, verify
+from vitreg.cli.look import look
 from vitreg.cli.train import train
 from vitreg.errors import VitregError
 from vitreg.version import __version__
 
+
+class Commands(TyperGroup):
+    """The commands; a photo in the place of one means `vitreg look`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and Path(args[0]).exists():
+            args = ["look", *args]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="vitreg",
+    cls=Commands,
     help="Find, explain and remove attention artifacts in Vision Transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (diagnose, doctor, fix, verify):
+for _command in (look, diagnose, doctor, fix, verify):
     app.command()(_command)
 app.command(name="eval", epilog=TASKS_HELP)(evaluate)
 for _command in (papers, features, registers, train):

@@ -65,7 +65,7 @@ def photo_with_patches(
         ax.imshow(np.zeros_like(shade), cmap="gray", alpha=shade, extent=(0, wide, high, 0))
     outline(ax, mask, (high, wide), _WIDTH)
     if chosen is not None:
-        _frame(ax, chosen, mask.shape, (high, wide))
+        frame(ax, chosen, mask.shape, (high, wide))
     ax.set(xlim=(0, wide), ylim=(high, 0))
     no_frame(ax)
     return figure
@@ -138,7 +138,7 @@ def side_by_side(
         if mask is not None:
             outline(ax, mask, (high, wide), width)
         if chosen is not None:
-            _frame(ax, chosen, values.shape, (high, wide))
+            frame(ax, chosen, values.shape, (high, wide))
         ax.set_title(title, fontsize=9)
         no_frame(ax)
     bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=30 * len(maps), pad=0.03)
@@ -166,7 +166,7 @@ def _ticks(kind: Quantity, scale: Normalize) -> tuple[list[float], list[str]]:
     return ticks, [number(tick) for tick in ticks]
 
 
-def _frame(ax: Axes, chosen: Patch, grid: tuple[int, ...], size: tuple[int, int]) -> None:
+def frame(ax: Axes, chosen: Patch, grid: tuple[int, ...], size: tuple[int, int]) -> None:
     """A white frame with a dark casing around one patch."""
     high, wide = size[0] / grid[0], size[1] / grid[1]
     frame = Rectangle((chosen[1] * wide, chosen[0] * high), wide, high, fill=False, edgecolor="white", lw=1.8)

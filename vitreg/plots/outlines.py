@@ -11,13 +11,15 @@ from vitreg.plots.style import (
 )
 
 
-def outline(ax: Axes, mask: Bool[np.ndarray, "gh gw"], size: tuple[int, ...], side: float) -> None:
+def outline(
+    ax: Axes, mask: Bool[np.ndarray, "gh gw"], size: tuple[int, ...], side: float, colour: str = OUTLIER
+) -> None:
     """A line around marked patches of a photo of `size` (height, width), drawn `side` inches wide; thin
     enough for the size of a patch."""
     (high, wide), (rows, columns) = size, mask.shape
     lines = [np.array(edge) * (wide / columns, high / rows) for edge in _edges(mask)]
     width = min(max(0.12 * 72 * side / columns, 0.5), 1.2)
-    style = {"colors": OUTLIER, "linewidths": width, "capstyle": "projecting", "clip_on": False}
+    style = {"colors": colour, "linewidths": width, "capstyle": "projecting", "clip_on": False}
     casing = [withStroke(linewidth=2 * width, foreground="white")]
     ax.add_collection(LineCollection(lines, path_effects=casing, **style))
 

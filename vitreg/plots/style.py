@@ -191,6 +191,17 @@ def no_frame(ax: Axes) -> None:
     ax.spines[:].set_visible(False)
 
 
+def drawn(figure: Figure, suffix: str) -> bytes:
+    """The figure as "png", "pdf" or "svg", the same bytes every time."""
+    if suffix == "png":
+        return png(figure)
+    data, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
+    style = _STYLE | {"svg.hashsalt": "vitreg"}
+    with _one_at_a_time, matplotlib.style.context(["default", style]):
+        figure.savefig(data, format=suffix, metadata=undated)
+    return data.getvalue()
+
+
 def png(figure: Figure, dpi: int = 150, colours: int | None = None) -> bytes:
     """The figure as a PNG, the same bytes every time; with `colours`, reduced to a palette of that many."""
     data = io.BytesIO()

@@ -16,21 +16,35 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.data.images import read_images
+from vitreg.data.images import Images, read_images
 from vitreg.data.shapes import Scene, draw
 from vitreg.errors import DataError
 from vitreg.models.backbone import Backbone
 from vitreg.models.loading import load
 from vitreg.models.probe import evaluating
+from vitreg.phantoms.phantom import Phantom, plant
 from vitreg.tracing.records import trace
 
 # Seeds of photos for looking at, and of those for measuring; training draws its seeds below 2**31.
 SHOWN, HELD_OUT = 2**31, 2**32
 
+# (0-based) of the example's six blocks: its MLP is the one that artifacts are planted in.
+PLANTED_LAYER = 3
+
 
 def example(photos: int = 64) -> tuple[Backbone, list[Scene]]:
     """The trained ViT, and that many photos (`.photo`) with their objects' masks and labels."""
     return load_example(Path(__file__).parent), scenes(photos)
+
+
+def planted_example(photos: int = 64) -> tuple[Backbone, Phantom, Images]:
+    """The ViT as it was trained, a phantom of it, and drawn photos: those with most to show first."""
+    vit, drawn = example(photos)
+    images = read_images([scene.photo for scene in drawn], vit)
+    phantom = plant(vit, [batch.pixels for batch in images], PLANTED_LAYER)
+    patches = torch.cat([phantom.marked(batch.pixels).sum((1, 2)) for batch in images])
+    most_first = patches.argsort(descending=True, stable=True)
+    return vit, phantom, read_images([drawn[i].photo for i in most_first], vit)
 
 
 def scenes(photos: int, first: int = SHOWN) -> list[Scene]:

@@ -1,0 +1,5 @@
+"""A few photos as models see them, in one picture."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

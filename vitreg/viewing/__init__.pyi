@@ -1,0 +1,4 @@
+from .looking import look
+from .result import Look, LookVersion
+
+__all__ = ["Look", "LookVersion", "look"]
