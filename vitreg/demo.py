@@ -41,8 +41,8 @@ def run(out: Path) -> None:
     console.print(f"It has {clean.verdict}: {clean.reason}\n", highlight=False)
     report = vitreg.diagnose(phantom.vit, photos)
     console.print(
-        f"So {len(phantom.neurons)} register neurons were planted in block {phantom.layer} of a copy, a phantom"
-        f" with known truth.\n{truth(phantom, report, photos)}"
+        f"So {len(phantom.neurons)} register neurons were planted in block {phantom.layer} of a copy, a"
+        f" phantom with known truth.\n{truth(phantom, report, photos)}"
     )
     cure = vitreg.find_fix(phantom.vit, photos, report=report)
     _tell(console, phantom, report, cure)

@@ -37,13 +37,11 @@ def write_look(seen: Look, path: str | Path, figure: Any = None) -> Path:
     drawn = picture(
         seen.figure() if figure is None else figure,
         " ".join(lines),
-        "Norms are multiples of the photo's median, attention of what the mean patch gets. Like colours mean like"
-        " features.",
+        "Norms are multiples of the photo's median, attention of what the mean patch gets. Like colours mean"
+        " like features.",
     )
-    html = page(
-        "look.html", title, versions(), top=top, drawn=drawn, figures=Table(_HEADS, rows), photos=None
-    )
-    return write_atomically(path, html)
+    shown = {"top": top, "drawn": drawn, "figures": Table(_HEADS, rows), "photos": None}
+    return write_atomically(path, page("look.html", title, versions(), **shown))
 
 
 def _row(label: str, facts: PhotoFacts) -> list[str]:

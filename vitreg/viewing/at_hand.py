@@ -36,7 +36,7 @@ def model_at_hand(device: str | torch.device = "cpu") -> tuple[Backbone, str]:
         " bundled example, a small model that knows drawn shapes alone, with planted artifacts. --model names"
         " another, which may be a local folder"
     )
-    _, phantom = planted_example()
+    _, phantom, _ = planted_example()
     return phantom.vit.with_model(phantom.vit.model.to(device), "the example ViT"), said
 
 
@@ -51,8 +51,7 @@ def _cached(name: str) -> Path | None:
 
 def _hub_answers() -> bool:
     """Whether the hub can be reached, by whatever proxy is set. Its own retries take most of a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
