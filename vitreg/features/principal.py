@@ -10,6 +10,7 @@ like colours.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -53,7 +54,8 @@ class PrincipalColours:
         heaviest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
         axes = axes * torch.where(heaviest < 0, -1.0, 1.0)
         explained = (axes * (centred.mT @ (centred @ axes))).sum(0) / centred.square().sum().clamp(min=1e-300)
-        return _spanning(cls(mean, axes, mean[:3], mean[:3], explained), features)
+        unset = torch.zeros(3, dtype=torch.float64)
+        return _spanning(cls(mean, axes, unset, unset, explained), features)
 
     def scores(self, features: Float[Tensor, "*p d"]) -> Float[Tensor, "*p 3"]:
         """Where features lie along the axes."""
@@ -76,8 +78,10 @@ class PrincipalColours:
 
 def _spanning(colours: PrincipalColours, features: Float[Tensor, "n d"]) -> PrincipalColours:
     """These axes, with the range of the features' scores."""
-    scores = colours.scores(features)
-    low, high = scores.quantile(CLIPPED, dim=0), scores.quantile(1 - CLIPPED, dim=0)
+    ends = np.quantile(
+        colours.scores(features).numpy(), (CLIPPED, 1 - CLIPPED), axis=0
+    )  # torch's has a limit
+    low, high = torch.from_numpy(ends)
     return replace(colours, low=low, high=high)
 
 

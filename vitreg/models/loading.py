@@ -65,7 +65,7 @@ def load(
     is no plain ViT.
     """
     built = _built(name, _builder(name, trust_remote_code), size, random_weights)
-    return _backbone(built, name, size, _device(device), _dtype(dtype))
+    return _backbone(built, name, size, torch_device(device), _dtype(dtype))
 
 
 def load_clip(
@@ -89,8 +89,8 @@ def load_clip(
         tokenize: Tokenize = open_clip.get_tokenizer(rest.partition("/")[0])
     except Exception as error:  # a tokenizer from a hub
         raise ModelLoadError(_explain(name, error)) from error
-    clip = built.whole.to(_device(device), _dtype(dtype)).eval()
-    return _backbone(built, name, size, _device(device), _dtype(dtype)), clip, tokenize
+    clip = built.whole.to(torch_device(device), _dtype(dtype)).eval()
+    return _backbone(built, name, size, torch_device(device), _dtype(dtype)), clip, tokenize
 
 
 def load_vlm(
@@ -115,8 +115,8 @@ def load_vlm(
         if not random_weights:
             raise ModelLoadError(_explain(name, error)) from error
         processor = None
-    whole = built.whole.to(_device(device), _dtype(dtype)).eval()
-    return _backbone(built, name, size, _device(device), _dtype(dtype)), whole, processor
+    whole = built.whole.to(torch_device(device), _dtype(dtype)).eval()
+    return _backbone(built, name, size, torch_device(device), _dtype(dtype)), whole, processor
 
 
 def _built(name: str, build: Builder, size: Size | None, random_weights: bool) -> Built:
@@ -267,7 +267,7 @@ def _build_open_clip(name: str, size: Pair | None, random_weights: bool) -> Buil
     return Built(model, [model.visual], transform, native=native)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def torch_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,7 +11,7 @@ import torch
 
 from vitreg.errors import ModelLoadError
 from vitreg.models.backbone import Backbone
-from vitreg.models.loading import load
+from vitreg.models.loading import load, torch_device
 from vitreg.phantoms.bundled import planted_example
 
 DEFAULT = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -37,7 +37,7 @@ def model_at_hand(device: str | torch.device = "cpu") -> tuple[Backbone, str]:
         " another, which may be a local folder"
     )
     _, phantom, _ = planted_example()
-    return phantom.vit.with_model(phantom.vit.model.to(device), "the example ViT"), said
+    return phantom.vit.with_model(phantom.vit.model.to(torch_device(device)), "the example ViT"), said
 
 
 def _cached(name: str) -> Path | None:

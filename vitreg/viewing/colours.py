@@ -80,7 +80,8 @@ def layer_colours(
     each before it turned to be like the one after."""
     if not set(layers) <= version.features.keys() or len(version.features) < 2:
         return {}
-    normal = _enough(~torch.from_numpy(version.outliers(photo))[None], torch.ones(1, 1, 1, dtype=torch.bool))
+    unmarked = ~torch.from_numpy(version.outliers(photo))[None]
+    normal = _enough(unmarked, unmarked)
     pictures: dict[int, np.ndarray] = {}
     later: Float[Tensor, "n 3"] | None = None
     for layer in reversed(layers):

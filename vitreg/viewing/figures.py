@@ -138,7 +138,7 @@ def cosines(version: "LookVersion", photo: int) -> Float[np.ndarray, "gh gw gh g
     return alike
 
 
-def _norm_scale(maps: Sequence[Float[np.ndarray, "gh gw"]]) -> Scale:
+def _norm_scale(maps: Sequence[Float[np.ndarray, "..."]]) -> Scale:
     """One logarithmic scale for all, from half the median or less to twice or more."""
     low, high = min(float(x.min()) for x in maps), max(float(x.max()) for x in maps)
     return Scale(
@@ -146,7 +146,7 @@ def _norm_scale(maps: Sequence[Float[np.ndarray, "gh gw"]]) -> Scale:
     )
 
 
-def _attention_scale(maps: Sequence[Float[np.ndarray, "gh gw"]]) -> Scale:
+def _attention_scale(maps: Sequence[Float[np.ndarray, "..."]]) -> Scale:
     """One scale of square roots for all."""
     most = max(float(x.max()) for x in maps)
     return Scale(PowerNorm(0.5, 0, max(most, 1.0)), SHARE_COLOURS, "x the mean patch's (square root)")

@@ -102,7 +102,7 @@ def grid_figure(
     return figure
 
 
-def _draw(axes: Sequence[Axes], row: Row, side: float) -> None:
+def _draw(axes: np.ndarray, row: Row, side: float) -> None:
     high, wide = row.shape
     for ax, panel in zip(axes, row.panels, strict=False):
         _draw_panel(ax, panel, row.shape)
@@ -132,7 +132,7 @@ def _draw_panel(ax: Axes, panel: Panel, shape: tuple[int, int]) -> None:
         note.set(bbox={"facecolor": "white", "alpha": 0.85, "pad": 1.2, "linewidth": 0})
 
 
-def _explain(figure: Figure, axes: Sequence[Axes], legend: Legend) -> None:
+def _explain(figure: Figure, axes: np.ndarray, legend: Legend) -> None:
     """A colour bar below some columns, or words in its place."""
     left, right = axes[legend.first].get_position(), axes[legend.last].get_position()
     inch, width = 1 / figure.get_figheight(), right.x1 - left.x0

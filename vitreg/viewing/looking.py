@@ -24,7 +24,6 @@ from vitreg.data.images import Images, demo_photos, read_images
 from vitreg.data.photo_sources import Source
 from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.one_image import inspect_image
-from vitreg.errors import ImageError
 from vitreg.features.observer import Observer
 from vitreg.fixes.base import Fix
 from vitreg.models.backbone import Backbone
@@ -92,10 +91,9 @@ class _Photos:
 
     @classmethod
     def read(cls, source: Source | Images, vit: Backbone) -> "_Photos":
-        images = source if isinstance(source, Images) else read_images(source, vit, limit=SHOWN, workers=0)
-        batches = list(images.first(SHOWN))
-        if not batches:
-            raise ImageError("there is no photo that could be read.")
+        images = source if isinstance(source, Images) else read_images(source, vit, workers=0)
+        images = images.first(SHOWN)
+        batches = list(images)
         pixels = torch.cat([batch.pixels for batch in batches])
         names = tuple(name for batch in batches for name in batch.names)
         failed = tuple(asdict(one) for one in images.failed)

@@ -130,7 +130,8 @@ class Look:
             for i in range(len(self.names))
             for version in self.versions
         ]
-        return "\n".join([*lines, what_judged(self)])
+        unread = [f"{failed['path']} could not be read: {failed['reason']}" for failed in self.failed]
+        return "\n".join([*lines, *unread, what_judged(self)])
 
     def __repr__(self) -> str:
         found = ", ".join(f"{version.label}: {version.diagnosis.verdict}" for version in self.versions)
