@@ -11,6 +11,7 @@ import pytest
 from browser import Visit, chromium
 from drawn_reports import ONSET, make_report, make_verdict
 
+from vitreg.diagnosis.photo_figures import feature_pictures
 from vitreg.diagnosis.result import Example
 from vitreg.diagnosis.version_figures import _maps
 from vitreg.plots.outlines import _edges
@@ -255,6 +256,20 @@ def test_colours_are_those_of_the_figures_and_the_same_before_and_after(opened, 
     assert "up to" in canvas.get_attribute("aria-label")
 
 
+@pytest.mark.parametrize("photo", [0, 2])
+@pytest.mark.parametrize("version", [0, 1])
+def test_features_have_the_colours_of_the_figures(opened, version, photo):
+    visit, verdict = opened("verdict", f"#photo={photo}"), make_verdict()
+    expected = feature_pictures([verdict.before, verdict.after])[version][photo]
+    canvas = visit.page.locator(f".stage [data-kind=features][data-version='{version}'] canvas")
+    drawn = canvas.evaluate("c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)")
+    assert (np.array(drawn).reshape(4, 4, 4)[..., :3] == expected).all()
+    assert "principal components" in canvas.get_attribute("aria-label")
+    assert outlined(visit, ".stage[data-kind=features] [data-kind=photo]") == outlined(
+        visit, f"{ATTENTION} [data-kind=photo]"
+    )
+
+
 def test_the_patch_under_the_pointer_is_told_in_every_picture(opened):
     visit, report = opened(), make_report()
     visit.page.locator(f"{NORMS} [data-kind=norms] .frame").hover(position={"x": 3, "y": 3})
@@ -381,6 +396,7 @@ def test_twelve_photos_stay_far_below_the_limit(tmp_path):
             random.integers(0, 256, (224, 224, 3), dtype=np.uint8),  # noise is the hardest to compress
             random.uniform(1, 600, shape).astype(np.float32),
             random.uniform(0, 1, shape).astype(np.float32),
+            random.normal(size=(*grid, 384)).astype(np.float32),
         )
         for i in range(12)
     ]

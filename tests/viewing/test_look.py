@@ -79,6 +79,7 @@ def test_maps_and_features_are_the_models(name: str) -> None:
     alone = Observer(vit, ["patches"])(pixels)["patches"].unflatten(1, layout.grid)
     assert torch.allclose(version.last, alone, atol=1e-5)
     assert set(version.features) == set(range(vit.anatomy.depth))
+    assert torch.allclose(version.features[vit.anatomy.depth - 1], version.last, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)

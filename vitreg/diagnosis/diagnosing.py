@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.data.batches import Batch, indices_of, pixels_of
 from vitreg.data.first_images import ranks_of
@@ -35,6 +35,7 @@ from vitreg.diagnosis.statistics import EDGES, Collector, Statistics
 from vitreg.distributed import Ranks
 from vitreg.errors import ImageError
 from vitreg.models.backbone import Backbone
+from vitreg.models.head import find_readout
 from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import evaluating
 from vitreg.version import versions
@@ -98,6 +99,7 @@ def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples:
             pixels, names = pixels_of(batch), getattr(batch, "names", ())
             if collector is None:
                 layout, size = vit.layout_for(pixels), (pixels.shape[2], pixels.shape[3])
+                norm = find_readout(vit).norm if examples else None
                 collector = _collector(vit, layout)
                 stack.enter_context(collector.watching())
             elif vit.layout_for(pixels) != collector.layout:
@@ -108,7 +110,8 @@ def collect(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], examples:
             collector.see(pixels)
             if len(kept) < examples:
                 start = indices_of(batch, len(kept)).start
-                kept += _examples(vit, pixels[: examples - len(kept)], names, collector, start)
+                some = pixels[: examples - len(kept)]
+                kept += _examples(vit, some, names, collector, norm, start)
     return _together(vit, collector, size, kept, examples, ranks_of(images))
 
 
@@ -147,14 +150,24 @@ def _together(
 
 
 def _examples(
-    vit: Backbone, pixels: Tensor, names: Sequence[str], collector: Collector, start: int
+    vit: Backbone,
+    pixels: Tensor,
+    names: Sequence[str],
+    collector: Collector,
+    norm: nn.Module | None,
+    start: int,
 ) -> list[tuple[int, Example]]:
     count = len(pixels)
+    assert collector.patches is not None
+    patches = collector.patches[:count]
+    features = patches if norm is None else norm(patches)
+    features = features.float().unflatten(1, collector.layout.grid).cpu().numpy()
     norms = collector.layout.as_grid(torch.stack([x[:count] for x in collector.norms], 1)).cpu().numpy()
     shares = collector.layout.as_grid(torch.stack([x[:count] for x in collector.shares], 1)).cpu().numpy()
     photos = photos_of(vit, pixels)
     named = list(names) + [f"image-{start + i}" for i in range(len(names), count)]
-    return [(start + i, Example(named[i], photos[i], norms[i], shares[i])) for i in range(count)]
+    maps = zip(named, photos, norms, shares, features, strict=True)
+    return [(start + i, Example(*one)) for i, one in enumerate(maps)]
 
 
 def photos_of(vit: Backbone, pixels: Float[Tensor, "b 3 h w"]) -> Shaped[np.ndarray, "b h w 3"]:

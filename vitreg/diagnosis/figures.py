@@ -283,12 +283,13 @@ def overview(report: Diagnosis) -> Figure:
     """The diagnosis in one figure: photos with their maps, norms, outliers and attention by layer, places."""
     width, columns = 9.6, min(max(len(report.examples), 4), 6)
     reason = textwrap.wrap(safe(f"{report.reason}{_others(report)}", 600), 125)
-    heights = [0.42 + 0.15 * len(reason), photo_rows_height(report, width, columns, 2), 3.5]
+    heights = [0.42 + 0.15 * len(reason), photo_rows_height(report, width, columns, 3), 3.5]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     top, photos, below = np.ravel(figure.subfigures(3, 1, height_ratios=heights, squeeze=False))
     top.text(0.008, 1 - 0.1 / heights[0], headline(report), va="top", fontsize=12, fontweight="bold")
     top.text(0.008, 1 - 0.36 / heights[0], "\n".join(reason), va="top", color=QUIET)
-    draw_photo_rows(photos, report, report.examples[:columns], patch_maps(report, "both", None), columns)
+    maps = patch_maps(report, "both", None)
+    draw_photo_rows(photos, report, report.examples[:columns], maps, columns, features=True)
     left, middle, right = np.ravel(below.subfigures(1, 3, width_ratios=[1.1, 1, 1.05], squeeze=False))
     _draw_norms_by_layer(left.subplots(), report)
     upper, lower = middle.subplots(2, 1, sharex=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
@@ -19,6 +20,7 @@ from matplotlib.image import AxesImage
 from vitreg.diagnosis.result import Diagnosis, Example
 from vitreg.diagnosis.wording import kind_of_query
 from vitreg.plots.outlines import outline
+from vitreg.plots.principal import PrincipalColours
 from vitreg.plots.style import (
     NORM_COLOURS,
     QUIET,
@@ -34,6 +36,8 @@ from vitreg.plots.style import (
 )
 
 What = Literal["norms", "attention", "both"]
+
+FEATURES = "features: PCA of each photo"
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,17 @@ def photo_grid(report: Diagnosis, what: What = "norms", layer: int | None = None
 
 @house_style
 def photo_strip(report: Diagnosis, index: int) -> Figure:
-    """One example: the photo, its norms after the detect layer, attention in the last block."""
+    """One example: the photo, its norms after the detect layer, attention in the last block, features."""
     example, maps = report.examples[index], patch_maps(report, "both", None)
     rows, columns = example.photo.shape[:2]
     side = 1.7
     height = side * rows / columns
-    figure = Figure(figsize=(5.4, height + 0.65), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(7.2, height + 0.65), layout="constrained")
+    axes = figure.subplots(1, 4)
     _draw_photo(axes[0], report, example, side)
-    for ax, shown in zip(axes[1:], maps, strict=True):
+    draw_picture(axes[3], report, example, feature_pictures([report])[0][index], side)
+    _small_title(axes[3], FEATURES)
+    for ax, shown in zip(axes[1:], maps, strict=False):
         image = draw_map(ax, report, example, shown, side)
         _small_title(ax, shown.label)
         place = ax.inset_axes((0, -0.18 / height, 1, 0.1 / height))
@@ -103,22 +109,51 @@ def draw_photo_rows(
     examples: Sequence[Example],
     maps: Sequence[PatchMap],
     columns: int,
+    features: bool = False,
 ) -> None:
-    """A row of photos, and a row of maps with a colour bar for each kind of map."""
+    """A row of photos, a row of maps with a colour bar for each kind of map, and one of features."""
     if not examples:
         figure.text(0.5, 0.5, "no example photos were kept", ha="center", va="center", color=QUIET)
         return
-    axes = figure.subplots(1 + len(maps), columns, squeeze=False)
+    axes = figure.subplots(1 + len(maps) + features, columns, squeeze=False)
     side = 8.1 / columns
     for ax in axes[:, len(examples) :].flat:
         ax.set_axis_off()
     for ax, example in zip(axes[0], examples, strict=False):
         _draw_photo(ax, report, example, side)
-    for row, shown in zip(axes[1:], maps, strict=True):
+    for row, shown in zip(axes[1:], maps, strict=False):
         images = [draw_map(ax, report, x, shown, side) for ax, x in zip(row, examples, strict=False)]
         _small_title(row[0], shown.label)
         bar = figure.colorbar(images[0], ax=list(row[: len(images)]), pad=0.015, aspect=18, shrink=0.95)
         label_map(bar, shown)
+    if features:
+        pictures = feature_pictures([report])[0]
+        for ax, example, picture in zip(axes[-1], examples, pictures, strict=False):
+            draw_picture(ax, report, example, picture, side)
+        _small_title(axes[-1][0], FEATURES)
+
+
+def feature_pictures(versions: Sequence[Diagnosis]) -> list[list[UInt8[np.ndarray, "gh gw 3"]]]:
+    """For each version of a model and each example its patches' features as colours.
+
+    The colours are principal components of each photo by itself, of those patches that are no outliers in the
+    first version: the same in all versions, so that what a fix changes can be seen.
+    """
+    first, pictures = versions[0], []
+    for example in first.examples:
+        normal = np.ones(example.norms.shape[1:], bool)
+        if first.rule.marks_any:
+            normal = ~first.rule.mask(example.norms[first.rule.layer])
+        pictures.append(
+            PrincipalColours.of_most(torch.from_numpy(example.features), torch.from_numpy(normal))
+        )
+    return [
+        [
+            colours(torch.from_numpy(example.features)).numpy()
+            for colours, example in zip(pictures, version.examples, strict=False)
+        ]
+        for version in versions
+    ]
 
 
 def patch_maps(report: Diagnosis, what: What, layer: int | None) -> list[PatchMap]:
@@ -172,6 +207,16 @@ def draw_map(ax: Axes, report: Diagnosis, example: Example, shown: PatchMap, sid
     _outline(ax, report, example, side)
     no_frame(ax)
     return image
+
+
+def draw_picture(
+    ax: Axes, report: Diagnosis, example: Example, picture: UInt8[np.ndarray, "gh gw 3"], side: float
+) -> None:
+    """Draw features as colours, `side` inches wide, with the outliers outlined."""
+    high, wide = example.photo.shape[:2]
+    ax.imshow(picture, interpolation="nearest", extent=(0, wide, high, 0))
+    _outline(ax, report, example, side)
+    no_frame(ax)
 
 
 def _outline(ax: Axes, report: Diagnosis, example: Example, side: float) -> None:

@@ -74,12 +74,16 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Example:
-    """One image as the report shows it: the photo, and per layer its norms and attention, (l, gh, gw)."""
+    """One image as the report shows it: the photo, and per layer its norms and attention, (l, gh, gw).
+
+    `features` are those of its patches after the final norm.
+    """
 
     name: str
     photo: Shaped[np.ndarray, "h w 3"]
     norms: Float[np.ndarray, "l gh gw"]
     attention: Float[np.ndarray, "l gh gw"]
+    features: Float[np.ndarray, "gh gw d"]
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,7 @@ class Collector:
         self.vit, self.statistics, self.layout, self.meters = vit, statistics, layout, meters
         self.norms: list[Tensor] = []  # of the latest batch, (b, p) per layer
         self.shares: list[Tensor] = []  # of the latest batch, (b, p) per layer
+        self.patches: Tensor | None = None  # of the latest batch after its last layer, (b, p, d)
         self._groups = torch.zeros(0, dtype=torch.long)  # of the photos of the next pass
         self._bins: Tensor | None = None
         self._similarity: Tensor | None = None
@@ -258,7 +259,7 @@ class Collector:
         return self._watch
 
     def _start(self) -> None:
-        self.norms, self.shares, self._bins = [], [], None
+        self.norms, self.shares, self.patches, self._bins = [], [], None, None
         for meter in self.meters:
             meter.start()
 
@@ -297,6 +298,7 @@ class Collector:
         if layer == 0:
             s.images += len(norms)
         self.norms.append(patches)
+        self.patches = residual[:, layout.patch_slice]
         self._bins = bins
         for meter in self.meters:
             meter.block(layer, residual, norms)

@@ -10,7 +10,14 @@ import numpy as np
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 
-from vitreg.diagnosis.photo_figures import PatchMap, draw_map, label_map
+from vitreg.diagnosis.photo_figures import (
+    FEATURES,
+    PatchMap,
+    draw_map,
+    draw_picture,
+    feature_pictures,
+    label_map,
+)
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.diagnosis.wording import kind_of_query
 from vitreg.plots.style import INK, NORM_COLOURS, OUTLIER, SHARE_COLOURS, house_style, mark_phantom, no_frame
@@ -23,12 +30,12 @@ FEWEST = 4  # columns, so that one photo does not fill the figure
 
 @house_style
 def before_after(versions: Versions, photos: int = 8) -> Figure:
-    """A column for each photo: the photo, each version's norms, and each version's attention.
+    """A column for each photo: the photo, and each version's norms, attention and features.
 
     Norms are those after one block, the detect layer of the first version with artifacts; attention is that
     of CLS (of patches, in a model without) in the last block, mean of heads. Colours mean the same in all
-    maps of a kind; a version's outliers are outlined. Raises ValueError unless all versions were diagnosed
-    on the same photos, with examples kept.
+    maps of a kind, those of features in all versions of a photo; a version's outliers are outlined. Raises
+    ValueError unless all versions were diagnosed on the same photos, with examples kept.
     """
     reports = [report for _, report in versions]
     names = {tuple(example.name for example in report.examples) for report in reports}
@@ -37,7 +44,7 @@ def before_after(versions: Versions, photos: int = 8) -> Figure:
     shown = min(photos, len(reports[0].examples))
     columns = max(shown, FEWEST)
     high, wide = reports[0].examples[0].photo.shape[:2]
-    side, rows = (WIDTH - MARGINS) / columns, 1 + 2 * len(reports)
+    side, rows = (WIDTH - MARGINS) / columns, 1 + 3 * len(reports)
     height = (side * high / wide + 0.06) * rows + 0.75
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -47,9 +54,10 @@ def before_after(versions: Versions, photos: int = 8) -> Figure:
     for ax in axes[:, shown:].flat:
         ax.set_axis_off()
     _head(axes[0], "Photos")
-    parts = np.split(axes[1:], 2)
-    for part, maps in zip(parts, _maps(reports, shown), strict=True):
+    parts = np.split(axes[1:], 3)
+    for part, maps in zip(parts, _maps(reports, shown), strict=False):
         _draw_maps(figure, part, versions, maps, side)
+    _draw_features(parts[-1], versions, side)
     for report in reports:
         mark_phantom(figure, report.planted)
     return figure
@@ -88,6 +96,16 @@ def _draw_maps(figure: Figure, axes: np.ndarray, versions: Versions, shown: Patc
         row[0].set_ylabel(name, color=OUTLIER if report.has_artifacts else INK, fontweight="bold")
     _head(axes[0], shown.label)
     label_map(figure.colorbar(images[0], ax=list(axes.flat), pad=0.012, aspect=30, fraction=0.03), shown)
+
+
+def _draw_features(axes: np.ndarray, versions: Versions, side: float) -> None:
+    """A row of features for each version."""
+    pictures = feature_pictures([report for _, report in versions])
+    for row, (name, report), of_version in zip(axes, versions, pictures, strict=True):
+        for ax, example, picture in zip(row, report.examples, of_version, strict=False):
+            draw_picture(ax, report, example, picture, side)
+        row[0].set_ylabel(name, color=OUTLIER if report.has_artifacts else INK, fontweight="bold")
+    _head(axes[0], FEATURES)
 
 
 def _head(row: np.ndarray, title: str) -> None:

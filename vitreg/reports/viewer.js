@@ -26,6 +26,7 @@
     ...version,
     norms: unpacked(version.norms, (unit) => Math.exp(lowest + unit * (highest - lowest))),
     attention: unpacked(version.attention, (unit) => unit * unit * data.shareTop),
+    features: bytesOf(version.features), // red, green and blue of each patch
   }));
   const colours = { norms: bytesOf(data.colours.norms), attention: bytesOf(data.colours.attention) };
 
@@ -139,14 +140,18 @@
     over.replaceChildren(svg("path", { d, class: "casing" }), svg("path", { d, class: "outline" }));
   }
 
+  function drawPhoto(pane, photo) {
+    Object.assign(pane.querySelector("img"), { src: photo.src, alt: photo.alt });
+    write(pane.querySelector("b"), photo.alt);
+  }
+
   function drawPanes(stage, quantity, layer, masks, captions) {
     const photo = within(view, ".thumbs img")[state.photo];
     for (const pane of within(stage, ".pane")) {
       const index = pane.dataset.version ?? 0;
       drawOutline(pane, masks[index]);
       if (pane.dataset.kind === "photo") {
-        Object.assign(pane.querySelector("img"), { src: photo.src, alt: photo.alt });
-        write(pane.querySelector("b"), photo.alt);
+        drawPhoto(pane, photo);
         continue;
       }
       const values = patchesOf(versions[index], quantity, layer);
@@ -157,6 +162,17 @@
       canvas.setAttribute("aria-label", `${photo.alt}, ${versions[index].name}: ${what}`);
       write(pane.querySelector("output"), captions[index]);
     }
+  }
+
+  function paintFeatures(canvas, version) {
+    canvas.width = columns;
+    canvas.height = rows;
+    const image = new ImageData(columns, rows);
+    const start = 3 * state.photo * patches;
+    for (let i = 0; i < patches; i++) {
+      image.data.set([...version.features.subarray(start + 3 * i, start + 3 * i + 3), 255], 4 * i);
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
   }
 
   function span(kind, words, place = {}) {
@@ -276,10 +292,26 @@
     drawScale(stage.querySelector(".scale"), colours.attention, (unit) => unit, ticks, unitOf.attention);
   }
 
+  function drawFeatures(stage, mask) {
+    const photo = within(view, ".thumbs img")[state.photo];
+    for (const pane of within(stage, ".pane")) {
+      drawOutline(pane, mask);
+      if (pane.dataset.kind === "photo") {
+        drawPhoto(pane, photo);
+        continue;
+      }
+      const version = versions[pane.dataset.version];
+      const canvas = pane.querySelector("canvas");
+      paintFeatures(canvas, version);
+      canvas.setAttribute("aria-label", `${photo.alt}, ${version.name}: principal components as colours`);
+    }
+  }
+
   function draw() {
-    const [norms, attention] = within(view, ".stage");
+    const [norms, attention, features] = within(view, ".stage");
     drawNorms(norms, versions.map(marked));
     drawAttention(attention, attended());
+    drawFeatures(features, attended());
     writeWords(sum(attended()));
     setInputs();
   }
@@ -311,8 +343,9 @@
     const patch = row * columns + column;
     for (const pane of within(view, ".pane")) {
       const { kind, version } = pane.dataset;
-      const values = kind === "photo" ? [] : patchesOf(versions[version], kind, layerOf[kind]());
-      const words = kind === "photo" ? `row ${row}, column ${column}` : written[kind](values[patch]);
+      const hasValues = kind in written;
+      const values = hasValues ? patchesOf(versions[version], kind, layerOf[kind]()) : [];
+      const words = hasValues ? written[kind](values[patch]) : `row ${row}, column ${column}`;
       const square = { x: column, y: row, width: 1, height: 1, class: "pointed" };
       pane.querySelector("svg").append(svg("rect", square));
       pane.querySelector(".frame").append(span("pointed", words));

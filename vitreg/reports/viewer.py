@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
+from vitreg.diagnosis.photo_figures import feature_pictures
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.diagnosis.wording import name_of_queries
 from vitreg.plots.style import NORM_COLOURS, SHARE_COLOURS, number_ticks, percent_ticks, short_name
@@ -90,6 +91,7 @@ class _Maps:
 def _data(versions: Versions) -> dict[str, Any]:
     """All numbers and colours that the script shows."""
     report = versions[0][1]
+    features = feature_pictures([version for _, version in versions])
     norms, attention = _Maps.of(versions, "norms"), _Maps.of(versions, "attention")
     logs = np.log(np.maximum(norms.values, _SMALLEST))
     low, high = float(logs.min()), float(max(logs.max(), logs.min() + 0.01))
@@ -114,6 +116,7 @@ def _data(versions: Versions) -> dict[str, Any]:
                 "thresholds": [layer.threshold for layer in x.layers],
                 "norms": _packed((logs[i] - low) / (high - low)),
                 "attention": _packed(np.sqrt(attention.values[i] / top)),
+                "features": base64.b64encode(np.stack(features[i]).tobytes()).decode(),
             }
             for i, (name, x) in enumerate(versions)
         ],

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from vitreg.features.principal import PrincipalColours, foreground_of
+from vitreg.plots.principal import PrincipalColours, foreground_of
 
 if TYPE_CHECKING:
     from vitreg.viewing.result import Look, LookVersion
@@ -43,7 +43,7 @@ def _of_group(look: "Look", group: list[int], foreground: bool) -> list[Pictures
         if version.model not in axes:
             normal = ~torch.from_numpy(np.stack([version.outliers(photo) for photo in group]))
             shown = foreground_of(features, normal) if foreground else torch.ones_like(normal)
-            colours = PrincipalColours.fit(features[_enough(normal & shown, normal)])
+            colours = PrincipalColours.of_most(features, normal & shown, normal)
             if first is not None:
                 colours = colours.matched(features.flatten(0, 2), _scores_on(first, group, features))
             axes[version.model] = colours, shown
@@ -53,14 +53,6 @@ def _of_group(look: "Look", group: list[int], foreground: bool) -> list[Pictures
         picture[~shown] = HIDDEN
         pictures.append(list(picture.numpy()))
     return pictures
-
-
-def _enough(wanted: Bool[Tensor, "b gh gw"], otherwise: Bool[Tensor, "b gh gw"]) -> Bool[Tensor, "b gh gw"]:
-    """The wanted patches if there are enough for three axes, else the others, else all."""
-    for mask in (wanted, otherwise):
-        if mask.sum() > 3:
-            return mask
-    return torch.ones_like(wanted)
 
 
 def _scores_on(
@@ -78,15 +70,14 @@ def layer_colours(
 ) -> dict[int, UInt8[np.ndarray, "gh gw 3"]]:
     """One photo's features in each of these layers that was kept, if all were: the last in its own colours,
     each before it turned to be like the one after."""
-    if not set(layers) <= version.features.keys() or len(version.features) < 2:
+    if not version.features:
         return {}
-    unmarked = ~torch.from_numpy(version.outliers(photo))[None]
-    normal = _enough(unmarked, unmarked)
+    normal = ~torch.from_numpy(version.outliers(photo))
     pictures: dict[int, np.ndarray] = {}
     later: Float[Tensor, "n 3"] | None = None
     for layer in reversed(layers):
         features = version.features[layer][photo]
-        colours = PrincipalColours.fit(features[normal[0]])
+        colours = PrincipalColours.of_most(features, normal)
         if later is not None:
             colours = colours.matched(features.flatten(0, 1), later)
         later = colours.scores(features.flatten(0, 1))

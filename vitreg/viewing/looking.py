@@ -24,6 +24,7 @@ from vitreg.data.images import Images, demo_photos, read_images
 from vitreg.data.photo_sources import Source
 from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.diagnosis.one_image import inspect_image
+from vitreg.diagnosis.result import Diagnosis
 from vitreg.features.observer import Observer
 from vitreg.fixes.base import Fix
 from vitreg.models.backbone import Backbone
@@ -125,14 +126,18 @@ def _look_once(
 ) -> LookVersion:
     """One version of a model, with whatever fix is applied to it."""
     diagnosis = diagnose(vit, photos.batches, examples=len(photos.names))
-    depth = len(diagnosis.layers)
-    observe = Observer(vit, [f"patches@{layer}" for layer in (range(depth) if layers else [depth - 1])])
-    features = {
-        int(name.partition("@")[2]): values.unflatten(1, diagnosis.grid)
-        for name, values in observe(photos.pixels).items()
-    }
+    features = _features_by_layer(vit, photos.pixels, diagnosis) if layers else {}
     seen = LookVersion(vit.name, vit.name, diagnosis, features, {}, {})
     return _attending(vit, photos.pixels, queries, first or seen, seen)
+
+
+def _features_by_layer(
+    vit: Backbone, pixels: Float[Tensor, "b 3 h w"], diagnosis: Diagnosis
+) -> dict[int, Float[Tensor, "b gh gw d"]]:
+    """Of each layer the patches' features, after the final norm."""
+    observe = Observer(vit, [f"patches@{layer}" for layer in range(len(diagnosis.layers))])
+    rows = observe(pixels).items()
+    return {int(name.partition("@")[2]): values.unflatten(1, diagnosis.grid) for name, values in rows}
 
 
 def _attending(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,9 +20,10 @@ class LookVersion:
     """What one model, as it is or with a fix, makes of the photos.
 
     `diagnosis` was made on the photos and on bundled ones beside them; its `examples` are the photos.
-    `features` are those of the patches after the final norm, by layer. `attended` holds where chosen tokens
-    look in the last block (mean of heads), by their names: one map for each photo; `asked`, which patch each
-    of them is. Versions of one `model` show their features along the same axes.
+    `features` are those of the patches after the final norm, of each layer, where they were asked for.
+    `attended` holds where chosen tokens look in the last block (mean of heads), by their names: one map for
+    each photo; `asked`, which patch each of them is. Versions of one `model` show their features along the
+    same axes.
     """
 
     model: str
@@ -43,7 +45,7 @@ class LookVersion:
     @property
     def last(self) -> Float[Tensor, "b gh gw d"]:
         """The features of the last layer."""
-        return self.features[len(self.diagnosis.layers) - 1]
+        return torch.from_numpy(np.stack([photo.features for photo in self.photos]))
 
     def outliers(self, photo: int) -> Bool[np.ndarray, "gh gw"]:
         """The photo's patches that are artifacts."""

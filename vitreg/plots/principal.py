@@ -57,6 +57,12 @@ class PrincipalColours:
         unset = torch.zeros(3, dtype=torch.float64)
         return _spanning(cls(mean, axes, unset, unset, explained), features)
 
+    @classmethod
+    def of_most(cls, features: Float[Tensor, "*p d"], *masks: Bool[Tensor, "*p"]) -> "PrincipalColours":
+        """Of the patches in the first mask that has enough for three axes, else of all."""
+        chosen = next((mask for mask in masks if mask.sum() > 3), None)
+        return cls.fit(features.flatten(0, -2) if chosen is None else features[chosen])
+
     def scores(self, features: Float[Tensor, "*p d"]) -> Float[Tensor, "*p 3"]:
         """Where features lie along the axes."""
         return (features.double() - self.mean) @ self.axes

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from vitreg import NonFiniteError
-from vitreg.features.principal import CLIPPED, PrincipalColours, foreground_of
+from vitreg.plots.principal import CLIPPED, PrincipalColours, foreground_of
 
 
 def cloud(patches: int, width: int, seed: int) -> Tensor:
