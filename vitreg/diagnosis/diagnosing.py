@@ -165,7 +165,7 @@ def _examples(
     norms = collector.layout.as_grid(torch.stack([x[:count] for x in collector.norms], 1)).cpu().numpy()
     shares = collector.layout.as_grid(torch.stack([x[:count] for x in collector.shares], 1)).cpu().numpy()
     photos = photos_of(vit, pixels)
-    named = list(names) + [f"image-{start + i}" for i in range(len(names), count)]
+    named = [*names[:count], *(f"image-{start + i}" for i in range(len(names), count))]
     maps = zip(named, photos, norms, shares, features, strict=True)
     return [(start + i, Example(*one)) for i, one in enumerate(maps)]
 
