@@ -29,7 +29,7 @@ from vitreg.models.loading import load
 from vitreg.models.probe import evaluating
 from vitreg.phantoms.phantom import plant
 
-TABS = ("norms", "attention", "neurons", "objects")
+TABS = ("norms", "attention", "features", "neurons", "objects")
 
 
 def main() -> None:

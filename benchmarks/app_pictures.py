@@ -18,6 +18,7 @@ WIDTH = 1180
 VIEWS = {
     "app/norms.png": "?tab=norms&photo=2",
     "app/attention.png": "?tab=attention&photo=0&source=patch&row=3&column=5&block=10",
+    "app/features.png": "?tab=features&photo=0&like_row=4&like_column=7",
     "app.png": "?tab=neurons&photo=2",
     "app/neurons.png": "?tab=neurons&photo=2&does=fire+at+the+chosen+patch&to_row=6&to_column=7",
     "app/objects.png": "?tab=objects&photo=2",

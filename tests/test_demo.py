@@ -12,9 +12,10 @@ from drawn_reports import make_report
 
 import vitreg
 from vitreg.cli.main import main
-from vitreg.demo import LAYER, REAL, run, run_real
+from vitreg.demo import run, run_real
 from vitreg.diagnosis.version_figures import before_after
-from vitreg.phantoms.bundled import HELD_OUT, measure, object_cover, scenes
+from vitreg.phantoms.bundled import HELD_OUT, PLANTED_LAYER, measure, object_cover, scenes
+from vitreg.viewing.at_hand import DEFAULT
 
 pytestmark = pytest.mark.slow
 
@@ -71,9 +72,9 @@ def test_what_it_writes(told):
     report = (out / "report.html").read_text()
     assert "artifacts were planted here on purpose" in report
     assert "The fix helps" in report
-    assert report.count('data-version="1"') == 2  # before and after, in norms and in attention
+    assert report.count('data-version="1"') == 3  # before and after: norms, attention, features
     assert vitreg.load_fix(out / "fix").neurons.by_layer
-    assert json.loads((out / "phantom.json").read_text())["layer"] == LAYER
+    assert json.loads((out / "phantom.json").read_text())["layer"] == PLANTED_LAYER
     assert matplotlib.image.imread(out / "before_after.png").std() > 0.1
 
 
@@ -115,7 +116,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, capsys, tmp_path):
     lines = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 1
     assert len(lines) == 1
-    assert lines[0].startswith(f"vitreg: could not load {REAL}")
+    assert lines[0].startswith(f"vitreg: could not load {DEFAULT}")
     assert "Check the name and the network" in lines[0]
     assert not (tmp_path / "out").exists()
 

@@ -19,6 +19,8 @@ from vitreg.app.explorer import AS_IT_IS, Explorer
 from vitreg.app.view import MEAN, SHIFT, View
 from vitreg.data.images import demo_photos
 from vitreg.diagnosis.one_image import inspect_image
+from vitreg.models.head import find_readout
+from vitreg.models.probe import evaluating
 
 pytestmark = pytest.mark.slow
 
@@ -224,6 +226,7 @@ def test_an_address_leads_back_to_the_view(explorer: Explorer) -> None:
         {"tab": "neurons", "neurons": name, "registers": "4", "does": SHIFT, "to_row": "1", "watched": name},
         {"tab": "neurons", "neurons": ""},
         {"tab": "objects", "photo": "1"},
+        {"tab": "features", "like_row": "0", "like_column": "4"},
     ):
         view = View.of(said, explorer)
         address = view.address()
@@ -259,11 +262,25 @@ def test_what_an_odd_address_asks_for_can_be_drawn(explorer: Explorer) -> None:
     }
     view = View.of(said | {"does": SHIFT, "neurons": "9:9", "watched": "1:99999999"}, explorer)
     assert (view.layer, view.row, view.registers, view.neurons) == (2, 3, 8, ())
-    for draw in (shown.norms, shown.attention, shown.neurons, shown.objects):
+    for draw in (shown.norms, shown.attention, shown.features, shown.neurons, shown.objects):
         assert draw(explorer, explorer.gallery[0], view).text
 
 
 # -- what is shown ---------------------------------------------------------------------------------
+
+
+def test_features_are_compared_with_the_chosen_patch(explorer: Explorer) -> None:
+    photo = explorer.gallery[1]
+    found = shown.features(explorer, photo, same(explorer, tab="features", like_row="2", like_column="3"))
+    with evaluating(explorer.vit.model), vitreg.trace(explorer.vit, residuals=True) as t:
+        explorer.vit(photo.pixels)
+    norm = find_readout(explorer.vit).norm
+    patches = norm(t.residuals[-1, 0, t.layout.patch_slice])
+    expected = torch.cosine_similarity(patches, patches[2 * 5 + 3], dim=-1).reshape(4, 5)
+    assert np.allclose(found.data["cosines"]["before"], expected.detach(), atol=1e-5)
+    assert set(found.data["colours"]) == set(shown.versions(explorer))
+    assert found.data["colours"]["before"].shape == (4, 5, 3)
+    assert "row 2, column 3" in found.text
 
 
 def test_the_count_is_that_of_the_norms(explorer: Explorer) -> None:

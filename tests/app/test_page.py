@@ -168,6 +168,20 @@ def test_attention_before_and_after_and_from_a_clicked_patch(user: User, explore
     user.reads("#attention-text", r"in block 2: after .*%")
 
 
+# -- features --------------------------------------------------------------------------------------
+
+
+def test_features_before_and_after_and_likeness_to_a_clicked_patch(user: User) -> None:
+    user.opens("Features")
+    user.reads("#features-text", "row 2, column 2: the cosine")
+    colours, alike = user.picture("features-colours"), user.picture("features-alike")
+    assert colours
+    user.clicks("features-photo", 4.5 / 5, 0.5 / 4)
+    user.page.wait_for_url(re.compile("tab=features.*like_row=0&like_column=4"))
+    user.reads("#features-text", "row 0, column 4: the cosine")
+    user.redraws("features-alike", alike)
+
+
 # -- neurons ---------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from vitreg.diagnosis.one_image import Attention, ImageView, Query, inspect_imag
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.errors import ImageError
 from vitreg.evals.discovery import DiscoveryConfig, locate, prepared
+from vitreg.features.observer import Observer
 from vitreg.fixes import Fix, ShiftSink, TestTimeRegisters
 from vitreg.fixes.neurons import RegisterNeuron, RegisterNeurons
 from vitreg.models.backbone import Backbone
@@ -139,6 +140,14 @@ class Explorer:
                 key, AS_IT_IS, lambda: inspect_image(self.vit, photo.pixels, neurons=[place]).activations
             )
         return seen[place]
+
+    def features(self, photo: Photo, version: ShownVersion = AS_IT_IS) -> Float[Tensor, "gh gw d"]:
+        """The patches' features, after the final norm."""
+        return self._keep(("features", photo.key, version.key), version, lambda: self._features(photo))
+
+    def _features(self, photo: Photo) -> Float[Tensor, "gh gw d"]:
+        rows = Observer(self.vit, ["patches"])(photo.pixels)["patches"]
+        return rows[0].unflatten(0, self.vit.layout_for(photo.pixels).grid)
 
     def boxes(self, photo: Photo, version: ShownVersion = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:
         """The boxes of LOST and TokenCut, xyxy in pixels of `photo.image`, by the last block's keys."""

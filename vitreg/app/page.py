@@ -64,7 +64,12 @@ def build(explorer: Explorer) -> Any:
                 gallery, upload, message = _photos(explorer)
             with gr.Column(scale=3, min_width=320), gr.Tabs() as tabs:
                 drawn = [_norms(explorer, chosen), _attention(explorer, chosen)]
-                drawn += [_neurons(explorer, chosen), _objects(), _compare(explorer)]
+                drawn += [
+                    _features(explorer, chosen),
+                    _neurons(explorer, chosen),
+                    _objects(),
+                    _compare(explorer),
+                ]
         address = gr.Textbox(
             label="Address of this view, to share", interactive=False, buttons=["copy"], elem_id="address"
         )
@@ -154,6 +159,25 @@ def _attention(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         button, file = _data_button("attention")
     _click(photo, explorer, lambda patch: (*patch, "patch"), [chosen[x] for x in ("row", "column", "source")])
     return Tab("attention", shown.attention, tab, {"photo": photo, "maps": maps}, text, button, file)
+
+
+def _features(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
+    rows, columns = explorer.report.grid
+    with gr.Tab("Features", id="features") as tab:
+        text = gr.Markdown(elem_id="features-text")
+        with gr.Row():
+            with gr.Column(scale=2):
+                photo = _image("Photo: click a patch to compare with it", "features-photo")
+                with gr.Row():
+                    chosen["like_row"] = _index("Row of the patch", rows, "like-row")
+                    chosen["like_column"] = _index("Column", columns, "like-column")
+            with gr.Column(scale=3):
+                colours = _image("Features as colours", "features-colours")
+                alike = _image("Likeness to the patch", "features-alike")
+        button, file = _data_button("features")
+    _click(photo, explorer, tuple, [chosen["like_row"], chosen["like_column"]])
+    pictures = {"photo": photo, "colours": colours, "alike": alike}
+    return Tab("features", shown.features, tab, pictures, text, button, file)
 
 
 def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:

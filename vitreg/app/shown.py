@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
-from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, ShownVersion
+from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Pick, ShownVersion
 from vitreg.app.view import SHIFT, View, place_of
 from vitreg.diagnosis.outliers import OutlierRule
 from vitreg.plots.box_grid import BoxedPhoto, box_grid
-from vitreg.plots.maps import norm_histogram, photo_with_patches, side_by_side
+from vitreg.plots.maps import norm_histogram, photo_with_patches, pictures_side_by_side, side_by_side
+from vitreg.plots.principal import PrincipalColours
 from vitreg.plots.style import number, percent, png, short_name
 from vitreg.verification.figure import versions_figure
 from vitreg.verification.verdict import measure_table
@@ -89,6 +93,35 @@ def attention(explorer: Explorer, photo: Photo, view: View) -> Shown:
         text = f"Attention in block {view.block}: this photo has no outliers that could draw it."
     text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
     return Shown(pictures, text, _data(photo, view, attention=maps, on_outliers=shares, outliers=outliers))
+
+
+def features(explorer: Explorer, photo: Photo, view: View) -> Shown:
+    """The patches' features as colours, and how like the chosen patch each is, before and after the fix."""
+    outliers, size = explorer.outliers(photo), photo.image.shape[:2]
+    seen = {name: explorer.features(photo, version) for name, version in versions(explorer).items()}
+    colours = PrincipalColours.of_most(seen["before"], ~torch.from_numpy(outliers))
+    drawn = {name: colours(one).numpy() for name, one in seen.items()}
+    alike = {name: similarity(one, view.like) for name, one in seen.items()}
+    pictures = {
+        "photo": picture(photo_with_patches(photo.image, outliers, view.like)),
+        "colours": picture(pictures_side_by_side(drawn, outliers, view.like, size)),
+        "alike": picture(side_by_side(alike, "similarity", outliers, view.like, size)),
+    }
+    row, column = view.like
+    text = (
+        "Above, the patches' features in the last layer as colours (their first three principal components):"
+        f" like colours, like features. Below, how alike each patch is to that in row {row}, column {column}:"
+        " the cosine of their features. Click the photo to compare with another patch."
+    )
+    text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
+    return Shown(pictures, text, _data(photo, view, colours=drawn, cosines=alike, outliers=outliers))
+
+
+def similarity(features: Float[Tensor, "gh gw d"], patch: Pick) -> Float[np.ndarray, "gh gw"]:
+    """The cosine of all patches' features to those of one."""
+    units = F.normalize(features, dim=-1)
+    alike: np.ndarray = (units @ units[patch]).numpy()
+    return alike
 
 
 def neurons(explorer: Explorer, photo: Photo, view: View) -> Shown:

@@ -17,6 +17,7 @@ from vitreg.diagnosis.one_image import Query
 OWN = {
     "norms": ("layer", "threshold"),
     "attention": ("source", "row", "column", "block", "head"),
+    "features": ("like_row", "like_column"),
     "neurons": ("neurons", "does", "registers", "to_row", "to_column", "watched"),
     "objects": (),
     "compare": (),
@@ -33,6 +34,7 @@ class View:
     norms      layer; threshold (a norm), or None for that of the diagnosis
     attention  source, the token that looks ("CLS", "register 0", "patch"); row and column of that patch;
                block; head, or MEAN
+    features   row and column of the patch that the others are compared with
     neurons    switched on, as "layer:index"; what they do; to how many registers; row and column of the patch
                where they fire instead; which one's activation is shown
     """
@@ -46,6 +48,8 @@ class View:
     column: int = 0
     block: int = 0
     head: str = MEAN
+    like_row: int = 0
+    like_column: int = 0
     neurons: tuple[str, ...] = ()
     does: str = REGISTERS
     registers: int = 1
@@ -65,6 +69,11 @@ class View:
     @property
     def one_head(self) -> int | None:
         return None if self.head == MEAN else int(self.head)
+
+    @property
+    def like(self) -> Pick:
+        """The patch that the others are compared with."""
+        return self.like_row, self.like_column
 
     @property
     def patch(self) -> Pick:
@@ -96,6 +105,8 @@ class View:
             layer=explorer.report.detect_layer,
             source=explorer.queries[0],
             block=explorer.vit.anatomy.depth - 1,
+            like_row=explorer.report.grid[0] // 2,
+            like_column=explorer.report.grid[1] // 2,
             neurons=chosen,
             watched=chosen[0] if chosen else "",
         )
@@ -126,6 +137,8 @@ class View:
             column=number("column", columns - 1),
             block=number("block", depth - 1),
             head=word("head", heads),
+            like_row=number("like_row", rows - 1),
+            like_column=number("like_column", columns - 1),
             neurons=tuple(named) if "neurons" in said else first.neurons,
             does=word("does", (REGISTERS, SHIFT)),
             registers=number("registers", MOST_REGISTERS),

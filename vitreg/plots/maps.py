@@ -36,14 +36,20 @@ from vitreg.plots.style import (
     titled,
 )
 
-Quantity = Literal["norms", "attention", "activation"]
+Quantity = Literal["norms", "attention", "activation", "similarity"]
 Patch = tuple[int, int]  # row and column
 
-_COLOURS = {"norms": NORM_COLOURS, "attention": SHARE_COLOURS, "activation": "cividis"}
+_COLOURS = {
+    "norms": NORM_COLOURS,
+    "attention": SHARE_COLOURS,
+    "activation": "cividis",
+    "similarity": "cividis",
+}
 _LABELS = {
     "norms": "L2 norm of patch tokens (log)",
     "attention": "share of attention to patches (square root)",
     "activation": "activation",
+    "similarity": "cosine of features",
 }
 _WIDTH = 4.0  # inches: of the photo, and of a map beside its colour bar
 
@@ -126,24 +132,61 @@ def side_by_side(
     """
     if not maps:
         raise ValueError("found no map, expected at least one.")
-    high, wide = shape or next(iter(maps.values())).shape
-    width = _WIDTH if len(maps) == 1 else 0.9 * _WIDTH
-    figure = Figure(figsize=(width * len(maps) + 0.2, width * high / wide + 0.9), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    size = shape or next(iter(maps.values())).shape
     scale = _scale(kind, np.stack(list(maps.values())))
+    figure, axes, width = _row_of_pictures(len(maps), size, below=0.9)
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         image = ax.imshow(
-            values, cmap=_COLOURS[kind], norm=scale, interpolation="nearest", extent=(0, wide, high, 0)
+            values, cmap=_COLOURS[kind], norm=scale, interpolation="nearest", extent=(0, size[1], size[0], 0)
         )
-        if mask is not None:
-            outline(ax, mask, (high, wide), width)
-        if chosen is not None:
-            frame(ax, chosen, values.shape, (high, wide))
-        ax.set_title(title, fontsize=9)
-        no_frame(ax)
+        _mark(ax, title, mask, chosen, values.shape, size, width)
     bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=30 * len(maps), pad=0.03)
     label_bar(bar, _ticks(kind, scale), _LABELS[kind])
     return figure
+
+
+@house_style
+def pictures_side_by_side(
+    pictures: Mapping[str, UInt8[np.ndarray, "gh gw 3"]],
+    mask: Bool[np.ndarray, "gh gw"] | None = None,
+    chosen: Patch | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Figure:
+    """Patches as colours (features, say), one or more pictures under their titles; else as `side_by_side`."""
+    if not pictures:
+        raise ValueError("found no picture, expected at least one.")
+    size = shape or next(iter(pictures.values())).shape[:2]
+    figure, axes, width = _row_of_pictures(len(pictures), size, below=0.3)
+    for ax, (title, colours) in zip(axes, pictures.items(), strict=True):
+        ax.imshow(colours, interpolation="nearest", extent=(0, size[1], size[0], 0))
+        _mark(ax, title, mask, chosen, colours.shape[:2], size, width)
+    return figure
+
+
+def _row_of_pictures(count: int, size: tuple[int, ...], below: float) -> tuple[Figure, np.ndarray, float]:
+    """A figure, its axes in a row, and how wide (inches) each picture of a photo of `size` is."""
+    high, wide = size
+    width = _WIDTH if count == 1 else 0.9 * _WIDTH
+    figure = Figure(figsize=(width * count + 0.2, width * high / wide + below), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0], width
+
+
+def _mark(
+    ax: Axes,
+    title: str,
+    mask: Bool[np.ndarray, "gh gw"] | None,
+    chosen: Patch | None,
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    width: float,
+) -> None:
+    """The title, marked patches and a chosen one of a picture."""
+    if mask is not None:
+        outline(ax, mask, size, width)
+    if chosen is not None:
+        frame(ax, chosen, grid, (size[0], size[1]))
+    ax.set_title(title, fontsize=9)
+    no_frame(ax)
 
 
 def _scale(kind: Quantity, values: Float[np.ndarray, "k gh gw"]) -> Normalize:
@@ -153,6 +196,8 @@ def _scale(kind: Quantity, values: Float[np.ndarray, "k gh gw"]) -> Normalize:
         return LogNorm(low, max(high, low * 1.01))
     if kind == "attention":
         return PowerNorm(0.5, 0, high or 1.0)
+    if kind == "similarity":
+        return Normalize(min(low, 0.0), 1.0)
     return Normalize(low, max(high, low + 1e-6))
 
 

@@ -133,7 +133,7 @@ def relative_attention(version: "LookVersion", photo: int, layer: int) -> Float[
 
 def cosines(version: "LookVersion", photo: int) -> Float[np.ndarray, "gh gw gh gw"]:
     """The cosine of each patch's features to those of each other, after the final norm."""
-    features = F.normalize(version.last[photo].float(), dim=-1)
+    features = F.normalize(version.last[photo], dim=-1)
     alike: np.ndarray = torch.einsum("ijd,kld->ijkl", features, features).numpy()
     return alike
 
