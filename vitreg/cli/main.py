@@ -8,32 +8,59 @@ import io
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from vitreg.cli.diagnose import diagnose, doctor, registers
-from vitreg.cli.evaluate import TASKS_HELP, evaluate, papers
+from vitreg.cli.evaluate import evaluate, papers
 from vitreg.cli.explore import demo, explore
 from vitreg.cli.features import features
 from vitreg.cli.fix import fix, verify
+from vitreg.cli.help import Commands, Panels, documented
+from vitreg.cli.settings_help import recipe_panels, task_panels
 from vitreg.cli.train import train
 from vitreg.errors import VitregError
 from vitreg.version import __version__
 
 app = typer.Typer(
     name="vitreg",
+    cls=Commands,
     help="Find, explain and remove attention artifacts in Vision Transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (diagnose, doctor, fix, verify):
-    app.command()(_command)
-app.command(name="eval", epilog=TASKS_HELP)(evaluate)
-for _command in (papers, features, registers, train):
-    app.command()(_command)
-app.command(name="app")(explore)
-app.command()(demo)
+_VIT = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+_REG = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+
+
+def _add(
+    panel: str,
+    name: str,
+    command: Callable[..., None],
+    *examples: str,
+    more: Callable[[Sequence[str]], Panels] = lambda typed: {},
+) -> None:
+    """A command in its panel of the help, with examples that can be copied."""
+    app.command(name=name, cls=documented(name, command, examples, more), rich_help_panel=panel)(command)
+
+
+_REPORTED = "--report report.html --figure norms.pdf"
+_add("Look", "diagnose", diagnose, f"{_VIT} photos/", f"{_VIT} photos/ {_REPORTED}", f"{_VIT} {_REG} photos/")
+_add("Look", "doctor", doctor, _VIT, f"{_VIT} --full")
+_add("Look", "registers", registers, f"{_REG} photos/ --figure registers.png")
+_add("Fix", "fix", fix, f"{_VIT} photos/ -o fix/", f"{_VIT} photos/ -o fix/ --type splitting")
+_add("Fix", "verify", verify, f"{_VIT} fix/ photos/")
+_COMPARED, _KNN = f"discovery {_VIT} VOC2012/ --fix fix/ --compare", f"knn {_VIT} imagenette/ --set k=10"
+_add("Measure", "eval", evaluate, _KNN, _COMPARED, more=task_panels)
+_add("Measure", "papers", papers, "", "TABLE", "--run TABLE --data datasets/")
+_add("Measure", "features", features, f"{_VIT} photos/ -o features/ --fix fix/")
+_add("Train", "train", train, "", "registers_vit_tiny --data imagenet/ --registers 4", more=recipe_panels)
+_add("Explore", "app", explore, "", f"{_VIT} --images photos/")
+_add("Explore", "demo", demo, "", "--real")
 
 
 @app.callback(invoke_without_command=True)

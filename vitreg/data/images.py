@@ -126,6 +126,8 @@ def demo_photos() -> list[Path]:
 class Images:
     """What `read_images` found. Each iteration reads everything again, in the same order and batches.
 
+    `len(images)` counts photos, not batches.
+
     `total`: how many files were found, good or bad; None for .tar shards, which only reading can count.
     """
 
@@ -139,6 +141,24 @@ class Images:
     progress: bool
     ranks: Ranks = ALONE
     _failed: list[FailedImage] = field(default_factory=list, init=False)
+
+    def __len__(self) -> int:
+        """How many photos there are, at most `limit`; those that were found to be unreadable do not count.
+
+        Raises TypeError for .tar shards, which only reading can count.
+        """
+        if self.total is None:
+            raise TypeError(".tar shards have no length: only reading can count their photos.")
+        readable = self.total - len(self._failed)
+        return readable if self.limit is None else min(readable, self.limit)
+
+    def __bool__(self) -> bool:
+        return True  # `read_images` refuses a source without photos; shards have no length
+
+    def __repr__(self) -> str:
+        found = "photos of .tar shards" if self.total is None else f"{len(self):,} photos"
+        unread = f", {len(self._failed):,} unreadable" if self._failed else ""
+        return f"<Images: {found}{unread}, in batches of {self.batch_size}>"
 
     @property
     def failed(self) -> tuple[FailedImage, ...]:

@@ -9,7 +9,6 @@ A figure keeps this look whatever the caller's rcParams are, and drawing changes
 import functools
 import io
 import math
-import re
 import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -27,6 +26,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from vitreg.printing import PHANTOM
+from vitreg.printing import number as number
+from vitreg.printing import percent as percent
+from vitreg.printing import short_name as short_name
 
 # Blue and vermillion of Okabe and Ito's palette, and greys.
 INK, QUIET, PALE = "#1f2328", "#6e7781", "#d0d7de"
@@ -101,12 +103,6 @@ def _glyphs() -> frozenset[int]:
     return frozenset(code for code in known if chr(code).isprintable())
 
 
-def short_name(model: str) -> str:
-    """The name of a model or a file without the folders that lead to it."""
-    has_scheme = re.search(r"\w{2,}:", model)
-    return model if has_scheme else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-
-
 def mark_phantom(figure: Figure | SubFigure, planted: bool) -> None:
     """A phantom, whose artifacts were planted, is called one wherever it is shown."""
     if planted:
@@ -143,18 +139,6 @@ def percent_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
     inside = [float(tick) for tick in ticks if low <= tick <= high]
     return inside, [f"{100 * tick:.6g}%" for tick in inside]
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where a person would write none."""
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    """A share in percent, with three significant digits."""
-    return f"{100 * share:#.3g}%" if 0 < share < 0.9995 else f"{share:.0%}"
 
 
 def label_bar(bar: Colorbar, ticks: tuple[list[float], list[str]], label: str) -> None:
@@ -202,3 +186,17 @@ def png(figure: Figure, dpi: int = 150, colours: int | None = None) -> bytes:
     with Image.open(data) as image:
         image.convert("RGB").quantize(colours).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def image(figure: Figure, suffix: str) -> bytes:
+    """The figure as the file that a suffix of FIGURES (vitreg/files.py) stands for.
+
+    It has the same bytes every time. What has none of these suffixes (a pipe, say) is a PNG.
+    """
+    if suffix.lower() not in (".pdf", ".svg"):
+        return png(figure)
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[suffix.lower()]
+    data = io.BytesIO()
+    with _one_at_a_time, matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": "vitreg"}]):
+        figure.savefig(data, format=suffix.lower()[1:], metadata=undated)
+    return data.getvalue()
