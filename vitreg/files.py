@@ -53,7 +53,7 @@ def check_writable(path: str | Path, *, overwrite: bool = True) -> None:
 
 def already_there(target: Path) -> OutputError:
     """What is said of a result that would replace another one."""
-    return OutputError(f"{target} exists. Add --overwrite to replace it, or choose another name.")
+    return OutputError(f"{target} exists already. Add --overwrite to replace it, or choose another name.")
 
 
 def _is_special(target: Path) -> bool:

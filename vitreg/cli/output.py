@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vitreg.errors import OutputError
 from vitreg.files import FIGURES, check_writable
-from vitreg.printing import Presented, Step
+from vitreg.printing import Presented, Step, terminal_width, wrapped
 
 PAGES = (".html", ".htm")
 
@@ -64,7 +64,16 @@ class OutputOptions:
             _print("", *summary.text().split("\n\n")[1:])
         else:
             verdict, *rest = summary.text().split("\n", 1)
-            _print(verdict, *rest)
+            _print(verdict, *rest, *wrapped(f"All of it: {self._in_full()}.", terminal_width()))
+
+    def _in_full(self) -> str:
+        """The options that say more."""
+        more = [
+            f"--{name} F.{kind}"
+            for name, kind in (("report", "html"), ("figure", "png"))
+            if hasattr(self, name)
+        ]
+        return ", ".join(["--full", "--json F.json", *more])
 
     def write(self, result: Any, page: Callable[[Path], Path] | None = None) -> None:
         """Write a result in the forms that were asked for, and say where each is.

@@ -20,7 +20,7 @@ from vitreg.fixes.base import Fix, applied
 from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.backbone import Backbone
-from vitreg.printing import Presented, Step, Summary, called, short_name, text_table
+from vitreg.printing import Presented, Step, Summary, called, in_brief, short_name, text_table
 from vitreg.version import versions
 
 SHOWN = 6  # metrics at a glance
@@ -140,7 +140,7 @@ class Result(Presented):
             f"{first} {value}",
             f"{self.task} of {called(short_name(self.model), self.planted)}{fix}, n = {self.n:,}",
             self.rows()[:SHOWN],
-            notes=[*_and_more(len(self.metrics)), *self.notes],
+            notes=[*_and_more(len(self.metrics)), *map(in_brief, self.notes)],
             steps=[] if self.fix else [_WITH_A_FIX],
         )
 
@@ -232,14 +232,14 @@ class Comparison(Presented):
         return self.after.figure()
 
     def conclusion(self) -> str:
-        """What the fix does to the first metric: better, worse, or no difference that can be told."""
+        """Which metrics the fix makes better or worse, by the intervals of their differences."""
         return conclusion(self.before, self.after)
 
     def summary(self) -> Summary:
         """The conclusion, and the metrics before and after."""
         heads, *rows = comparison_rows(self.before, self.after, intervals=False)
         model = called(short_name(self.before.model), self.before.planted)
-        notes = dict.fromkeys((*self.before.notes, *self.after.notes))
+        notes = dict.fromkeys(map(in_brief, (*self.before.notes, *self.after.notes)))
         return Summary(
             self.conclusion(),
             f"{self.before.task} of {model}, {self.after.fix or 'as it is'}, n = {self.before.n:,}",
@@ -263,16 +263,21 @@ def compare(before: Result, after: Result) -> Comparison:
 
 
 def conclusion(before: Result, after: Result) -> str:
-    """What a fix does to the first metric that both have, in words."""
+    """Which metrics a fix makes better or worse, by the intervals of their differences."""
+    better, worse = list[str](), list[str]()
     change = differences(before, after)
-    if not change:
-        return "nothing to compare"
-    name, difference = next(iter(change.items()))
-    metric = after.metrics[name]
-    if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
-        return f"no difference in {name} that can be told"
-    better = (difference.value > 0) == metric.higher_is_better
-    return f"{name} {'better' if better else 'worse'} with the fix"
+    for name, difference in change.items():
+        low, high = difference.low, difference.high
+        if low is not None and high is not None and not low <= 0 <= high:
+            up = after.metrics[name].higher_is_better
+            (better if (difference.value > 0) == up else worse).append(name)
+    said = {"better": better, "worse": worse}.items()
+    words = [f"{word} in {_listed(names, len(change))}" for word, names in said if names]
+    return ", ".join(words) or "no difference that can be told"
+
+
+def _listed(names: Sequence[str], of: int) -> str:
+    return " and ".join(names) if len(names) <= 2 else f"{len(names)} of {of} metrics"
 
 
 def _and_more(metrics: int) -> list[str]:

@@ -76,16 +76,30 @@ class Summary:
 
 
 def shell_lines(words: Sequence[str], width: int) -> list[str]:
-    """A command to copy into a shell, broken between words where it is wider than `width`."""
+    """A command to copy into a shell, broken between words where it is wider than `width`.
+
+    An option stays on the line of its value.
+    """
     lines: list[str] = []
     line = ""
-    for word in map(shlex.quote, words):
-        longer = f"{line} {word}" if line else word
+    for part in _together(list(map(shlex.quote, words))):
+        longer = f"{line} {part}" if line else part
         if line and cell_len(longer) > width - 2:  # " \" has to fit behind it
             lines.append(f"{line} \\")
-            longer = f"  {word}"
+            longer = f"  {part}"
         line = longer
     return [*lines, line] if line else []
+
+
+def _together(words: Sequence[str]) -> list[str]:
+    """Words, and options with their values."""
+    parts: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before.startswith("-") and not word.startswith("-"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    return parts
 
 
 def terminal_width() -> int:

@@ -48,6 +48,6 @@ def summary_of(verdict: "Verdict") -> Summary:
         f"{model}, {verdict.fix.type}" if verdict.measures else model,
         rows,
         heads=("", "before", "after") if rows else (),
-        notes=[in_brief(verdict.reason), *cautions(verdict.before)],
+        notes=[in_brief(verdict.reason), *map(in_brief, verdict.notes), *cautions(verdict.before)],
         steps=[_STEPS[verdict.verdict]],
     )
