@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 our own error, one line on stderr; 2 usage; 3 a bug, one l
 its traceback. Progress goes to stderr, results to stdout.
 """
 
+import functools
 import io
 import logging
 import sys
@@ -23,6 +24,8 @@ from vitreg.cli.settings_help import recipe_panels, task_panels
 from vitreg.cli.train import train
 from vitreg.errors import VitregError
 from vitreg.version import __version__
+
+INTERRUPTED = 130  # the exit code of what Ctrl-C has ended: 128 + SIGINT
 
 app = typer.Typer(
     name="vitreg",
@@ -45,7 +48,22 @@ def _add(
     more: Callable[[Sequence[str]], Panels] = lambda typed: {},
 ) -> None:
     """A command in its panel of the help, with examples that can be copied."""
-    app.command(name=name, cls=documented(name, command, examples, more), rich_help_panel=panel)(command)
+    class_ = documented(name, command, examples, more)
+    app.command(name=name, cls=class_, rich_help_panel=panel)(_interruptible(command))
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; Ctrl-C ends it in one line, before typer makes its own of it."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**given)
+        except KeyboardInterrupt:
+            sys.stderr.write("vitreg: interrupted\n")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
 
 
 _REPORTED = "--report report.html --figure norms.pdf"
@@ -99,7 +117,7 @@ def main() -> None:
         sys.exit(code)
     except KeyboardInterrupt:
         sys.stderr.write("vitreg: interrupted\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     finally:
         warnings.showwarning = show
         logging.disable(logging.NOTSET)

@@ -14,12 +14,15 @@ Of several processes (see distributed.py) each reads every n-th batch; there, ba
 import contextlib
 import itertools
 import pickle
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -248,7 +251,10 @@ class Images:
             # More workers than cores, and (Python >= 3.12) a fork of a process with threads: both are meant.
             # Workers run one torch thread each and take none of this process's locks.
             warnings.simplefilter("ignore")
-            loader = DataLoader(reader, _CHUNK, num_workers=self.workers, collate_fn=_pack, generator=random)
+            loader = DataLoader(
+                reader, _CHUNK, num_workers=self.workers, collate_fn=_pack, generator=random,
+                worker_init_fn=_leave_interrupts_to_the_parent,
+            )  # fmt: skip
             try:
                 return iter(loader)
             except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -326,6 +332,20 @@ def _shard_members(path: str) -> Iterator[Item]:
             yield from shard_members(stream, path)
     except Exception as error:
         yield FailedImage(printable(path), f"the shard cannot be read any further: {reason(error)}")
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but one of them tells: this one ends with it, silently.
+
+    A parent that is interrupted while it takes an image from here leaves a broken connection.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, EOFError | ConnectionError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
 
 
 def _pack(outcomes: list[_Outcome]) -> _Chunk:
