@@ -135,9 +135,9 @@ def test_how_neurons_are_found_is_passed_on(planted):
         (
             0.5,
             TestTimeRegisters,
-            "the paper's test-time register, for the model hardly notices: cosine of CLS",
+            "the paper's test-time register, because the model's outputs hardly change: cosine of CLS",
         ),
-        (1.1, TokenSplitting, "token splitting, for test-time registers change what the model says"),
+        (1.1, TokenSplitting, "token splitting, because test-time registers change what the model says"),
     ],
 )
 def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, wanted, expected, says):
@@ -318,7 +318,7 @@ def is_repaired_or_refused(cure: vitreg.FixSearch, kind: str, fix: type[Fix]) ->
     assert cure.origin.kind == kind
     if cure.fix is None:
         assert cure.verdict.verdict == "no fix"
-        assert cure.choice.startswith(f"no fix, for the {kind}")
+        assert cure.choice.startswith(f"no fix, because the {kind}")
         assert "cosine of normal patches" in cure.choice
         assert "in-painting of whole patches: " in cure.choice
         return False
@@ -404,7 +404,9 @@ def test_where_nothing_leaves_the_rest_no_fix_is_offered(by_attention, monkeypat
     cure = find_fix(vit, [photos], report=report)
     assert not is_repaired_or_refused(cure, "attention output", Inpainting)
     assert cure.full().endswith(f"\norigin: {cure.origin}\n{cure.choice}")
-    with pytest.raises(vitreg.FixError, match=r"no fix to save \(no fix\): no fix, for the attention output"):
+    with pytest.raises(
+        vitreg.FixError, match=r"no fix to save \(no fix\): no fix, because the attention output"
+    ):
         cure.save(tmp_path / "fix")
     found = json.loads(json.dumps(cure.to_json()))
     assert (found["verdict"], found["fix"], found["origin"]["kind"]) == ("no fix", None, "attention output")

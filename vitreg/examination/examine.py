@@ -133,7 +133,8 @@ def doctor(
 def _why(error: Exception) -> str:
     if isinstance(error, VitregError):
         return str(error)
-    return f"{type(error).__name__}: {error} (this is no refusal of vitreg, but a bug of it or of a library)"
+    bug = "vitreg did not refuse it: this is a bug of vitreg or of a library"
+    return f"{type(error).__name__}: {error} ({bug})"
 
 
 def _tower(name: str, size: Size | None, random_weights: bool) -> nn.Module | None:

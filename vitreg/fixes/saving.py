@@ -229,7 +229,7 @@ def _read(folder: Path) -> Fix:
 
 def _parse(path: Path) -> dict[str, Any]:
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     data = _bytes(path, "Expected a folder that Fix.save wrote.")
     try:

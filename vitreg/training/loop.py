@@ -224,7 +224,7 @@ class _Training:
         finite = all(bool(weight.isfinite().all()) for weight in self.objective.parameters())
         # Buffers may hold infinity on purpose: the causal mask of a text tower.
         if self._anywhere(not finite or any(bool(b.isnan().any()) for b in self.objective.buffers())):
-            raise self._not_finite(f"a weight after step {self.step} is no number")
+            raise self._not_finite(f"a weight after step {self.step} is not a number")
         settings = checkpoint.settings_of(self.recipe)
         checkpoint.save(self.fabric, self.path, self.state | {"step": self.step, "recipe": settings})
         self.saved = self.step
