@@ -20,6 +20,7 @@ from vitreg.phantoms.bundled import HELD_OUT, ExampleMeasures, example, measure,
 from vitreg.phantoms.phantom import Phantom, plant
 
 REAL = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+REPORT = "report.html"
 LAYER = 3  # (0-based) of the example's six blocks, whose MLP the phantom's neurons are planted in
 PHOTOS, MEASURED = 64, 256  # that are diagnosed; that top-1 and attention are measured on
 
@@ -160,7 +161,7 @@ def _write(
     from vitreg.reports.report import write_cure
 
     console.print()
-    paths = {"report": write_cure(cure, out / "report.html")}
+    paths = {"report": write_cure(cure, out / REPORT)}
     if cure.fix is not None:
         paths["fix"] = cure.save(out / "fix", vit=vit)
     figure = before_after([(version.name, version.report) for version in versions])

@@ -3,13 +3,12 @@
 import inspect
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
-from itertools import permutations, product
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,32 +16,20 @@ import torch
 import typer
 from catalog import CATALOG
 from checkpoints import tiny_timm
-from command_line import fails
+from command_line import fails, parsed
 from phantoms import crops
 from rich.cells import cell_len
 
 import vitreg
-from vitreg.cli.help import START
 from vitreg.cli.main import app
-from vitreg.cli.roles import check_order
-from vitreg.errors import VitregError
+from vitreg.data.images import demo_photos
 from vitreg.evals.result import Metric, compare, concluded
-from vitreg.evals.tasks import TASKS
 from vitreg.features.config import Config
-from vitreg.files import FIGURES
-from vitreg.plots.style import image
 from vitreg.printing import Presented
 
 COMMANDS = typer.main.get_command(app).commands
 WIDTHS = (60, 80, 137)
 NEVER = "timm:never-loaded"
-
-
-def parsed(line: str) -> dict:
-    """What our own command line reads from a command."""
-    program, name, *words = shlex.split(line)
-    assert program == "vitreg"
-    return {"command": name, **COMMANDS[name].make_context(name, words).params}
 
 
 def next_commands(said: str) -> list[dict]:
@@ -214,206 +201,6 @@ def test_few_photos_are_a_word_of_caution(count, results):
     assert ("one photo cannot tell" in said) == (count == 1 and report.has_artifacts)
 
 
-# -- nothing is overwritten, and all outputs are checked before any work ---------------------------------
-
-OUTPUTS = {
-    "diagnose": ("--json", "--report", "--figure"),
-    "fix": ("--json", "--report", "-o"),
-    "verify": ("--json", "--report"),
-    "doctor": ("--json",),
-    "registers": ("--json", "--figure"),
-    "eval": ("--json", "--report", "--figure"),
-}
-GIVEN = {
-    "diagnose": (NEVER, "photos"), "fix": (NEVER, "photos"), "verify": (NEVER, "saved", "photos"),
-    "doctor": (NEVER,), "registers": (NEVER, "photos"), "eval": ("discovery", NEVER, "photos"),
-}  # fmt: skip
-SUFFIXES = {"--json": ".json", "--report": ".html", "--figure": ".pdf"}
-
-
-@pytest.fixture
-def here(tmp_path, photos, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    vitreg.TestTimeRegisters({1: [3]}).save("saved")
-    return tmp_path
-
-
-@pytest.mark.parametrize(("command", "option"), [(c, o) for c, options in OUTPUTS.items() for o in options])
-def test_what_exists_is_refused_before_the_model_is_loaded(run, here, command, option):
-    if option == "-o":
-        target = here / "saved"
-        rest = ()
-    else:
-        target = here / f"there{SUFFIXES[option]}"
-        target.write_text("mine")
-        rest = ("-o", "new") if command == "fix" else ()
-    line = (command, *GIVEN[command], option, target, *rest)
-    fails(run(*line), f"{target} exists already", "--overwrite")
-    fails(run(*line, "--overwrite"), "never-loaded")
-    assert option == "-o" or target.read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("option", "name"), [("--figure", "a.jpg"), ("--figure", "a"), ("--report", "a.pdf")]
-)
-def test_another_suffix_is_refused_with_those_that_go(run, here, option, name):
-    known = FIGURES if option == "--figure" else (".html",)
-    fails(run("diagnose", NEVER, "photos", option, name), name, *known)
-    assert not (here / name).exists()
-
-
-def test_one_file_for_two_results_is_refused(run, here):
-    fails(run("diagnose", NEVER, "photos", "--json", "a.html", "--report", "./a.html"), "the same file")
-
-
-def test_a_task_without_a_figure_says_so_before_the_work(run, here):
-    fails(run("eval", "knn", NEVER, "photos", "--figure", "a.png"), "draws no figure")
-
-
-def test_a_pipe_may_be_written_again_and_again(run, model, photos):
-    for _ in range(2):
-        code, said, _ = run("diagnose", model, photos, "--json", "/dev/null")
-        assert (code, "JSON: /dev/null" in said) == (0, True)
-
-
-def test_figures_follow_the_suffix_and_are_the_same_every_time(results):
-    starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
-    assert starts.keys() == set(FIGURES)
-    for suffix, start in starts.items():
-        made = [image(results["fix"].figure(), suffix.upper()) for _ in range(2)]
-        assert made[0].startswith(start)
-        assert made[0] == made[1]
-
-
-def test_only_tasks_that_draw_say_so():
-    """Against their modules: one that gives a picture draws."""
-    for task in TASKS.values():
-        source = Path(task.module.__file__).read_text()
-        assert ("picture=picture" in source) == task.draws, task.name
-
-
-# -- names ----------------------------------------------------------------------------------------------
-
-WORDS = {"TASK": "knn", "MODEL": "timm:x", "FIX": "saved", "IMAGES": "photos", "DATA": "photos"}
-ROLES = [("MODEL", "IMAGES"), ("MODEL", "FIX", "IMAGES"), ("TASK", "MODEL", "DATA")]
-
-
-@pytest.mark.parametrize(
-    ("roles", "order"), [(roles, order) for roles in ROLES for order in permutations(range(len(roles)))]
-)
-@pytest.mark.parametrize("model", ["timm:x", "vit_tiny_patch16_224", "folder"])
-def test_arguments_in_another_order_are_understood(here, roles, order, model):
-    (here / "folder").mkdir()
-    (here / "folder" / "config.json").write_text("{}")
-    words = [{**WORDS, "MODEL": model}[role] for role in roles]
-    given = dict(zip(roles, [words[i] for i in order], strict=True))
-    if list(order) == sorted(order):
-        check_order("command", given)
-        return
-    with pytest.raises(VitregError, match=shlex.join(["vitreg", "command", *words]).replace("\\", "")):
-        check_order("command", given)
-
-
-def test_arguments_that_cannot_be_told_apart_are_left_to_those_who_read_them(here):
-    for given in ({"MODEL": "a", "IMAGES": "b"}, {"MODEL": "photos", "IMAGES": "photos"}):
-        check_order("diagnose", given)
-
-
-def test_swapped_arguments_are_one_line(run, here):
-    fails(run("diagnose", "photos", NEVER), f"vitreg diagnose {NEVER} photos")
-
-
-TYPOS = {
-    ("fix", "m", "photos", "-o", "x", "--type", "spliting"): "splitting?",
-    ("fix", "m", "photos", "-o", "x", "--method", "contast"): "contrast?",
-    ("diagnos", "m", "photos"): "'diagnose'?",
-    ("eval", "discovry", NEVER, "photos"): "discovery?",
-    ("eval", "knn", NEVER, "photos", "--set", "seeed=1"): "seed?",
-    ("eval", "discovery", NEVER, "photos", "--set", "method=tokencutt"): "tokencut?",
-    ("papers", "test-time-cuont"): "test-time-count?",
-    ("train", "emergense"): "emergence?",
-    ("diagnose", "vit_tiny_patch16_24", "photos"): "timm:vit_tiny_patch16_224",
-    ("diagnose", "tim:vit_tiny_patch16_224", "photos"): "timm:vit_tiny_patch16_224?",
-    ("diagnose", "facebook/dinov2-base", "photos"): "hf:facebook/dinov2-base?",
-    ("diagnose", "ViT-B-32/openai", "photos"): "open_clip:ViT-B-32/openai?",
-    ("diagnose", "vit_tiny_patch16_224.augreg_in21k_ft", "photos"): "timm:vit_tiny_patch16_224.augreg_in21k",
-    ("diagnose", "hf:dinov", "photos", "--random-weights"): "hf:dinov2",
-    ("diagnose", "timm:test_vit", "photos", "--random-weights", "--dtype", "bfloat61"): "bfloat16?",
-}
-
-
-@pytest.mark.parametrize(("line", "says"), list(TYPOS.items()), ids=list(TYPOS.values()))
-def test_did_you_mean_wherever_a_name_is_chosen(run, here, line, says):
-    code, out, err = run(*line)
-    assert code in (1, 2)
-    assert out == ""
-    assert f"Did you mean {says}" in " ".join(err.replace("│", " ").split())
-
-
-def test_a_bare_name_of_timms_is_tried_as_timms(run, here):
-    code, said, _ = run("diagnose", "vit_tiny_patch16_224", "photos", "--random-weights", "--limit", 1)
-    assert code == 0
-    assert said.startswith("No artifacts: timm:vit_tiny_patch16_224\n")
-    (here / "vit_tiny_patch16_224").mkdir()  # a folder goes before
-    fails(run("diagnose", "vit_tiny_patch16_224", "photos"), "holds no model")
-
-
-# -- help -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "width"), list(product([None, *COMMANDS], (60, 80))))
-def test_help_fits_and_names_every_option(run, monkeypatch, name, width):
-    monkeypatch.setenv("COLUMNS", str(width))
-    code, said, _ = run(*([name] if name else []), "--help")
-    assert code == 0
-    assert max(map(len, said.splitlines())) <= width
-    if name is None:
-        first = said.splitlines()[:12]
-        assert all(any(line.strip().startswith(command[:12]) for line in first) for command in START)
-        assert all(f"  {command} " in said for command in COMMANDS)
-        return
-    for param in COMMANDS[name].params:
-        for option in param.opts:
-            assert not option.startswith("-") or option in said, option
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_examples_of_the_help_can_be_parsed(run, name):
-    _, said, _ = run(name, "--help")
-    examples = said.partition("\nExamples\n")[2].replace(" \\\n   ", "").splitlines()
-    assert examples
-    for line in examples:
-        assert parsed(line.strip())["command"] == name
-    for line in START:
-        if line.split()[1] == name:
-            parsed(line)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_help_of_a_task_lists_its_settings(run, task):
-    _, said, _ = run("eval", task, "--help")
-    settings = said.partition("Settings of")[2]
-    shared = {field.name for field in fields(Config)} - {"seed"}
-    for field in fields(TASKS[task].config):
-        assert (f"  {field.name} " in settings) == (field.name not in shared)
-
-
-def test_the_help_of_a_recipe_says_what_to_expect(run):
-    _, said, _ = run("train", "emergence", "--help")
-    assert "cost" in said
-    assert "7449 steps" in " ".join(said.split())
-    assert "  image_size " in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", [("--help",), ("diagnose", "--help"), ("eval", "--help"), ("--version",)])
-def test_help_loads_no_torch(line):
-    code = f"import sys; sys.argv = ['vitreg', *{line!r}]; import atexit; from vitreg.cli.main import main;"
-    code += " atexit.register(lambda: print('torch' in sys.modules)); main()"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1] == "False"
-
-
 # -- what else a newcomer meets -------------------------------------------------------------------------
 
 
@@ -444,3 +231,15 @@ def test_the_library_and_the_command_choose_the_same_device():
         assert inspect.signature(function).parameters["device"].default == "auto"
     for command in ("diagnose", "fix", "verify", "eval", "doctor", "registers", "app"):
         assert {p.name: p.default for p in COMMANDS[command].params}["device"] == "auto"
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_is_printed(shared, monkeypatch):
+    """Its example is of the bundled photos and a public model."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    vit = replace(vitreg.load(str(shared / "models" / name)), name=f"timm:{name}")
+    report = vitreg.diagnose(vit, vitreg.read_images(demo_photos(), vit))
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    shown = readme.partition("$ vitreg diagnose ")[2].partition("\n")[2].partition("\nNext: ")[0]
+    assert str(report).partition("\nNext: ")[0] == shown

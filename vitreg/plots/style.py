@@ -9,6 +9,7 @@ A figure keeps this look whatever the caller's rcParams are, and drawing changes
 import functools
 import io
 import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -199,4 +200,10 @@ def image(figure: Figure, suffix: str) -> bytes:
     data = io.BytesIO()
     with _one_at_a_time, matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": "vitreg"}]):
         figure.savefig(data, format=suffix.lower()[1:], metadata=undated)
-    return data.getvalue()
+    return _numbered_clips(data.getvalue()) if suffix.lower() == ".svg" else data.getvalue()
+
+
+def _numbered_clips(svg: bytes) -> bytes:
+    """The names of clip paths, which matplotlib makes of addresses in memory, in the order of the file."""
+    names: dict[bytes, bytes] = {}
+    return re.sub(rb"\bp[0-9a-f]{10}\b", lambda x: names.setdefault(x[0], b"clip-%d" % len(names)), svg)
