@@ -192,7 +192,8 @@ def png(figure: Figure, dpi: int = 150, colours: int | None = None) -> bytes:
 def image(figure: Figure, suffix: str) -> bytes:
     """The figure as the file that a suffix of FIGURES (vitreg/files.py) stands for.
 
-    It has the same bytes every time. What has none of these suffixes (a pipe, say) is a PNG.
+    A PNG and an SVG have the same bytes every time; in a PDF matplotlib orders clip paths as it likes. What
+    has none of these suffixes (a pipe, say) is a PNG.
     """
     if suffix.lower() not in (".pdf", ".svg"):
         return png(figure)
