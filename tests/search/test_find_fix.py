@@ -116,7 +116,7 @@ def test_shift_average_edits_no_neurons_and_looks_for_none(planted):
     cure = cure_of(planted, kind="shift-average", progress=stages.append)
     assert type(cure.fix) is ShiftAverage
     assert not [stage for stage in stages if "finding register neurons" in stage]
-    assert stages[1] == "1/4 diagnosing the model as it is"
+    assert stages[1] == "1/3 building the fix"
     assert "register neurons" not in cure.full()
     assert cure.to_json()["neurons"] == {}
 
@@ -260,7 +260,9 @@ def test_recursive_finds_both_populations(twice, early, kind):
     assert neurons_of(cure) == truth(first, second)
     assert not cure.verdict.after.has_artifacts
     assert cure.verdict["outliers_worst_layer"].after.value < 0.001
-    assert [stage for stage in stages if "again" in stage] == [f"looking again, round {i}" for i in (2, 3)]
+    assert [stage for stage in stages if "again" in stage] == [
+        f"1/4 finding register neurons: looking again, round {i}" for i in (2, 3)
+    ]
 
 
 def test_splitting_marks_the_second_population_alone(twice, early):

@@ -142,7 +142,7 @@ def find_fix(
     """
     if kind not in get_args(FixKind):
         raise FixError(f"there is no type {kind!r} of fix. {one_of(kind, get_args(FixKind))}")
-    stages = _stages(progress, kind)
+    stages = _stages(progress, kind, report is None)
     stages.say(expected_cost(images))
     if report is None:
         stages(AS_IS)
@@ -172,9 +172,10 @@ def find_fix(
     return FixSearch(fix, choice, verify(vit, fix, images, report=report, progress=stages), origin)
 
 
-def _stages(progress: Told, kind: FixKind) -> Stages:
+def _stages(progress: Told, kind: FixKind, diagnosing: bool) -> Stages:
+    first = [AS_IS] if diagnosing else []
     origin, neurons = [ORIGIN] if kind == "auto" else [], [NEURONS] if kind in OF_NEURONS else []
-    return Stages(progress, [AS_IS, *origin, *neurons, BUILDING, *stages_of(controls=True)])
+    return Stages(progress, [*first, *origin, *neurons, BUILDING, *stages_of(controls=True)])
 
 
 def _origin(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], report: Diagnosis) -> Origin | None:
