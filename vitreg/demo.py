@@ -19,6 +19,7 @@ from vitreg.phantoms.bundled import HELD_OUT, ExampleMeasures, measure, planted_
 from vitreg.phantoms.phantom import Phantom
 from vitreg.viewing.at_hand import DEFAULT
 
+REPORT = "report.html"
 MEASURED = 256  # photos that top-1 and attention are measured on
 
 
@@ -148,7 +149,7 @@ def _write(
     from vitreg.reports.report import write_cure
 
     console.print()
-    paths = {"report": write_cure(cure, out / "report.html")}
+    paths = {"report": write_cure(cure, out / REPORT)}
     if cure.fix is not None:
         paths["fix"] = cure.save(out / "fix", vit=vit)
     figure = before_after([(version.name, version.report) for version in versions])

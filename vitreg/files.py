@@ -16,6 +16,8 @@ from pathlib import Path
 
 from vitreg.errors import OutputError
 
+FIGURES = (".png", ".pdf", ".svg")  # what figures are written as
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Write `content` (text as UTF-8) under another name in the same folder, then rename. Returns the path.
@@ -34,14 +36,24 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     return target
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise the OutputError that write_atomically would raise now. Changes nothing, however it ends."""
+def check_writable(path: str | Path, *, overwrite: bool = True) -> None:
+    """Raise the OutputError that write_atomically would raise now. Changes nothing, however it ends.
+
+    Without `overwrite`, a file that exists is one, too.
+    """
     target = Path(path)
+    if not overwrite and target.is_file():
+        raise already_there(target)
     with _explained(target):
         if not _is_special(target):
             partial = _name_beside(Path(os.path.realpath(target)))
             partial.touch(exist_ok=False)
             partial.unlink()
+
+
+def already_there(target: Path) -> OutputError:
+    """What is said of a result that would replace another one."""
+    return OutputError(f"{target} exists already. Add --overwrite to replace it, or choose another name.")
 
 
 def _is_special(target: Path) -> bool:

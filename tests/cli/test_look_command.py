@@ -78,11 +78,13 @@ def test_a_saved_fix_is_shown(run, model: Path) -> None:
     ("args", "words"),
     [
         (["-o", "a.gif"], ["a.gif", ".png, .pdf, .svg, .html"]),
+        (["-o", "there.png"], ["there.png", "--overwrite"]),
         (["-o", "nowhere/a.png"], ["nowhere"]),
         (["--fix", "nowhere"], ["nowhere"]),
     ],
 )
 def test_mistakes_are_said_before_any_work(run, args: list[str], words: list[str]) -> None:
+    Path("there.png").touch()
     fails(run("look", PHOTO, "-m", "no model is loaded", *args), *words)
 
 

@@ -147,7 +147,9 @@ def test_a_size_that_is_not_stated_is_the_photos(voc, size):
     (voc / "Annotations/a.xml").write_text(f"<annotation>{size}{voc_object(1, 1, 9, 9)}</annotation>")
     found = boxed_photos(voc)
     assert found.sizes == ((30, 40), (30, 40))
-    assert found.notes[0].startswith("1 photos are of their files' size, for their annotations state none: ")
+    assert found.notes[0].startswith(
+        "1 photos have the size of their files, because their annotations state none: "
+    )
     (voc / "JPEGImages/a.jpg").write_bytes(b"no photo")
     assert boxed_photos(voc).notes[0].startswith("1 left out (its size is not stated, nor can it be read): ")
 
@@ -160,7 +162,7 @@ def test_a_file_that_is_no_xml(voc):
         b"<?xml version='1.0' encoding='klingon'?><a/>",
     ):
         (voc / "Annotations/a.xml").write_bytes(content)
-        refused("a.xml is no valid XML", voc)
+        refused("a.xml is not valid XML", voc)
 
 
 def test_an_annotation_without_its_photo(voc):

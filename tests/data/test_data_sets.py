@@ -111,7 +111,7 @@ def test_a_class_without_photos_is_named(tmp_path):
         "train/c/x.txt",
         "val/c/x.txt",
     )
-    assert splits(root)[0].notes == ("1 folders of train/ hold no photo and are no class: c",)
+    assert splits(root)[0].notes == ("1 folders of train/ hold no photo and are not classes: c",)
 
 
 # -- what is left out of a folder --------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_lists_and_json_of_any_encoding_name_the_same_photos(tmp_path, encoding)
 def test_text_that_does_not_say_its_encoding_is_refused_by_name(tmp_path, encoding):
     tree(tmp_path, "SegmentationClass/a.png", "ImageSets/Segmentation/val.txt")
     (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes("a\n".encode(encoding))
-    with pytest.raises(DataError, match=r"cannot read .*val.txt: it is no text in UTF-8.* Save it as UTF-8"):
+    with pytest.raises(DataError, match=r"cannot read .*val.txt: it is not text in UTF-8.* Save it as UTF-8"):
         voc(tmp_path, "val")
 
 
@@ -262,7 +262,7 @@ def test_masks_of_0_and_255_are_background_and_foreground(tmp_path, kind, classe
     _, val = train_and_val(root, classes)
     assert val.names == ("background", "foreground")
     assert [np.unique(val.mask(i)).tolist() for i in range(3)] == [[0, 1], [0], [1]]
-    assert "255 is the foreground. Set ignore=255 if it is no class" in val.notes[0]
+    assert "255 is the foreground. Set ignore=255 if it is not a class" in val.notes[0]
     with pytest.raises(DataError, match="one class only"):
         train_and_val(root, ignore=255)
 
@@ -458,10 +458,8 @@ def test_what_is_missing_or_null_is_no_crowd(tmp_path, crowd):
 def test_a_size_that_is_not_stated_is_the_photos_own(tmp_path, size):
     found = boxed_photos(coco(tmp_path, [image(1, "a.png", height=size)], [box(1)]))
     assert found.sizes == ((6, 8),)
-    assert (
-        found.notes[0]
-        == f"1 photos are of their files' size, for their annotations state none: {tmp_path}/train2014/a.png"
-    )
+    why = "have the size of their files, because their annotations state none"
+    assert found.notes[0] == f"1 photos {why}: {tmp_path}/train2014/a.png"
 
 
 @pytest.mark.parametrize(

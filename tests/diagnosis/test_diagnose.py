@@ -34,7 +34,7 @@ def test_place_count_layer_and_dimension_of_a_spike():
     assert report.excess_dimensions[0]["dimension"] == 3
     assert report.excess_dimensions[0]["share"] > 0.95
     assert report.outliers(vit, images(vit, 2)).nonzero().tolist() == [[0, 1, 2], [1, 1, 2]]
-    assert "100% of them at fixed places (row, column): (1, 2)" in str(report)
+    assert "100% of them at fixed places (row, column): (1, 2)" in report.full()
 
 
 def test_spikes_on_cls_and_registers_are_no_outlier_patches():
@@ -137,10 +137,10 @@ def test_overflow_names_the_block_and_the_way_out():
 
 
 def test_places_in_words():
-    assert describe_positions([[0.0, 0.2], [0.1, 0.0]]).startswith(
+    assert describe_positions([[0.0, 0.2], [0.1, 0.0]], images=8).startswith(
         "no fixed places (most often row 0, column 1: 20%"
     )
-    assert "(1, 0)" in describe_positions([[0.0, 0.2], [0.9, 0.0]])
+    assert "(1, 0)" in describe_positions([[0.0, 0.2], [0.9, 0.0]], images=8)
 
 
 def test_emergence_over_checkpoints():
@@ -151,7 +151,7 @@ def test_emergence_over_checkpoints():
         reports.append(replace(found, model=f"runs/a/step-{step}"))
     emerging = vitreg.Emergence(reports)
     assert emerging.labels == ["step-1000", "step-2000", "step-3000"]
-    rows = str(emerging).splitlines()
+    rows = emerging.full().splitlines()
     assert ["no artifacts" in row for row in rows[1:4]] == [True, True, False]
     assert "block 1" in rows[3]
     locality = [f"{report.kind('locality').kept[-1]:.2f}" for report in reports]

@@ -160,7 +160,7 @@ def test_without_artifacts_there_are_no_rows_of_outliers(planted, photos):
     result = evaluate("position", planted.clean, photos, PositionConfig(patches=20))
     assert list(result.metrics) == ["top-1: normal patches", "distance: normal patches"]
     assert result.n == 15
-    assert "no artifacts, so there are no outliers to probe" in str(result)
+    assert "no artifacts, so there are no outliers to probe" in result.full()
 
 
 def test_too_few_photos_are_refused(planted, photos):
@@ -178,7 +178,7 @@ def test_an_unreadable_photo_is_named(planted, tmp_path):
     (tmp_path / "000.png").write_bytes(b"no picture")
     result = evaluate("position", planted.vit, tmp_path, PositionConfig(patches=4))
     assert result.n == 5  # a quarter of 23
-    assert "1 photos could not be read" in str(result)
+    assert "1 photos could not be read" in result.full()
 
 
 def test_real_outliers_are_bound_to_corners(shared):

@@ -111,7 +111,7 @@ def test_held_out_photos_are_others():
 def test_without_artifacts_there_are_no_rows_of_outliers(planted, photos):
     result = evaluate("reconstruction", planted.clean, photos, ReconstructionConfig(patches=20))
     assert list(result.metrics) == ["L2 error: normal patches", "relative error: normal patches"]
-    assert "no artifacts, so there are no outliers to probe" in str(result)
+    assert "no artifacts, so there are no outliers to probe" in result.full()
 
 
 def test_comparison_is_of_the_same_patches(planted, photos):

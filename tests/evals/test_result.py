@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from command_line import fails
 
 import vitreg
 from vitreg.config.settings import with_settings
@@ -56,7 +57,7 @@ def test_differences_are_paired_over_images():
 def test_a_table_of_two_results():
     before = result(Metric.mean([0, 1], ".0%"), Metric.mean([5, 5]))
     after = result(Metric.mean([1, 1], ".0%"), fix="registers", notes=("n",))
-    assert compare(before, after).splitlines()[1:] == [
+    assert compare(before, after).full().splitlines()[1:] == [
         "      as it is        registers          difference",
         "  m0  50% [0%, 100%]  100% [100%, 100%]  +50% [+0%, +100%]",
         "  m1  5 [5, 5]",
@@ -199,7 +200,8 @@ def test_eval_with_and_without_a_fix(run, model, classes, tmp_path):
     code, said, _ = run(*common)
     assert (code, json.loads(out.read_text())["n"]) == (0, 3)
     assert "top-1" in said
-    code, said, _ = run(*common, "--fix", tmp_path / "fix", "--compare")
+    fails(run(*common), "out.json exists already", "--overwrite")
+    code, said, _ = run(*common, "--fix", tmp_path / "fix", "--compare", "--overwrite")
     found = json.loads(out.read_text())
     assert code == 0
     assert (found["without"]["fix"], found["with"]["fix"]) == (
@@ -207,7 +209,7 @@ def test_eval_with_and_without_a_fix(run, model, classes, tmp_path):
         "registers (1 neurons, 1 register tokens)",
     )
     assert found["difference"].keys() == {"top-1", "top-5"}
-    assert "registers (1 neurons" in said
+    assert "registers (1 neuron" in said
     assert list((tmp_path / "cache").iterdir())
 
 

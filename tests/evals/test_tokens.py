@@ -145,7 +145,7 @@ def test_the_held_out_fifth_is_of_all_classes():
 def test_without_artifacts_there_is_no_row_of_outliers(planted, photos):
     result = evaluate("tokens", planted.clean, photos)
     assert list(result.metrics) == ["normal patch", "central patch", "CLS"]
-    assert "no artifacts, so there are no outliers to probe" in str(result)
+    assert "no artifacts, so there are no outliers to probe" in result.full()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ READ = ["forward pass", "residual stream", "attention rows", "neurons"]
 
 
 def page(found: vitreg.Examination) -> str:
-    text = str(found)
+    text = found.full()
     assert all(len(line) <= COLUMNS for line in text.splitlines()), text
     assert "Traceback" not in text
     assert json.loads(json.dumps(found.to_json()))["model"] == found.model
@@ -201,7 +201,7 @@ def test_the_command(run, tmp_path):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes}
     save_for_hf(tiny_timm(), tmp_path / "tiny", model_config=config, safe_serialization=True)
-    code, out, _ = run("doctor", tmp_path / "tiny", "--json", tmp_path / "page.json")
+    code, out, _ = run("doctor", tmp_path / "tiny", "--full", "--json", tmp_path / "page.json")
     assert code == 0
     assert out.startswith("vitreg doctor: ")
     assert all(len(line) <= COLUMNS for line in out.splitlines()[1:-1])

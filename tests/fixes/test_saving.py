@@ -342,8 +342,8 @@ def test_a_damaged_document_is_refused_by_name(folder, kind):
         (b"", "is not valid JSON"),
         (b'{"format": 1', "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
-        (b'{"format": NaN}', "NaN is no number of JSON"),
-        (b'{"format": -Infinity}', "-Infinity is no number of JSON"),
+        (b'{"format": NaN}', "NaN is not a number in JSON"),
+        (b'{"format": -Infinity}', "-Infinity is not a number in JSON"),
         (b'{"format": 1' + b"0" * 5000 + b"}", "is not valid JSON"),
         (b"[" * 200_000, "is not valid JSON"),
         (b"[1]", "is not a fix of vitreg"),
@@ -585,7 +585,9 @@ def test_a_local_folder_wins(tmp_path, monkeypatch):
 )
 def test_what_is_neither_folder_nor_repository(source):
     text = refusal(source)
-    assert f"no fix at {source!r}: there is no such folder, and as a repository of the hub" in text
+    assert (
+        f"no fix at {source!r}: there is no such folder, and it could not be downloaded from the hub" in text
+    )
     assert "Check the name and the network" in text
 
 

@@ -262,7 +262,7 @@ def test_a_verdict_of_the_real_vit(shared, tmp_path):
     assert verdict["outliers"].before.value > 0.01
     assert verdict["outliers"].after.value == 0
     assert [control.name for control in verdict.controls] == ["unfixed", "fix", "inert token"]
-    assert "with fix of type 'trained'" in str(verdict)
+    assert "with fix of type 'trained'" in verdict.full()
     json.dumps(verdict.to_json())
 
 

@@ -95,7 +95,7 @@ def of_what_is_read() -> dict[str, bool]:
         "neurons": neurons[0] == neurons[1] and set(neurons[0].by_layer[1]) == set(phantom.neurons),
         "verified": vitreg.verify(local, fix, [photos]).verdict
         == vitreg.verify(shards, fix, [photos]).verdict,
-        "doctor": "sharded by FSDP" in str(vitreg.doctor(shards)),
+        "doctor": "sharded by FSDP" in vitreg.doctor(shards).full(),
     }
 
 

@@ -97,7 +97,7 @@ def test_a_captioner_is_fixed_and_verified() -> None:
         with fix.applied_to(phantom):
             vitreg.diagnose(phantom, photos)
     verdict = vitreg.verify(phantom, fix, photos, report=report, controls=False)
-    assert "has no output for images alone: behind its blocks it raises" in str(verdict)
+    assert "has no output for images alone: behind its blocks it raises" in verdict.full()
     assert inspect_image(phantom, photos[0][:1]).logits is None
     assert vitreg.noop_test(phantom, photos, neurons, report).judged_by == "cls"
     with vitreg.TestTimeRegisters(neurons).applied_to(phantom):

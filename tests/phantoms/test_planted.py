@@ -146,7 +146,7 @@ SHOWN: dict[str, Callable[[bool, Path], str]] = {
     "emergence, figure": lambda planted, _: words(emergence(planted).figure()),
     "evaluation": lambda planted, _: str(result(planted)),
     "evaluation, picture": lambda planted, _: words(result(planted).picture()),
-    "evaluations": lambda planted, _: vitreg.evals.compare(result(planted), result(planted)),
+    "evaluations": lambda planted, _: str(vitreg.evals.compare(result(planted), result(planted))),
     "registers": lambda planted, _: str(study(planted)),
     "registers, figure": lambda planted, _: words(study(planted).figure()),
 }
@@ -177,7 +177,7 @@ def test_sinks_and_queries_are_data_and_words_where_they_are_printed(ratio, quer
     document = json.loads(json.dumps(report.to_json()))
     assert document["sink"] == {"kind": sink.kind, "value_norm_ratio": ratio}
     assert document["attention_queries"] == queries
-    said = str(report)
+    said = report.full()
     shown = "".join(words for _, words in key_facts(report))
     for text in (words_of_sink(sink), f"from {name_of_queries(queries)}"):
         assert text in said
@@ -190,4 +190,4 @@ def test_sinks_and_queries_are_data_and_words_where_they_are_printed(ratio, quer
 def test_without_a_sink():
     report = replace(diagnosed(True), sink=None)
     assert report.to_json()["sink"] is None
-    assert "kind of sink" not in str(report)
+    assert "kind of sink" not in report.full()

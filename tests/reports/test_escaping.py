@@ -82,7 +82,7 @@ def write_evaluation(words: str, path: Path, compared: bool) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "read_images", lambda *what, **how: [])
         patch.setattr(evaluation, "diagnose", lambda *what, **how: diagnosis(words))
-        return evaluation.write_evaluation(results, vit, fix, Config(), path)
+        return evaluation.write_evaluation(results, path, vit, fix, Config())
 
 
 REPORTS: dict[str, Callable[[str, Path], Path]] = {

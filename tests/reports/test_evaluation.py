@@ -24,7 +24,7 @@ def discovered(run, model, voc, tmp_path):
     """What `vitreg eval discovery --compare --report` said, and the report."""
     fix = vitreg.TestTimeRegisters({1: [3]}).save(tmp_path / "fix")
     options = ("--set", "resolution=model", "--no-cache", "--report", tmp_path / "r.html")
-    code, said, _ = run("eval", "discovery", model, voc, "--fix", fix, "--compare", *options)
+    code, said, _ = run("eval", "discovery", model, voc, "--fix", fix, "--compare", "--full", *options)
     assert code == 0
     assert f"report: {tmp_path / 'r.html'}" in said
     return said, tmp_path / "r.html"

@@ -77,11 +77,14 @@ def test_a_phantom_is_cured(name):
     assert cure.verdict.verdict == "helps"
     assert cure.verdict["outliers"].after.value < 0.05 * cure.verdict["outliers"].before.value
     assert cure.report.onset_layer == 1
-    assert stages[:4] == [
-        "diagnosing the model as it is",
-        "finding what makes the outliers",
-        "finding register neurons",
-        "building the fix",
+    assert stages[0].startswith("about ")
+    assert stages[1:] == [
+        "1/6 diagnosing the model as it is",
+        "2/6 finding what makes the outliers",
+        "3/6 finding register neurons",
+        "4/6 building the fix",
+        "5/6 diagnosing the model with the fix",
+        "6/6 measuring both, and the controls",
     ]
     assert (cure.origin.kind, cure.origin.layers) == ("neurons", (1,))
     assert not vitreg.applied(phantom.vit.model)
@@ -105,15 +108,16 @@ def test_each_kind_as_asked_for(planted, kind, expected):
     assert getattr(cure.fix, "peak", "signed") == "signed"
     assert neurons_of(cure) == truth(planted[0])
     assert cure.verdict.verdict == "helps"
-    assert all(text in str(cure) for text in (str(cure.fix.neurons), cure.choice, cure.verdict.reason))
+    assert all(text in cure.full() for text in (str(cure.fix.neurons), cure.choice, cure.verdict.reason))
 
 
 def test_shift_average_edits_no_neurons_and_looks_for_none(planted):
     stages: list[str] = []
     cure = cure_of(planted, kind="shift-average", progress=stages.append)
     assert type(cure.fix) is ShiftAverage
-    assert "finding register neurons" not in stages
-    assert "register neurons" not in str(cure)
+    assert not [stage for stage in stages if "finding register neurons" in stage]
+    assert stages[1] == "1/3 building the fix"
+    assert "register neurons" not in cure.full()
     assert cure.to_json()["neurons"] == {}
 
 
@@ -131,9 +135,9 @@ def test_how_neurons_are_found_is_passed_on(planted):
         (
             0.5,
             TestTimeRegisters,
-            "the paper's test-time register, for the model hardly notices: cosine of CLS",
+            "the paper's test-time register, because the model's outputs hardly change: cosine of CLS",
         ),
-        (1.1, TokenSplitting, "token splitting, for test-time registers change what the model says"),
+        (1.1, TokenSplitting, "token splitting, because test-time registers change what the model says"),
     ],
 )
 def test_auto_takes_a_register_where_predictions_stay(planted, monkeypatch, wanted, expected, says):
@@ -256,7 +260,9 @@ def test_recursive_finds_both_populations(twice, early, kind):
     assert neurons_of(cure) == truth(first, second)
     assert not cure.verdict.after.has_artifacts
     assert cure.verdict["outliers_worst_layer"].after.value < 0.001
-    assert [stage for stage in stages if "again" in stage] == [f"looking again, round {i}" for i in (2, 3)]
+    assert [stage for stage in stages if "again" in stage] == [
+        f"1/4 finding register neurons: looking again, round {i}" for i in (2, 3)
+    ]
 
 
 def test_splitting_marks_the_second_population_alone(twice, early):
@@ -314,7 +320,7 @@ def is_repaired_or_refused(cure: vitreg.FixSearch, kind: str, fix: type[Fix]) ->
     assert cure.origin.kind == kind
     if cure.fix is None:
         assert cure.verdict.verdict == "no fix"
-        assert cure.choice.startswith(f"no fix, for the {kind}")
+        assert cure.choice.startswith(f"no fix, because the {kind}")
         assert "cosine of normal patches" in cure.choice
         assert "in-painting of whole patches: " in cure.choice
         return False
@@ -399,8 +405,10 @@ def test_where_nothing_leaves_the_rest_no_fix_is_offered(by_attention, monkeypat
     monkeypatch.setattr(choosing, "UNCHANGED", {"patches": 1.1})
     cure = find_fix(vit, [photos], report=report)
     assert not is_repaired_or_refused(cure, "attention output", Inpainting)
-    assert str(cure).endswith(f"\norigin: {cure.origin}\n{cure.choice}")
-    with pytest.raises(vitreg.FixError, match=r"no fix to save \(no fix\): no fix, for the attention output"):
+    assert cure.full().endswith(f"\norigin: {cure.origin}\n{cure.choice}")
+    with pytest.raises(
+        vitreg.FixError, match=r"no fix to save \(no fix\): no fix, because the attention output"
+    ):
         cure.save(tmp_path / "fix")
     found = json.loads(json.dumps(cure.to_json()))
     assert (found["verdict"], found["fix"], found["origin"]["kind"]) == ("no fix", None, "attention output")
@@ -447,7 +455,7 @@ def test_kinds_without_neurons_as_asked_for(planted, kind, expected, monkeypatch
     assert cure.origin is None
     assert cure.choice.startswith(f"type {kind!r}, as asked for")
     assert (cure.verdict.verdict == "helps") == (kind == "inpainting")
-    assert str(cure).endswith(f"What it does not cure: {expected.does_not_cure}")
+    assert cure.full().endswith(f"What it does not cure: {expected.does_not_cure}")
 
 
 # -- findings that are no norms ----------------------------------------------------------------------
@@ -481,7 +489,7 @@ def test_findings_without_outliers_are_named_with_the_fix_for_dense_reading():
         "no patch's norm is to be fixed, but there is more: Position-bound pattern; Attention sinks. For"
         " dense reading, --type projection takes out: position pattern."
     )
-    assert str(cure).endswith(cure.choice)
+    assert cure.full().endswith(cure.choice)
     other = find_fix(vit, [photos], report=replace(clean, kinds=(sinks,)))
     assert "projection" not in other.choice
     nothing = find_fix(vit, [photos], report=replace(clean, kinds=(absent,)))
@@ -563,7 +571,7 @@ def test_the_saved_fix_is_the_fix_with_its_evidence(planted, tmp_path):
 
 def test_the_origin_is_told_and_saved(planted, tmp_path):
     cure = cure_of(planted)
-    assert f"\norigin: {cure.origin}\n{cure.choice}\n" in str(cure)
+    assert f"\norigin: {cure.origin}\n{cure.choice}\n" in cure.full()
     assert "the MLP of block 1 makes them" in str(cure.origin)
     assert cure.to_json()["origin"] == cure.origin.to_json()
     evidence = json.loads((cure.save(tmp_path / "fix") / "fix.json").read_text())["evidence"]

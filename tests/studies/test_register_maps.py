@@ -142,7 +142,7 @@ def test_other_wrong_requests():
 
 def test_words_json_and_figure():
     found = study(replace(vitreg.wrap(with_own_registers(2), image_size=32), planted=True), examples=2)
-    text = str(found)
+    text = found.full()
     assert f"register 1 {found.attention[2]:.1%}" in text
     assert f"{found.output_similarity[0][1]:6.2f}" in text
     assert "examples" not in json.loads(json.dumps(found.to_json()))

@@ -223,7 +223,9 @@ def test_a_shard_that_was_cut_off(tmp_path, end):
     whole = write(tmp_path / "x.tar", sample(1)).read_bytes()
     assert whole[4 * 512 :].count(0) == len(whole) - 4 * 512  # two members of header and one block each
     (tmp_path / "x.tar").write_bytes(whole[:end])
-    with pytest.raises(DataError, match=r"x\.tar is no whole tar without compression: .*Get it anew"):
+    with pytest.raises(
+        DataError, match=r"x\.tar is not a complete tar file without compression: .*Get it anew"
+    ):
         ImageTextShards(tmp_path)
 
 
@@ -239,7 +241,9 @@ def test_compressed_shards_and_other_files(tmp_path):
     shard = write(tmp_path / "x.tar", sample(1))
     for content in (gzip.compress(shard.read_bytes()), b"", photo(1)):
         shard.write_bytes(content)
-        with pytest.raises(DataError, match=r"x\.tar is no whole tar without compression.*or unpack it"):
+        with pytest.raises(
+            DataError, match=r"x\.tar is not a complete tar file without compression.*or unpack it"
+        ):
             ImageTextShards(shard)
 
 
@@ -287,7 +291,7 @@ def test_a_captions_byte_order_mark_is_no_part_of_it(tmp_path):
 
 
 def test_braces_that_do_not_close(tmp_path):
-    with pytest.raises(DataError, match="is no list of shards"):
+    with pytest.raises(DataError, match="is not a list of shards"):
         find_shards(f"{tmp_path}/{{00..01.tar")
 
 

@@ -180,7 +180,9 @@ def test_of_another_architecture(whole, tmp_path):
 def test_cut_off_or_not_ours(data, whole, tmp_path):
     path = tmp_path / "last.ckpt"
     path.write_bytes((whole / "last.ckpt").read_bytes()[:-1000])
-    with pytest.raises(DataError, match=r"last\.ckpt is no whole checkpoint \(RuntimeError\)\. Delete it"):
+    with pytest.raises(
+        DataError, match=r"last\.ckpt is not a complete checkpoint \(RuntimeError\)\. Delete it"
+    ):
         train(tiny(data), tmp_path, CPU)
     for other in (
         {"weight": torch.zeros(2)},
@@ -188,13 +190,13 @@ def test_cut_off_or_not_ours(data, whole, tmp_path):
         {"objective": 1, "optimizer": 2, "step": 3, "recipe": 4},
     ):
         torch.save(other, path)
-        with pytest.raises(DataError, match=r"last\.ckpt is no checkpoint of vitreg\. Move it away"):
+        with pytest.raises(DataError, match=r"last\.ckpt is not a checkpoint of vitreg\. Move it away"):
             train(tiny(data), tmp_path, CPU)
 
 
 def test_code_in_a_checkpoint_is_not_run(data, tmp_path):
     torch.save({"objective": Evil(tmp_path / "ran")}, tmp_path / "last.ckpt")
-    with pytest.raises(DataError, match="is no whole checkpoint"):
+    with pytest.raises(DataError, match="is not a complete checkpoint"):
         train(tiny(data), tmp_path, CPU)
     assert not (tmp_path / "ran").exists()
 
@@ -211,7 +213,7 @@ def test_a_log_that_is_damaged(data, tmp_path, hit):
     hit("term", 4)
     train(tiny(data), tmp_path, CPU)
     (tmp_path / "log.jsonl").write_text("nothing\n")
-    with pytest.raises(DataError, match=r"log\.jsonl has a line that is no JSON: .* Take it out"):
+    with pytest.raises(DataError, match=r"log\.jsonl has a line that is not JSON: .* Take it out"):
         train(tiny(data), tmp_path, CPU)
 
 

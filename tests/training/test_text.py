@@ -255,7 +255,7 @@ def test_a_contrastive_batch_cannot_be_cut(recipe):
         with_settings(recipe, {"micro_batch": "4"})
     with pytest.raises(DataError, match="chunk=0: expected 1 or more"):
         with_settings(recipe, {"chunk": "0"})
-    with pytest.raises(DataError, match="text_width=16 is no multiple of text_heads=3"):
+    with pytest.raises(DataError, match="text_width=16 is not a multiple of text_heads=3"):
         with_settings(recipe, {"text_heads": "3"})
 
 

@@ -21,7 +21,7 @@ from vitreg.features.observer import Observer
 from vitreg.fixes.base import applied, without_fixes
 from vitreg.hooks.block_edit import without_edits
 from vitreg.models.backbone import Backbone
-from vitreg.printing import progress_bar
+from vitreg.printing import one_of, progress_bar
 from vitreg.provenance import digest
 
 TOKENS = ("cls", "mean", "output", "registers", "patches")
@@ -62,7 +62,7 @@ def extract_archive(
     """
     require_ray()  # before anything is written
     if dtype not in DTYPES:
-        raise DataError(f"features cannot be stored as {dtype!r}: expected one of {', '.join(DTYPES)}.")
+        raise DataError(f"features cannot be stored as {dtype!r}. {one_of(dtype, DTYPES)}")
     for name, value in (("batch_size", batch_size), ("shard_images", shard_images), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1.")

@@ -5,22 +5,22 @@ from typing import Annotated
 
 import typer
 
+from vitreg.cli.next_steps import after_evaluation
 from vitreg.cli.options import (
     BatchSize,
     Device,
     Dtype,
-    Json,
     ModelArgument,
     ModelOptions,
-    Report,
     SavedFix,
     SettingsOption,
     Workers,
     with_options,
+    words_of,
 )
+from vitreg.cli.output import AllOutputOptions
+from vitreg.cli.roles import check_order
 from vitreg.evals.tasks import TASKS
-
-TASKS_HELP = "\n\n".join(f"{task.name}: {task.about}. DATA: {task.data}." for task in TASKS.values())
 
 
 def _complete_task(typed: str) -> list[str]:
@@ -32,26 +32,24 @@ def evaluate(
     task: Annotated[
         str,
         typer.Argument(
-            metavar="TASK", help="What to measure; see the list below.", autocompletion=_complete_task
+            metavar="TASK",
+            help="What to measure: one of the tasks below. `vitreg eval TASK --help` lists its settings.",
+            autocompletion=_complete_task,
         ),
     ],
     model: ModelArgument,
     data: Annotated[str, typer.Argument(metavar="DATA", help="The data set, in its standard layout.")],
+    output: AllOutputOptions,
     loading: ModelOptions,
     fix: SavedFix = None,
     compare: Annotated[bool, typer.Option(help="Without and with the fix, and the difference.")] = False,
     settings: SettingsOption = None,
-    json_path: Json = None,
-    report: Report = None,
-    figure: Annotated[
-        Path | None, typer.Option(metavar="F.png", help="Draw what was found, if the task can.")
-    ] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where features are kept; default: the user's cache.")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="So many images, evenly spread.")
+        int | None, typer.Option(metavar="N", min=1, help="Use N images, spread evenly over the data set.")
     ] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
@@ -61,6 +59,9 @@ def evaluate(
     from vitreg.distributed import process_group
     from vitreg.features.config import default_cache
 
+    check_order("eval", {"TASK": task, "MODEL": model, "DATA": data})
+    given = [*words_of(loading), *(word for pair in settings or [] for word in ("--set", pair))]
+    given += ["--limit", str(limit)] if limit else []
     with process_group() as ranks:
         run(
             task,
@@ -69,9 +70,8 @@ def evaluate(
             fix=fix,
             compared=compare,
             settings=settings or [],
-            json_path=json_path,
-            report=report,
-            figure=figure,
+            output=output,
+            steps=[] if compare else [after_evaluation(task, model, data, given, fix)],
             machine={
                 "cache": None if no_cache else cache or default_cache(),
                 "limit": limit,

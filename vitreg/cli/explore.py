@@ -63,10 +63,14 @@ def demo(
     images: Annotated[
         str | None, typer.Option(metavar="IMAGES", help=f"With --real, other photos. {IMAGES_HELP}")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """The whole story, offline: artifacts planted in a small bundled ViT (a phantom), found and removed."""
-    from vitreg.demo import run, run_real
+    from vitreg.demo import REPORT, run, run_real
+    from vitreg.files import already_there
 
+    if not overwrite and (out / REPORT).exists():
+        raise already_there(out / REPORT)
     if real:
         run_real(out, images)
     elif images is not None:

@@ -5,16 +5,17 @@ from typing import Annotated
 
 import typer
 
+from vitreg.cli.next_steps import after_fix, after_verify
 from vitreg.cli.options import (
     ImagesArgument,
-    Json,
     ModelArgument,
     ModelOptions,
     PhotoOptions,
-    Report,
     with_options,
+    words_of,
 )
-from vitreg.cli.output import check_writable, say, write
+from vitreg.cli.output import ReportOptions
+from vitreg.cli.roles import check_order
 from vitreg.search.choices import FixKind, Method
 
 
@@ -25,6 +26,7 @@ def fix(
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="The folder that the fix is saved in.")
     ],
+    output: ReportOptions,
     loading: ModelOptions,
     reading: PhotoOptions,
     kind: Annotated[
@@ -35,35 +37,30 @@ def fix(
         int | None, typer.Option(metavar="N", min=1, help="How many neurons; default: as few as suffice.")
     ] = None,
     recursive: Annotated[bool, typer.Option(help="Find, fix, and find again.")] = False,
-    json_path: Json = None,
-    report: Report = None,
 ) -> None:
     """Find what makes the artifacts, build the fix that suits the model, verify and save it."""
     import vitreg
     from vitreg.distributed import process_group
-    from vitreg.fixes.saving import check_target
 
+    check_order("fix", {"MODEL": model, "IMAGES": images})
     with process_group() as ranks:
-        check_writable(json_path, report)
-        check_target(out)
+        output.check(out)
         vit = loading.load(model)
-        cure = vitreg.find_fix(
+        found = vitreg.find_fix(
             vit,
             reading.read(images, vit, ranks),
             kind=kind,
             method=method,
             top_k=top_k or "auto",
             recursive=recursive,
-            progress=say,
+            progress=True,
         )
         if not ranks.first:
             return
-        typer.echo(str(cure))
-        write(cure, json_path, report)
-        if cure.fix is None:
-            typer.echo("no fix was written.")
-        else:
-            typer.echo(f"fix: {cure.save(out, vit=vit)}")
+        saved = None if found.fix is None else found.save(out, vit=vit)
+        output.tell(found, after_fix(model, images, out, found, words_of(loading, reading)))
+        output.write(found)
+        typer.echo("no fix was written." if saved is None else f"fix: {saved}")
 
 
 @with_options
@@ -71,24 +68,25 @@ def verify(
     model: ModelArgument,
     fix: Annotated[str, typer.Argument(metavar="FIX", help="A folder that `vitreg fix` saved, or a hub id.")],
     images: ImagesArgument,
+    output: ReportOptions,
     loading: ModelOptions,
     reading: PhotoOptions,
     controls: Annotated[bool, typer.Option(help="Run the controls too.")] = True,
-    json_path: Json = None,
-    report: Report = None,
 ) -> None:
     """Does a fix help? The same images before and after, against controls."""
     import vitreg
     from vitreg.distributed import process_group
 
+    check_order("verify", {"MODEL": model, "FIX": fix, "IMAGES": images})
     with process_group() as ranks:
-        check_writable(json_path, report)
+        output.check()
         loaded = vitreg.load_fix(fix)  # a damaged one is an error before the model is loaded
         vit = loading.load(model)
         loaded.check(vit)
         verdict = vitreg.verify(
-            vit, loaded, reading.read(images, vit, ranks), controls=controls, progress=say
+            vit, loaded, reading.read(images, vit, ranks), controls=controls, progress=True
         )
         if ranks.first:
-            typer.echo(str(verdict))
-            write(verdict, json_path, report)
+            given = words_of(loading, reading)
+            output.tell(verdict, after_verify(model, images, fix, loaded.type, verdict.verdict, given))
+            output.write(verdict)

@@ -5,16 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitreg.cli.options import IMAGES_HELP, Json, ModelOptions, SavedFix, with_options, working
-from vitreg.cli.output import check_writable, say
+from vitreg.cli.options import IMAGES_HELP, ModelOptions, SavedFix, with_options, words_of, working
+from vitreg.cli.output import PAGES, OutputOptions
 from vitreg.errors import OutputError
+from vitreg.files import FIGURES, check_writable
 from vitreg.models.names import SCHEMES
+from vitreg.printing import Step
 
 if TYPE_CHECKING:
     from vitreg.models.backbone import Backbone
     from vitreg.viewing.result import Look
 
-SUFFIXES = (".png", ".pdf", ".svg", ".html")
+# What is drawn without -o: always the same file, which the next look replaces.
+PICTURE = Path("vitreg-look.png")
 PATCH_HELP = "a patch as ROW,COLUMN from 0, 'outlier' (the largest norm) or 'centre'; repeatable"
 
 
@@ -23,6 +26,7 @@ def look(
     photos: Annotated[
         list[str], typer.Argument(metavar="PHOTO...", help=f"Up to eight photos are shown. {IMAGES_HELP}")
     ],
+    output: OutputOptions,
     loading: ModelOptions,
     model: Annotated[
         list[str] | None,
@@ -31,7 +35,7 @@ def look(
     fix: SavedFix = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="F", help=".png, .pdf, .svg or .html. Default: vitreg-look.png."),
+        typer.Option("-o", "--out", metavar="F", help=f".png, .pdf, .svg or .html. Default: {PICTURE}."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show the photo layer by layer.")] = False,
     queries: Annotated[
@@ -48,7 +52,6 @@ def look(
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Features of the foreground alone, by the first component.")
     ] = False,
-    json_path: Json = None,
 ) -> None:
     """See a photo as a model does: patch norms, features (PCA), attention, and artifacts outlined."""
     import vitreg
@@ -56,17 +59,18 @@ def look(
     views = {"--layers": layers, "--queries": bool(queries), "--similar": bool(similar)}
     if sum(views.values()) > 1:
         raise typer.BadParameter(f"one picture at a time: choose one of {', '.join(views)}.")
-    target = _target(out)
-    check_writable(target, json_path)
+    if fix is not None and len(model or ()) > 1:
+        raise typer.BadParameter("--fix goes with one --model.")
+    output.check()
+    target = _target(out, output.overwrite)
     loaded = vitreg.load_fix(fix) if fix else None
     models = [loading.load(name) for name in model or ()] or [_at_hand(loading)]
-    if loaded is not None and len(models) > 1:
-        raise typer.BadParameter("--fix goes with one --model.")
     with working("looking"):
         seen = _look(models, photos, fix=loaded, queries=queries or (), layers=layers)
         figure = _figure(seen, layers, queries, similar, {"together": together, "foreground": foreground})
-    typer.echo(str(seen))
-    _write(seen, figure, target, json_path)
+    output.tell(seen, _next(model, words_of(loading)))
+    _write(seen, figure, target)
+    output.write(seen)
 
 
 def _look(models: "list[Backbone]", photos: list[str], *, queries: Any, **options: Any) -> "Look":
@@ -89,9 +93,8 @@ def _figure(
     """The picture that was asked for."""
     from vitreg.viewing.patches import parse
 
-    views = layers or queries or similar
-    if views and len(seen.names) > 1:
-        say(f"showing {seen.names[0]}, the first of the photos")
+    if (layers or queries or similar) and len(seen.names) > 1:
+        typer.echo(f"showing {seen.names[0]}, the first of the photos", err=True)
     if layers:
         return seen.by_layer()
     if queries:
@@ -110,30 +113,37 @@ def _at_hand(loading: ModelOptions) -> "Backbone":
 
     with working("looking for a model"):
         vit, said = model_at_hand(loading.device)
-    say(said)
+    typer.echo(said, err=True)
     return vit
 
 
-def _target(out: Path | None) -> Path:
-    target = out or Path("vitreg-look.png")
-    if target.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"{target}: expected a name that ends in {', '.join(SUFFIXES)}.")
+def _target(out: Path | None, overwrite: bool) -> Path:
+    """The file to draw. Raises OutputError if it cannot be, or would replace what is not ours."""
+    target = out or PICTURE
+    known = (*FIGURES, *PAGES)
+    if target.suffix.lower() not in known:
+        raise OutputError(f"{target}: expected a name that ends in {', '.join(known)}.")
+    check_writable(target, overwrite=overwrite or out is None)
     return target
 
 
-def _write(seen: "Look", figure: Any, target: Path, json_path: Path | None) -> None:
-    import json
+def _next(models: list[str] | None, given: tuple[str, ...]) -> list[Step]:
+    """Judge a model that was named on more photos."""
+    if not models:
+        return []
+    return [
+        Step("judge the model on photos of your own.", ("vitreg", "diagnose", models[0], "photos/", *given))
+    ]
 
+
+def _write(seen: "Look", figure: Any, target: Path) -> None:
     from vitreg.files import write_atomically
-    from vitreg.plots.style import drawn
+    from vitreg.plots.style import image
 
-    if target.suffix.lower() == ".html":
+    if target.suffix.lower() in PAGES:
         from vitreg.reports.look import write_look
 
         write_look(seen, target, figure)
     else:
-        write_atomically(target, drawn(figure, target.suffix.lower().removeprefix(".")))
+        write_atomically(target, image(figure, target.suffix))
     typer.echo(f"picture: {target}")
-    if json_path is not None:
-        write_atomically(json_path, json.dumps(seen.to_json(), indent=1))
-        typer.echo(f"JSON: {json_path}")

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
@@ -42,8 +41,6 @@ ImagesArgument = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HEL
 SavedFix = Annotated[
     str | None, typer.Option("--fix", metavar="FIX", help="Apply a saved fix (folder or hub id) first.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
-Report = Annotated[Path | None, typer.Option(metavar="F.html", help="Write a report that opens offline.")]
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting; repeatable.")
 ]
@@ -153,6 +150,31 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     parsed.__annotations__ = {option.name: option.annotation for option in options}
     parsed.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return parsed
+
+
+def words_of(*groups: Any) -> list[str]:
+    """What must be typed to get these option groups: those options that are not as by default."""
+    words: list[str] = []
+    for group in groups:
+        hints = get_type_hints(type(group), include_extras=True)
+        for field in fields(group):
+            value = getattr(group, field.name)
+            if value != field.default:
+                option = declared(field.name, get_args(hints[field.name])[1])[-1]
+                words += [option, *([] if value is True else [_typed(value)])]
+    return words
+
+
+def declared(name: str, option: Any) -> list[str]:
+    """How an option is typed: as it was declared (in Annotated, typer takes the first name for a default), or
+    by the name of its parameter."""
+    names = [*([option.default] if isinstance(option.default, str) else []), *(option.param_decls or ())]
+    return names or [f"--{name.replace('_', '-')}"]
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed; a size, which is a pair, as HEIGHTxWIDTH."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _options_of(group: Any) -> list[inspect.Parameter]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitreg.config.settings import pairs, with_settings
 from vitreg.errors import DataError
+from vitreg.printing import terminal_width, text_table, wrapped
 from vitreg.training.loop import Machine, Run, train
 from vitreg.training.recipe import Recipe, bundled, find_recipe
 
@@ -74,11 +75,8 @@ def _ablate(
 
 
 def listing() -> str:
-    """The bundled recipes: what each trains, what to expect and what it costs."""
-    lines = []
-    for name in bundled():
-        recipe = find_recipe(name)
-        lines.append(
-            f"{name}\n    {recipe.about}\n    expected: {recipe.expected}\n    cost: {recipe.cost}\n"
-        )
-    return "\n".join(lines)
+    """The bundled recipes, and what each trains, within the width of the terminal."""
+    rows = [(name, find_recipe(name).about) for name in bundled()]
+    how = "`vitreg train RECIPE --help` says what to expect, what it costs, and lists the settings."
+    width = terminal_width()
+    return "\n".join([text_table(rows, left=2, width=width), "", *wrapped(how, width)])

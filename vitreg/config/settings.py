@@ -3,15 +3,25 @@
 config = with_settings(KnnConfig(), {"k": "10"})
 """
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar, get_origin, get_type_hints, runtime_checkable
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from vitreg.config.codec import decode
 from vitreg.errors import DataError, FixError
+from vitreg.printing import did_you_mean, one_of
 
 
 @runtime_checkable
@@ -33,7 +43,7 @@ def with_settings(config: C, settings: Mapping[str, str], owner: str = "this tas
     changed = {}
     for name, text in settings.items():
         if name not in known:
-            near = nearest(name, known)
+            near = did_you_mean(name, known)
             raise DataError(
                 f"{owner} has no setting {name!r}.{near} Expected some of {', '.join(sorted(known))}."
             )
@@ -49,17 +59,13 @@ def pairs(texts: Iterable[str]) -> dict[str, str]:
     return {key: value for key, _, value in (text.partition("=") for text in texts)}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What an error adds about an unknown name: " Did you mean NAME?", or nothing if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _parsed(cls: type[Any], name: str, text: str) -> Any:
     hint = get_type_hints(cls)[name]
     for value in _readings(text):
         with suppress(FixError):
             return decode(hint, value, name)
+    if get_origin(hint) is Literal:
+        raise DataError(f"setting {name}={text}: {one_of(text, get_args(hint))}")
     expected = getattr(hint, "__name__", None) if get_origin(hint) is None else None
     raise DataError(f"setting {name}={text}: expected {expected or str(hint).replace('typing.', '')}.")
 

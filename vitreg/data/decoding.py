@@ -108,7 +108,7 @@ def opened(content: str | bytes, name: str | None = None) -> Iterator[Image.Imag
 
 
 def check_regular(path: str) -> None:
-    """Raise ImageError for what is no regular file: to open a named pipe would wait forever."""
+    """Raise ImageError for what is not a regular file: to open a named pipe would wait forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ImageError("is a folder" if os.path.isdir(path) else "is not a regular file")
 

@@ -14,12 +14,15 @@ Of several processes (see distributed.py) each reads every n-th batch; there, ba
 import contextlib
 import itertools
 import pickle
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -126,6 +129,8 @@ def demo_photos() -> list[Path]:
 class Images:
     """What `read_images` found. Each iteration reads everything again, in the same order and batches.
 
+    `len(images)` counts photos, not batches.
+
     `total`: how many files were found, good or bad; None for .tar shards, which only reading can count.
     """
 
@@ -139,6 +144,24 @@ class Images:
     progress: bool
     ranks: Ranks = ALONE
     _failed: list[FailedImage] = field(default_factory=list, init=False)
+
+    def __len__(self) -> int:
+        """How many photos there are, at most `limit`; those that were found to be unreadable do not count.
+
+        Raises TypeError for .tar shards, which only reading can count.
+        """
+        if self.total is None:
+            raise TypeError(".tar shards have no length: only reading can count their photos.")
+        readable = self.total - len(self._failed)
+        return readable if self.limit is None else min(readable, self.limit)
+
+    def __bool__(self) -> bool:
+        return True  # `read_images` refuses a source without photos; shards have no length
+
+    def __repr__(self) -> str:
+        found = "photos of .tar shards" if self.total is None else f"{len(self):,} photos"
+        unread = f", {len(self._failed):,} unreadable" if self._failed else ""
+        return f"<Images: {found}{unread}, in batches of {self.batch_size}>"
 
     @property
     def failed(self) -> tuple[FailedImage, ...]:
@@ -228,7 +251,10 @@ class Images:
             # More workers than cores, and (Python >= 3.12) a fork of a process with threads: both are meant.
             # Workers run one torch thread each and take none of this process's locks.
             warnings.simplefilter("ignore")
-            loader = DataLoader(reader, _CHUNK, num_workers=self.workers, collate_fn=_pack, generator=random)
+            loader = DataLoader(
+                reader, _CHUNK, num_workers=self.workers, collate_fn=_pack, generator=random,
+                worker_init_fn=_leave_interrupts_to_the_parent,
+            )  # fmt: skip
             try:
                 return iter(loader)
             except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -306,6 +332,20 @@ def _shard_members(path: str) -> Iterator[Item]:
             yield from shard_members(stream, path)
     except Exception as error:
         yield FailedImage(printable(path), f"the shard cannot be read any further: {reason(error)}")
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but one of them tells: this one ends with it, silently.
+
+    A parent that is interrupted while it takes an image from here leaves a broken connection.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, EOFError | ConnectionError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
 
 
 def _pack(outcomes: list[_Outcome]) -> _Chunk:

@@ -195,7 +195,7 @@ def text_in(content: bytes) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"it begins like {encoding.upper()}, but is not: {error.reason}") from error
     if "\0" in text:
-        raise DataError("it is no text in UTF-8, or in UTF-16 with its byte order mark")
+        raise DataError("it is not text in UTF-8, or in UTF-16 with its byte order mark")
     return text
 
 
@@ -211,7 +211,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The same, each with its number from 1."""
     named = printable(str(path))
     if path.exists() and not path.is_file():  # to open a named pipe would wait forever
-        raise DataError(f"{named} is no regular file. Expected a text file with a name per line.")
+        raise DataError(f"{named} is not a regular file. Expected a text file with a name per line.")
     try:
         lines = text_in(path.read_bytes()).split("\n")
     except OSError as error:

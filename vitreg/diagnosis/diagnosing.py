@@ -353,7 +353,7 @@ def _reason(layers: list[LayerDiagnosis], detect: int, onset: int | None) -> str
         f" {tail.max_norm / tail.median_norm:.1f}x the median (block {tail.layer})."
     )
     if best.margin >= 1:
-        text += f" After block {detect} the norms are no single population, but {_against(best)}."
+        text += f" After block {detect} the norms are not a single population, but {_against(best)}."
     return text
 
 

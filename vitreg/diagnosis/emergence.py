@@ -12,11 +12,11 @@ from typing import Any
 
 from vitreg.diagnosis.kinds.locality import Locality
 from vitreg.diagnosis.result import Diagnosis
-from vitreg.printing import text_table
+from vitreg.printing import Presented, Summary, text_table
 
 
-@dataclass(frozen=True)
-class Emergence:
+@dataclass(frozen=True, repr=False)
+class Emergence(Presented):
     """Diagnoses of several checkpoints or sizes of a model, in the order given."""
 
     diagnoses: list[Diagnosis]
@@ -41,7 +41,14 @@ class Emergence:
 
         return draw(list(zip(self.labels, self.diagnoses, strict=True)))
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """How many of the models have artifacts, and a row for each."""
+        from vitreg.diagnosis.summary import summary_of_several
+
+        return summary_of_several(self)
+
+    def full(self) -> str:
+        """One table with all columns, and what they mean."""
         heads = ("model", "verdict", "onset", "outliers", "norms", "attention", "locality")
         table = text_table(list(map(_row, self.labels, self.diagnoses)), heads, left=2, width=120)
         notes = "outliers: share of patch tokens; norms: outliers' median over the others'"

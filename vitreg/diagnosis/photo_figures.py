@@ -34,6 +34,7 @@ from vitreg.plots.style import (
     safe,
     short_name,
 )
+from vitreg.printing import one_of
 
 What = Literal["norms", "attention", "both"]
 
@@ -160,7 +161,7 @@ def patch_maps(report: Diagnosis, what: What, layer: int | None) -> list[PatchMa
     """The maps to show, with scales that span all examples. Raises ValueError for what there is none of."""
     depth = len(report.layers)
     if what not in get_args(What):
-        raise ValueError(f"found what={what!r}, but expected one of {', '.join(get_args(What))}.")
+        raise ValueError(f"there is no map of {what!r}. {one_of(what, get_args(What))}")
     if layer is not None and not 0 <= layer < depth:
         raise ValueError(f"found layer {layer}, but the model has layers 0 to {depth - 1}.")
     maps = []

@@ -15,7 +15,7 @@ from vitreg.diagnosis.statistics import EDGES, Statistics
 from vitreg.diagnosis.wording import name_of_queries, words_of_sink
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.printing import called
+from vitreg.printing import Presented, Summary, called, one_of
 from vitreg.tracing.records import trace
 
 Queries = Literal["cls", "patches"]
@@ -98,9 +98,9 @@ class Sink:
     value_norm_ratio: float
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnose` found. Print it, `.to_json()` it, draw it with vitreg.diagnosis.figures.
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Presented):
+    """What `diagnose` found. Print it (`full()` says more), `.to_json()` it, draw it with `figure()`.
 
     `verdict` is "artifacts" or "no artifacts", `sureness` (0.5 to 1) rises with the margin of its evidence
     (`benchmarks/power.py` compares it with how often it is right). Without artifacts the threshold and onset
@@ -171,7 +171,7 @@ class Diagnosis:
         """What was found of one kind, "attention sinks", say, present or not. Raises KeyError for others."""
         by_name = {finding.kind: finding for finding in self.kinds}
         if name not in by_name:
-            raise KeyError(f"{name!r} is no kind of artifact: expected one of {', '.join(by_name)}.")
+            raise KeyError(f"there is no kind of artifact {name!r}. {one_of(name, by_name)}")
         return by_name[name]
 
     @property
@@ -192,7 +192,14 @@ class Diagnosis:
 
         return overview(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """The verdict, how many outliers there are, how large, from which block on and where."""
+        from vitreg.diagnosis.summary import summary_of
+
+        return summary_of(self)
+
+    def full(self) -> str:
+        """The verdict with its reason, all facts, every kind of artifact, and what could not be read."""
         lines = [f"{called(self.model, self.planted)}: {self.verdict}", self.reason, *self._facts()]
         lines += [f"{finding.title}: {finding}" for finding in self.other_artifacts]
         if self.failed_images:
@@ -209,7 +216,7 @@ class Diagnosis:
             f"sureness: {self.sureness:.1%}",
             f"strength: {self.strength} ({STRENGTHS[self.strength or 'mild']})",
             f"outliers per image: {self.outliers_per_image:.2f} of {self.grid[0] * self.grid[1]} patches",
-            f"places: {describe_positions(self.position_frequency)}",
+            f"places: {describe_positions(self.position_frequency, images=self.images)}",
             f"attention on outliers in the last block: {self.attention_to_outliers:.1%}"
             f" (from {name_of_queries(self.attention_queries)})",
         ]
@@ -232,9 +239,11 @@ def sureness(judgement: Judgement, power: float = SURENESS_POWER) -> float:
     return max(artifacts, 0.5) if judgement.stands else max(1 - artifacts, 0.5)
 
 
-def describe_positions(frequency: list[list[float]], often: float = 0.5) -> str:
+def describe_positions(frequency: list[list[float]], often: float = 0.5, *, images: int) -> str:
     """Whether outliers sit at fixed places, in words."""
     grid = torch.tensor(frequency)
+    if images == 1:
+        return "one photo cannot tell whether they are fixed"
     places = [(r, c) for r, c in (grid >= often).nonzero().tolist()]
     if not places:
         row, column = divmod(int(grid.argmax()), grid.shape[1])

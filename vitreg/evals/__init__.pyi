@@ -1,8 +1,9 @@
-from .result import Metric, Result, compare, differences
+from .result import Comparison, Metric, Result, compare, differences
 from .tasks import TASKS, Task, evaluate, find_task
 
 __all__ = [
     "TASKS",
+    "Comparison",
     "Metric",
     "Result",
     "Task",

@@ -6,7 +6,7 @@ print(compare(before, after))     # paired: the same images are drawn for both
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,11 @@ from vitreg.fixes.base import Fix, applied
 from vitreg.hooks.block_edit import edits_of
 from vitreg.intervals import Estimate, bootstrap, interval
 from vitreg.models.backbone import Backbone
-from vitreg.printing import called, text_table
+from vitreg.printing import Presented, Step, Summary, called, in_brief, short_name, text_table
 from vitreg.version import versions
+
+SHOWN = 6  # metrics at a glance
+_WITH_A_FIX = Step("the same with a fix, and compare.", python=("with fix.applied_to(vit): ...",))
 
 # From means over images (r, k) of what is kept of each to the metric (r,).
 Reduce = Callable[[Float[np.ndarray, "r k"]], Float[np.ndarray, " r"]]
@@ -73,8 +76,8 @@ class Metric:
         return Estimate(self.value - other.value, *interval(self.drawn(seed) - other.drawn(other_seed)))
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Presented):
     """One evaluation of one model. `n` counts the images that the metrics are of.
 
     `fix` names the fixes that were applied, `config` all settings, `notes` say what a reader must know.
@@ -118,7 +121,31 @@ class Result:
         kept["metrics"] = {name: vars(estimate) for name, estimate in self.estimates().items()}
         return json.loads(json.dumps(kept, default=str))
 
-    def __str__(self) -> str:
+    @property
+    def draws(self) -> bool:
+        """Whether the task draws what it finds."""
+        return self.picture is not None
+
+    def figure(self) -> Any:
+        """What was found, as a matplotlib Figure. Raises ValueError for a task that draws none."""
+        if self.picture is None:
+            raise ValueError(f"the task {self.task} draws no figure.")
+        return self.picture()
+
+    def summary(self) -> Summary:
+        """The first metric as a verdict, and the others."""
+        (first, value), *_ = self.rows()
+        fix = f", {self.fix}" if self.fix else ""
+        return Summary(
+            f"{first} {value}",
+            f"{self.task} of {called(short_name(self.model), self.planted)}{fix}, n = {self.n:,}",
+            self.rows()[:SHOWN],
+            notes=[*_and_more(len(self.metrics)), *map(in_brief, self.notes)],
+            steps=[] if self.fix else [_WITH_A_FIX],
+        )
+
+    def full(self) -> str:
+        """All metrics, and the notes."""
         model = called(self.model, self.planted) + (f", {self.fix}" if self.fix else "")
         head = f"{self.task} of {model} on {self.data}, n = {self.n}"
         return "\n".join([head, *_aligned(self.rows()), *self.notes])
@@ -179,20 +206,95 @@ def _described(fix: Fix) -> str:
     return f"{fix.type} ({', '.join(parts)})" if parts else fix.type
 
 
-def compare(before: Result, after: Result) -> str:
-    """Two results of one task as a table: the metrics both have, and the difference with its interval."""
-    head = f"{before.task} of {called(before.model, before.planted)} on {before.data}, n = {before.n}"
-    notes = dict.fromkeys((*before.notes, *after.notes))
-    return "\n".join([head, *_aligned(comparison_rows(before, after)), *notes])
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Presented):
+    """Two results of one task, without and with a fix: the metrics of both, and the differences, paired."""
+
+    before: Result
+    after: Result
+
+    def differences(self) -> dict[str, Estimate]:
+        """After less before, by metric; paired over images."""
+        return differences(self.before, self.after)
+
+    def to_json(self) -> dict[str, Any]:
+        """Both results and the differences."""
+        change = {name: vars(estimate) for name, estimate in self.differences().items()}
+        return {"without": self.before.to_json(), "with": self.after.to_json(), "difference": change}
+
+    @property
+    def draws(self) -> bool:
+        """Whether the task draws what it finds."""
+        return self.after.draws
+
+    def figure(self) -> Any:
+        """What was found with the fix, as a matplotlib Figure. Raises ValueError where the task has none."""
+        return self.after.figure()
+
+    def conclusion(self) -> str:
+        """Which metrics the fix makes better or worse, by the intervals of their differences."""
+        return conclusion(self.before, self.after)
+
+    def summary(self) -> Summary:
+        """The conclusion, and the metrics before and after."""
+        heads, *rows = comparison_rows(self.before, self.after, intervals=False)
+        model = called(short_name(self.before.model), self.before.planted)
+        notes = dict.fromkeys(map(in_brief, (*self.before.notes, *self.after.notes)))
+        return Summary(
+            self.conclusion(),
+            f"{self.before.task} of {model}, {self.after.fix or 'as it is'}, n = {self.before.n:,}",
+            rows[:SHOWN],
+            heads=heads,
+            notes=["brackets: 95% intervals over images, paired.", *_and_more(len(rows)), *notes],
+        )
+
+    def full(self) -> str:
+        """All metrics with their intervals, and the notes."""
+        before = self.before
+        model = called(before.model, before.planted)
+        head = f"{before.task} of {model} on {before.data}, n = {before.n}"
+        notes = dict.fromkeys((*before.notes, *self.after.notes))
+        return "\n".join([head, *_aligned(comparison_rows(before, self.after)), *notes])
 
 
-def comparison_rows(before: Result, after: Result) -> list[tuple[str, ...]]:
-    """A head, and a row for each metric: before, after and the difference, in words."""
+def compare(before: Result, after: Result) -> Comparison:
+    """Two results of one task, to print, draw or write: the metrics of both, and the differences."""
+    return Comparison(before, after)
+
+
+def conclusion(before: Result, after: Result) -> str:
+    """Which metrics a fix makes better or worse, by the intervals of their differences."""
+    better, worse = list[str](), list[str]()
+    change = differences(before, after)
+    for name, difference in change.items():
+        low, high = difference.low, difference.high
+        if low is not None and high is not None and not low <= 0 <= high:
+            up = after.metrics[name].higher_is_better
+            (better if (difference.value > 0) == up else worse).append(name)
+    said = {"better": better, "worse": worse}.items()
+    words = [f"{word} in {_listed(names, len(change))}" for word, names in said if names]
+    return ", ".join(words) or "no difference that can be told"
+
+
+def _listed(names: Sequence[str], of: int) -> str:
+    return " and ".join(names) if len(names) <= 2 else f"{len(names)} of {of} metrics"
+
+
+def _and_more(metrics: int) -> list[str]:
+    """A word on the metrics that are left out at a glance."""
+    return [f"{metrics - SHOWN} more metrics: --full, or full()."] if metrics > SHOWN else []
+
+
+def comparison_rows(before: Result, after: Result, *, intervals: bool = True) -> list[tuple[str, ...]]:
+    """A head, and a row for each metric: before, after and the difference, in words.
+
+    Without `intervals`, only the difference has one.
+    """
     rows: list[tuple[str, ...]] = [("", before.fix or "as it is", after.fix or "as it is", "difference")]
     one, other, change = before.estimates(), after.estimates(), differences(before, after)
     for name in before.metrics | after.metrics:
         form = (before.metrics | after.metrics)[name].format
-        values = [written(side.get(name), form) for side in (one, other)]
+        values = [_written(side.get(name), form, intervals) for side in (one, other)]
         rows.append((name, *values, written(change.get(name), "+" + form)))
     return rows
 
@@ -207,10 +309,10 @@ def differences(before: Result, after: Result) -> dict[str, Estimate]:
     }
 
 
-def comparison_json(before: Result, after: Result) -> Mapping[str, Any]:
-    """Both results and the differences."""
-    change = {name: vars(estimate) for name, estimate in differences(before, after).items()}
-    return {"without": before.to_json(), "with": after.to_json(), "difference": change}
+def _written(estimate: Estimate | None, form: str, interval: bool) -> str:
+    if interval or estimate is None:
+        return written(estimate, form)
+    return f"{estimate.value:{form}}"
 
 
 def written(estimate: Estimate | None, form: str) -> str:

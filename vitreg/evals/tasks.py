@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitreg.config.settings import nearest
 from vitreg.errors import DataError, MissingExtraError
+from vitreg.printing import one_of
 
 if TYPE_CHECKING:  # at run time the list of tasks needs no torch
     from vitreg.evals.result import Result
@@ -20,12 +20,14 @@ if TYPE_CHECKING:  # at run time the list of tasks needs no torch
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name, what it measures, what its data are, and what its settings' class starts with."""
+    """A task: its name, what it measures, what its data are, what its settings' class starts with, and
+    whether it draws what it found."""
 
     name: str
     about: str
     data: str
     title: str
+    draws: bool = False
 
     @property
     def module(self) -> Any:
@@ -60,6 +62,7 @@ class Task:
 _CLASSES = "a folder with train/CLASS/... and val/CLASS/..."
 _PHOTOS = "a folder of photos"
 _MASKS = "a VOC or ADE20k folder, or images/ and masks/ (in train/ and val/, if there are two)"
+_VOC = "VOC, or gtsegs_ijcv.mat"
 
 TASKS = {
     task.name: task
@@ -70,10 +73,10 @@ TASKS = {
         Task("tokens", "what single tokens know of the class", _CLASSES, "Tokens"),
         Task("position", "where a patch is, read from its token", _PHOTOS, "Position"),
         Task("reconstruction", "a patch's pixels, read from its token", _PHOTOS, "Reconstruction"),
-        Task("discovery", "object discovery: LOST and TokenCut", "a VOC or COCO folder", "Discovery"),
-        Task("segmentation", "a linear segmentation head", _MASKS, "Segmentation"),
-        Task("zero-shot-segmentation", "CLS attention as a heatmap", "VOC, or gtsegs_ijcv.mat", "Heatmap"),
-        Task("depth", "a linear depth head", "images/ and depth/, or an NYUd folder", "Depth"),
+        Task("discovery", "object discovery: LOST and TokenCut", "a VOC or COCO folder", "Discovery", True),
+        Task("segmentation", "a linear segmentation head", _MASKS, "Segmentation", True),
+        Task("zero-shot-segmentation", "CLS attention as a heatmap", _VOC, "Heatmap", True),
+        Task("depth", "a linear depth head", "images/ and depth/, or an NYUd folder", "Depth", True),
         Task("zero-shot", "classes by open_clip's text tower", "photos named by WordNet ids", "ZeroShot"),
         Task("vlm", "attention of a language model to image tokens", _PHOTOS, "Vlm"),
     )
@@ -83,9 +86,7 @@ TASKS = {
 def find_task(name: str) -> Task:
     """Raises DataError for an unknown name, with the nearest."""
     if name not in TASKS:
-        raise DataError(
-            f"there is no task {name!r}.{nearest(name, TASKS)} Expected one of {', '.join(TASKS)}."
-        )
+        raise DataError(f"there is no task {name!r}. {one_of(name, TASKS)}")
     return TASKS[name]
 
 

@@ -64,7 +64,7 @@ class Vlm(Backbone):
         found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if not isinstance(found, int):
             raise UnsupportedModelError(
-                f"{self.name} has no image token in its text: it is no model of LLaVA's structure."
+                f"{self.name} has no image token in its text: it is not built like LLaVA."
             )
         return found
 

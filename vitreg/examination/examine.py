@@ -1,6 +1,6 @@
 """What vitreg makes of a model, on one page: what was found in it, and what works on it and what does not.
 
-    print(vitreg.doctor("timm:vit_tiny_patch16_224"))      # or a module, or a Backbone
+    print(vitreg.doctor("timm:vit_tiny_patch16_224").full())      # or a module, or a Backbone
 
 The page is plain text of 80 columns, to be pasted into a bug report. It names no path but those within the
 model.
@@ -19,14 +19,17 @@ from vitreg.examination.findings import Line, findings, findings_of_module, vers
 from vitreg.examination.trials import Trial, trials
 from vitreg.models.backbone import Backbone, wrap
 from vitreg.models.loading import _builder, _built, load
+from vitreg.models.names import with_library
 from vitreg.models.sizes import Size
+from vitreg.printing import Presented, Step, Summary, in_brief, short_name
 
 COLUMNS = 80
 _NAME = 19  # columns of a line's name
+_AT_A_GLANCE = ("model", "blocks", "tokens", "image size", "weights")
 
 
-@dataclass(frozen=True)
-class Examination:
+@dataclass(frozen=True, repr=False)
+class Examination(Presented):
     """What `doctor` saw. `refusal` is why vitreg does not read the model; then nothing was tried."""
 
     model: str
@@ -38,7 +41,23 @@ class Examination:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"found": dict(self.found)}
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """Whether vitreg reads the model, what it is, and what fails."""
+        failed = [trial for trial in self.trials if not trial.works]
+        known = dict(self.found)
+        rows = [(name, known[name]) for name in _AT_A_GLANCE if name in known]
+        rows += [(f"fails: {trial.name}", in_brief(trial.detail)) for trial in failed]
+        works = f"{len(self.trials) - len(failed)} of {len(self.trials)} things tried work"
+        return Summary(
+            "refused" if self.refusal is not None else f"supported, {works}",
+            short_name(self.model),
+            rows,
+            notes=[] if self.refusal is None else [self.refusal],
+            steps=[Step("the whole page, for a bug report.", python=("print(page.full())",))],
+        )
+
+    def full(self) -> str:
+        """The page for a bug report: all that was found and tried, and the versions."""
         lines = _wrapped(f"vitreg doctor: {self.model}", "")
         if self.refusal is not None:
             lines += ["", "REFUSED", *_wrapped(self.refusal, "  ")]
@@ -73,7 +92,7 @@ def doctor(
     *,
     size: Size | None = None,
     random_weights: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
 ) -> Examination:
@@ -114,11 +133,13 @@ def doctor(
 def _why(error: Exception) -> str:
     if isinstance(error, VitregError):
         return str(error)
-    return f"{type(error).__name__}: {error} (this is no refusal of vitreg, but a bug of it or of a library)"
+    bug = "vitreg did not refuse it: this is a bug of vitreg or of a library"
+    return f"{type(error).__name__}: {error} ({bug})"
 
 
 def _tower(name: str, size: Size | None, random_weights: bool) -> nn.Module | None:
     """The vision tower of a model that is refused; None where there is none to be had."""
+    name = with_library(name)
     try:
         built = _built(name, _builder(name, False), size, random_weights)
     except VitregError:

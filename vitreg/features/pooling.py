@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitreg.config.settings import nearest
 from vitreg.data.datasets.classes import Labelled
 from vitreg.errors import DataError, UnsupportedModelError
 from vitreg.features.config import Config
 from vitreg.features.extraction import extract_features
 from vitreg.features.observer import Observer
 from vitreg.models.backbone import Backbone
+from vitreg.printing import did_you_mean
 
 _LAST_4 = ("cls", "cls@-2", "cls@-3", "cls@-4")
 PARTS = {
@@ -56,7 +56,8 @@ def poolings_of(vit: Backbone, asked: str | Sequence[str], among: Iterable[str] 
     for name in names:
         if name not in PARTS:
             raise DataError(
-                f"no pooling is called {name!r}.{nearest(name, PARTS)} Expected some of {', '.join(PARTS)}."
+                f"no pooling is called {name!r}.{did_you_mean(name, PARTS)}"
+                f" Expected some of {', '.join(PARTS)}."
             )
         if missing := [part for part in PARTS[name] if part not in has]:
             raise UnsupportedModelError(

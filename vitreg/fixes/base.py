@@ -13,7 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,15 @@ class Fix(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.neurons, Mapping):
             object.__setattr__(self, "neurons", RegisterNeurons.of(self.neurons))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Every kind has one short repr: a dataclass would write out its neurons' evidence and tensors."""
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Fix.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(_said(self))})"
 
     @abstractmethod
     def edits(self, vit: Backbone) -> dict[int, BlockEdit]:
@@ -142,6 +151,20 @@ class Fix(ABC):
             self, repo_id, vit=vit, evidence=evidence, token=token, private=private,
             commit_message=commit_message,
         )  # fmt: skip
+
+
+def _said(fix: Fix) -> Iterator[str]:
+    """What tells a fix from others of its kind: its neurons, and the fields that are not as by default."""
+    if fix.neurons.chosen:
+        yield repr(fix.neurons.by_layer) if fix.neurons.top_k <= 8 else fix.neurons.in_words
+    for field in fields(fix):
+        value = getattr(fix, field.name)
+        if field.name == "neurons" or value is field.default:
+            continue
+        if isinstance(value, str | int | float) and value != field.default:
+            yield f"{field.name}={value!r}"
+        elif isinstance(value, Tensor):
+            yield f"{field.name}={tuple(value.shape)}"
 
 
 def same_values(fix: Fix, other: object) -> bool:

@@ -36,8 +36,8 @@ def download(source: str | Path, revision: str | None) -> Path:
     ) as error:  # a wrong name, no such repository, no network, no space: one line with the cause
         reason = " ".join(str(error).split())[:300]
         raise FixError(
-            f"no fix at {str(source)!r}: there is no such folder, and as a repository of the hub"
-            f"{f' (revision {revision!r})' if revision else ''} it cannot be had ({type(error).__name__}:"
+            f"no fix at {str(source)!r}: there is no such folder, and it could not be downloaded from"
+            f" the hub{f' (revision {revision!r})' if revision else ''} ({type(error).__name__}:"
             f" {reason}). Check the name and the network."
         ) from error
 

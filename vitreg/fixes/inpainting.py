@@ -115,7 +115,7 @@ class Inpainting(Fix):
         """As every fix; raises FixError where token splitting is applied, whose copies stand in no grid."""
         if any(handle.fix.type == "splitting" for handle in applied(vit.model)):
             raise FixError(
-                "token splitting is applied to the model, and inside the blocks its copies are no neighbours"
+                "token splitting is applied to the model, and inside the blocks its copies are not neighbours"
                 " of anything. Undo it, apply this fix first, and token splitting last."
             )
         return super().handle(vit)

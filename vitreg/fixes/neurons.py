@@ -51,7 +51,7 @@ class NeuronTensors:
     threshold: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegisterNeurons:
     """What `find_register_neurons` found: the chosen neurons, the best first, and the evidence.
 
@@ -98,6 +98,15 @@ class RegisterNeurons:
     def top_k(self) -> int:
         return len(self.chosen)
 
+    @property
+    def in_words(self) -> str:
+        """How many there are, and where: "It edits 5 neurons of blocks 4 to 7."; nothing for none."""
+        if not self.chosen:
+            return ""
+        first, last = min(self.by_layer), max(self.by_layer)
+        blocks = f"block {first}" if first == last else f"blocks {first} to {last}"
+        return f"It edits {self.top_k} neuron{'' if self.top_k == 1 else 's'} of {blocks}."
+
     def with_more(self, neurons: Sequence[RegisterNeuron]) -> "RegisterNeurons":
         """These and others, from another search."""
         return replace(self, chosen=(*self.chosen, *neurons))
@@ -129,6 +138,9 @@ class RegisterNeurons:
             "search": [list(pair) for pair in self.search],
             "reached": self.reached,
         }
+
+    def __repr__(self) -> str:
+        return f"RegisterNeurons({self.by_layer})"
 
     def __str__(self) -> str:
         if not self.chosen:

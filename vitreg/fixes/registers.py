@@ -31,6 +31,7 @@ from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import uncompiled
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
+from vitreg.printing import one_of
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class TestTimeRegisters(Fix):
         super().__post_init__()
         for name, known in get_type_hints(type(self)).items():
             if get_origin(known) is Literal and getattr(self, name) not in get_args(known):
-                expected = ", ".join(map(repr, get_args(known)))
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {expected}.")
+                given = getattr(self, name)
+                raise ValueError(f"{name}={given!r}: {one_of(str(given), get_args(known))}")
         if not (self.registers >= 0 and self.entry >= 0 and isfinite(self.scale)):
             raise ValueError(
                 f"registers={self.registers}, entry={self.entry}, scale={self.scale}: expected a number of"

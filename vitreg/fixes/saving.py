@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitreg.config.codec import decode, encode, fields_of, warn_of_unknown
 from vitreg.errors import FixError, OutputError
-from vitreg.files import check_writable, write_atomically
+from vitreg.files import already_there, check_writable, write_atomically
 from vitreg.fixes.base import Fix
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.models.backbone import Backbone
@@ -147,8 +147,13 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(target: Path) -> None:
-    """Raise the OutputError that save_fix would raise now, so that no work is lost. Changes nothing."""
+def check_target(target: Path, *, overwrite: bool = True) -> None:
+    """Raise the OutputError that save_fix would raise now, so that no work is lost. Changes nothing.
+
+    Without `overwrite`, a fix that is there is one, too.
+    """
+    if not overwrite and any(os.path.lexists(target / name) for name in (DOCUMENT, TENSORS)):
+        raise already_there(target)
     if os.path.exists(target):
         _check_replaceable(target)
     else:
@@ -224,7 +229,7 @@ def _read(folder: Path) -> Fix:
 
 def _parse(path: Path) -> dict[str, Any]:
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     data = _bytes(path, "Expected a folder that Fix.save wrote.")
     try:

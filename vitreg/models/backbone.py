@@ -31,11 +31,12 @@ from vitreg.models.sizes import (
     size_of_photos,
     written,
 )
+from vitreg.printing import PHANTOM
 
 PLANTED = "_vitreg_planted"  # an attribute of a module, and its copies, whose artifacts were planted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backbone:
     """A Vision Transformer that vitreg can read. Call it on (b, 3, h, w) images as one would the model.
 
@@ -63,6 +64,13 @@ class Backbone:
         if self.anatomy.head_error:
             return run_without_head(self.anatomy.block_modules(self.model)[-1], forward, images)
         return forward(images)
+
+    def __repr__(self) -> str:
+        anatomy, planted = self.anatomy, f", {PHANTOM}" if self.planted else ""
+        return (
+            f"<Backbone: {self.name}{planted}: {anatomy.depth} blocks, width {anatomy.width},"
+            f" {anatomy.heads} heads, images of {written(self.image_size)} pixels>"
+        )
 
     @property
     def device(self) -> torch.device:

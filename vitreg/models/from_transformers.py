@@ -15,6 +15,7 @@ from vitreg.models.checkpoint_keys import KeyMismatch
 from vitreg.models.preprocessing import hf_preprocess, plain_preprocess
 from vitreg.models.probe import Forward
 from vitreg.models.sizes import FALLBACK, VISION_CONFIGS, Pair, Preprocess, native_size
+from vitreg.printing import did_you_mean
 
 _TEXT = ("input_ids", "decoder_input_ids")
 
@@ -114,6 +115,10 @@ def _transformers() -> Any:
 
 def _config(transformers: Any, name: str, random_weights: bool, trust_remote_code: bool) -> Any:
     if random_weights and "/" not in name:
+        known = list(transformers.CONFIG_MAPPING)
+        if name not in known:
+            near = did_you_mean(name, known, 3, "hf:")
+            raise ModelLoadError(f"transformers has no model type {name!r}.{near}")
         return transformers.AutoConfig.for_model(name)
     return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 

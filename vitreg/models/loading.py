@@ -6,7 +6,6 @@ A model already at hand is wrapped: backbone.py.
 Only this file and those that it is made of know libraries: from_transformers.py, preprocessing.py, sizes.py.
 """
 
-import difflib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,7 @@ from vitreg.errors import (
 from vitreg.models.backbone import Backbone, warn_about, wrap
 from vitreg.models.built import Built
 from vitreg.models.from_transformers import build_hf, build_vlm, processor_of
-from vitreg.models.names import SCHEMES
+from vitreg.models.names import SCHEMES, suggestion, with_library
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.sizes import (
     FALLBACK,
@@ -35,7 +34,9 @@ from vitreg.models.sizes import (
     pair,
     refuse_partial_patches,
 )
+from vitreg.printing import did_you_mean, one_of
 
+DTYPES = ("float32", "bfloat16", "float16")
 Tokenize = Callable[[list[str]], Tensor]  # texts -> token ids (texts, length)
 
 
@@ -47,7 +48,7 @@ def load(
     *,
     size: Size | None = None,
     random_weights: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
 ) -> Backbone:
@@ -57,13 +58,15 @@ def load(
     transformers' own format. Of a composite model (a vision-language model, say) it is the vision tower.
     `size`, one side or (height, width) in pixels, re-interpolates the positions as that library does.
     `random_weights` builds the same architecture without a download (`hf:` then also takes a model type
-    such as `hf:dinov2`). `trust_remote_code` runs Python code that comes with a transformers checkpoint.
+    such as `hf:dinov2`). A name of timm's may stand without `timm:`. `device` "auto" is the GPU where torch
+    sees one. `trust_remote_code` runs Python code that comes with a transformers checkpoint.
 
     Warns (ModelWarning) where configuration and preprocessing disagree on the size, where the preprocess
     gives one view of a photo that the library would cut into several, and where keys of the checkpoint do not
     fit outside of blocks, embeddings and final norm. Raises ModelLoadError, or UnsupportedModelError for what
     is no plain ViT.
     """
+    name = with_library(name)
     built = _built(name, _builder(name, trust_remote_code), size, random_weights)
     return _backbone(built, name, size, torch_device(device), _dtype(dtype))
 
@@ -73,7 +76,7 @@ def load_clip(
     *,
     size: Size | None = None,
     random_weights: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
 ) -> tuple[Backbone, nn.Module, Tokenize]:
@@ -98,7 +101,7 @@ def load_vlm(
     *,
     size: Size | None = None,
     random_weights: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
 ) -> tuple[Backbone, nn.Module, Any]:
@@ -166,7 +169,9 @@ def _builder(name: str, trust_remote_code: bool) -> Builder:
         return _folder_builder(folder, trust_remote_code)
     if folder.exists():
         raise ModelLoadError(f"{name} is a file; expected {SCHEMES}.")
-    raise ModelLoadError(f"no model {name!r}: it is no folder, and a name is {SCHEMES}.")
+    raise ModelLoadError(
+        f"there is no model {name!r}: no folder has that name.{suggestion(name)} Expected {SCHEMES}."
+    )
 
 
 def _folder_builder(folder: Path, trust_remote_code: bool) -> Builder:
@@ -191,8 +196,8 @@ def _explain(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "Missing key" in text or "Unexpected key" in text:
         return f"the checkpoint of {name} does not fit its architecture: {text[:400]}"
-    if "Unknown model" in text and name.startswith("timm:"):
-        return f"timm has no model {name[5:]!r}.{_did_you_mean(name[5:])}"
+    if name.startswith("timm:") and ("Unknown model" in text or "Invalid pretrained tag" in text):
+        return f"timm has no model {name[5:]!r}.{suggestion(name)}"
     if "trust_remote_code" in text:
         return (
             f"{name} comes with Python code of its own, which is not run. If you trust its authors, allow it"
@@ -205,14 +210,6 @@ def _explain(name: str, error: Exception) -> str:
         " Check the name and the network, or give a local folder, or use random weights." if offline else ""
     )
     return f"could not load {name}: {type(error).__name__}: {text[:400] or 'no message'}{hint}"
-
-
-def _did_you_mean(name: str) -> str:
-    import timm
-
-    known = timm.list_models() + timm.list_pretrained()
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def _build_timm(name: str, size: Pair | None, random_weights: bool) -> Built:
@@ -251,14 +248,13 @@ def _build_open_clip(name: str, size: Pair | None, random_weights: bool) -> Buil
         raise MissingExtraError("open_clip", "open_clip") from error
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
-        close = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
-        raise ModelLoadError(
-            f"open_clip has no architecture {architecture!r}. Nearest: {', '.join(close) or 'none'}."
-        )
+        near = did_you_mean(architecture, open_clip.list_models(), 3, "open_clip:")
+        raise ModelLoadError(f"open_clip has no architecture {architecture!r}.{near}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not random_weights and tag not in tags:
         raise ModelLoadError(
             f"open_clip:{architecture} needs one of these tags after a slash: {', '.join(tags)}."
+            f"{did_you_mean(tag, tags, prefix=f'open_clip:{architecture}/')}"
         )
     model, _, transform = open_clip.create_model_and_transforms(
         architecture, pretrained=None if random_weights else tag, force_image_size=size
@@ -282,5 +278,5 @@ def torch_device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelLoadError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16.")
+        raise ModelLoadError(f"there is no dtype {dtype!r}. {one_of(str(dtype), DTYPES)}")
     return found

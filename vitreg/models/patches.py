@@ -69,7 +69,7 @@ def prove_grid(probe: Probe, layout: TokenLayout, size: Pair, forward: Forward) 
         apart = max(abs(y - row), abs(x - column))
         if apart > (reached > 1):
             raise probe.unsupported(
-                f"their {layout.patches} patch tokens are no grid of {rows}x{columns} in row-major order:"
+                f"their {layout.patches} patch tokens are not a grid of {rows}x{columns} in row-major order:"
                 f" pixels of the patch in row {row}, column {column} change token {moved} most, not"
                 f" {layout.patch(row, column)}. Time steps, several views and other orders of patches are not"
                 " supported"
@@ -136,7 +136,7 @@ def _grid_by_touch(probe: Probe, forward: Forward, count: int) -> Pair:
         raise probe.unsupported(
             f"no part of the model shows the grid of their {count} patch tokens, and in an image of"
             f" {height}x{width} pixels the first row of pixels changes {columns} of them and the first column"
-            f" {rows}, which is no grid in row-major order",
+            f" {rows}, which is not a grid in row-major order",
             "Pass an Anatomy with the patch size to override.",
         )
     return rows, columns

@@ -36,6 +36,7 @@ from vitreg.phantoms.planting import (
     read_marked,
     write_direction,
 )
+from vitreg.printing import one_of
 from vitreg.tracing.records import trace
 
 MIN_NORM = 1.2  # below, marked patches can hardly be told from the others by anything
@@ -174,7 +175,7 @@ def _check(vit: Backbone, layers: list[int], neurons: int, rate: float, norm: fl
             f"rate={rate}, norm={norm}: expected a rate up to 0.2 and a norm of at least {MIN_NORM}."
         )
     if activation not in get_args(Activation):
-        raise ValueError(f"activation={activation!r}: expected one of {', '.join(get_args(Activation))}.")
+        raise ValueError(f"activation={activation!r}: {one_of(activation, get_args(Activation))}")
 
 
 def _dealt(neurons: int, blocks: int) -> list[int]:

@@ -1,6 +1,7 @@
-from .style import house_style, png
+from .style import house_style, image, png
 
 __all__ = [
     "house_style",
+    "image",
     "png",
 ]

@@ -27,6 +27,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from vitreg.printing import PHANTOM
+from vitreg.printing import number as number
+from vitreg.printing import percent as percent
+from vitreg.printing import short_name as short_name
 
 # Blue and vermillion of Okabe and Ito's palette, and greys.
 INK, QUIET, PALE = "#1f2328", "#6e7781", "#d0d7de"
@@ -101,12 +104,6 @@ def _glyphs() -> frozenset[int]:
     return frozenset(code for code in known if chr(code).isprintable())
 
 
-def short_name(model: str) -> str:
-    """The name of a model or a file without the folders that lead to it."""
-    has_scheme = re.search(r"\w{2,}:", model)
-    return model if has_scheme else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-
-
 def mark_phantom(figure: Figure | SubFigure, planted: bool) -> None:
     """A phantom, whose artifacts were planted, is called one wherever it is shown."""
     if planted:
@@ -145,18 +142,6 @@ def percent_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     return inside, [f"{100 * tick:.6g}%" for tick in inside]
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where a person would write none."""
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    """A share in percent, with three significant digits."""
-    return f"{100 * share:#.3g}%" if 0 < share < 0.9995 else f"{share:.0%}"
-
-
 def label_bar(bar: Colorbar, ticks: tuple[list[float], list[str]], label: str) -> None:
     """A colour bar's ticks, from `number_ticks` or `percent_ticks`, and its label."""
     bar.set_ticks(ticks[0], labels=ticks[1])
@@ -191,17 +176,6 @@ def no_frame(ax: Axes) -> None:
     ax.spines[:].set_visible(False)
 
 
-def drawn(figure: Figure, suffix: str) -> bytes:
-    """The figure as "png", "pdf" or "svg", the same bytes every time."""
-    if suffix == "png":
-        return png(figure)
-    data, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
-    style = _STYLE | {"svg.hashsalt": "vitreg"}
-    with _one_at_a_time, matplotlib.style.context(["default", style]):
-        figure.savefig(data, format=suffix, metadata=undated)
-    return data.getvalue()
-
-
 def png(figure: Figure, dpi: int = 150, colours: int | None = None) -> bytes:
     """The figure as a PNG, the same bytes every time; with `colours`, reduced to a palette of that many."""
     data = io.BytesIO()
@@ -213,3 +187,24 @@ def png(figure: Figure, dpi: int = 150, colours: int | None = None) -> bytes:
     with Image.open(data) as image:
         image.convert("RGB").quantize(colours).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def image(figure: Figure, suffix: str) -> bytes:
+    """The figure as the file that a suffix of FIGURES (vitreg/files.py) stands for.
+
+    A PNG and an SVG have the same bytes every time; in a PDF matplotlib orders clip paths as it likes. What
+    has none of these suffixes (a pipe, say) is a PNG.
+    """
+    if suffix.lower() not in (".pdf", ".svg"):
+        return png(figure)
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[suffix.lower()]
+    data = io.BytesIO()
+    with _one_at_a_time, matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": "vitreg"}]):
+        figure.savefig(data, format=suffix.lower()[1:], metadata=undated)
+    return _numbered_clips(data.getvalue()) if suffix.lower() == ".svg" else data.getvalue()
+
+
+def _numbered_clips(svg: bytes) -> bytes:
+    """The names of clip paths, which matplotlib makes of addresses in memory, in the order of the file."""
+    names: dict[bytes, bytes] = {}
+    return re.sub(rb"\bp[0-9a-f]{10}\b", lambda x: names.setdefault(x[0], b"clip-%d" % len(names)), svg)

@@ -1,6 +1,6 @@
 """What `vitreg eval --report` writes: one evaluation, or a model without and with a fix, as an HTML file.
 
-write_evaluation([before, after], vit, fix, config, "report.html")
+write_evaluation([before, after], "report.html", vit, fix, config)
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from vitreg.data.evenly_spaced import evenly_spaced
 from vitreg.data.images import read_images
 from vitreg.diagnosis.diagnosing import diagnose
 from vitreg.evals.outlier_masks import DIAGNOSED
-from vitreg.evals.result import Result, comparison_rows
+from vitreg.evals.result import Result, comparison_rows, conclusion
 from vitreg.features.config import Config
 from vitreg.files import write_atomically
 from vitreg.fixes.base import Fix
@@ -24,16 +24,22 @@ _INTERVALS = "In brackets, 95% bootstrap intervals over images; paired for the d
 
 
 def write_evaluation(
-    results: Sequence[Result], vit: Backbone, fix: Fix | None, config: Config, path: str | Path
+    results: Sequence[Result],
+    path: str | Path,
+    vit: Backbone | None = None,
+    fix: Fix | None = None,
+    config: Config | None = None,
 ) -> Path:
     """Write the report on one result, or on two of a model without and with `fix`; returns the path.
 
-    What can be chosen in the page, norms and attention, is of a diagnosis of some of the photos, made here.
+    With the model, `vit`, one can handle norms and attention in the page: they are of a diagnosis of some of
+    the photos, made here.
     """
     last = results[-1]
     title = f"{last.task}{', without and with a fix' if len(results) == 2 else ''}"
     about = [f"on {last.data}, n = {last.n:,}", *([f"fix: {last.fix}"] if last.fix else [])]
-    diagnosed, shown = _photos(vit, fix, last, config)
+    about += [f"conclusion: {conclusion(*results)}"] if len(results) == 2 else []
+    diagnosed, shown = ("", None) if vit is None else _photos(vit, fix, last, config or Config())
     html = page(
         "evaluation.html",
         f"{safe(short_name(last.model), 60)}: {title}",
@@ -61,7 +67,7 @@ def _metrics(results: Sequence[Result]) -> Table:
 def _pictures(results: Sequence[Result]) -> list[Picture]:
     """Each result's picture, if its task has one."""
     return [
-        picture(x.picture(), f"{x.task}, {x.fix or 'as it is'}", (x.fix or "as it is").capitalize())
+        picture(x.picture, f"{x.task}, {x.fix or 'as it is'}", (x.fix or "as it is").capitalize())
         for x in results
         if x.picture is not None
     ]

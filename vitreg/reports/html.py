@@ -10,7 +10,7 @@ policy knows by their hashes.
 import base64
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ Facts = Sequence[tuple[str, str]]  # terms and what is to be said of them
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a source of an <img>, its width in CSS pixels, and in words what it shows."""
+    """A picture as a source of an <img>, its width in CSS pixels, and in words what it shows.
+
+    Without a source it could not be drawn, and `alt` says why.
+    """
 
     source: str
     width: int
@@ -52,8 +55,16 @@ def page(template: str, title: str, versions: dict[str, str], **data: Any) -> st
     return ENVIRONMENT.get_template(template).render(title=title, made=made, **data)
 
 
-def picture(figure: Figure, alt: str, caption: str = "", colours: int | None = 256) -> Picture:
-    """A figure as a PNG in the page itself; its width leaves room for a frame."""
+def picture(draw: Callable[[], Figure], alt: str, caption: str = "", colours: int | None = 256) -> Picture:
+    """A figure as a PNG in the page itself; its width leaves room for a frame.
+
+    One that cannot be drawn leaves the rest of the page as it is: a line in its place says why.
+    """
+    try:
+        figure = draw()
+    except Exception as error:  # whatever it is, the numbers are there and the page is wanted
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Picture("", 0, f"This picture could not be drawn ({why}). It would show: {alt}.", caption)
     data = base64.b64encode(png(figure, colours=colours)).decode()
     return Picture(f"data:image/png;base64,{data}", round(figure.get_figwidth() * 96) + 18, alt, caption)
 

@@ -1,6 +1,7 @@
 """What a report says of a diagnosis, part by part, as data for the templates."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from vitreg.diagnosis import figures as plots
@@ -129,7 +130,7 @@ def _facts_of_outliers(report: Diagnosis) -> list[tuple[str, str]]:
     similar = [report.neighbour_similarity.get(kind) for kind in ("outlier", "normal")]
     rows = [
         ("Outliers per image", f"{report.outliers_per_image:.2f}"),
-        ("Places", describe_positions(report.position_frequency)),
+        ("Places", describe_positions(report.position_frequency, images=report.images)),
         (
             "Attention on outliers, last block",
             f"{percent(report.attention_to_outliers)} ({even})",
@@ -149,26 +150,28 @@ def _norms(report: Diagnosis) -> Picture:
     layer = report.layers[report.detect_layer]
     found = f"threshold {number(report.threshold)}" if report.threshold is not None else "no threshold"
     median = f"after block {layer.layer} median {number(layer.median_norm)}"
-    return picture(plots.norm_histograms(report), f"Norms of patch tokens by layer; {median}, {found}")
+    return picture(
+        lambda: plots.norm_histograms(report), f"Norms of patch tokens by layer; {median}, {found}"
+    )
 
 
 def _places(report: Diagnosis) -> Picture:
     """Where outliers lie in the grid of patches."""
-    places = f"Outliers by place: {describe_positions(report.position_frequency)}"
-    return picture(plots.position_map(report), places if report.has_artifacts else "No outliers")
+    places = f"Outliers by place: {describe_positions(report.position_frequency, images=report.images)}"
+    return picture(lambda: plots.position_map(report), places if report.has_artifacts else "No outliers")
 
 
 def _curves(report: Diagnosis) -> Picture:
     """How norms, outliers and attention go with the layer."""
     first = f"from layer {report.onset_layer} on" if report.has_artifacts else "in no layer"
     alt = f"Norms, share of outliers and attention on them by layer: outliers {first}"
-    return picture(plots.layer_curves(report), alt)
+    return picture(lambda: plots.layer_curves(report), alt)
 
 
 def _kind(report: Diagnosis, finding: Finding) -> Kind:
     """One finding, with a map where it has places."""
     alt = f"{finding.title}: how often at each position"
-    places = None if finding.positions is None else picture(plots.kind_map(report, finding), alt)
+    places = None if finding.positions is None else picture(lambda: plots.kind_map(report, finding), alt)
     return Kind(finding.title, str(finding), places)
 
 
@@ -176,7 +179,7 @@ def photos(report: Diagnosis) -> Photos:
     """The photos of one model, and a still picture of each."""
     stills = [
         picture(
-            plots.photo_strip(report, i),
+            partial(plots.photo_strip, report, i),
             f"{example.name}: photo, map of norms, map of attention",
             example.name,
             colours=None,  # a palette would blur the colour scales
@@ -196,7 +199,9 @@ def photos_before_and_after(before: Diagnosis, after: Diagnosis) -> Photos:
         [(name, replace(x, examples=x.examples[part])) for name, x in versions]
         for part in _sheets(len(before.examples))
     )
-    return Photos(view(versions), [picture(before_after(sheet), alt, colours=None) for sheet in sheets])
+    return Photos(
+        view(versions), [picture(partial(before_after, sheet), alt, colours=None) for sheet in sheets]
+    )
 
 
 def _sheets(photos: int) -> list[slice]:

@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.diagnosis import figures as plots
-from vitreg.diagnosis.emergence import Emergence, short_labels
+from vitreg.diagnosis.emergence import Emergence
 from vitreg.diagnosis.result import Diagnosis
+from vitreg.diagnosis.summary import cautions
+from vitreg.evals.result import Comparison, Result
 from vitreg.files import write_atomically
 from vitreg.plots.style import percent, safe, short_name
+from vitreg.reports.evaluation import write_evaluation
 from vitreg.reports.html import Facts, Table, page, picture
+from vitreg.reports.look import write_look
 from vitreg.reports.parts import Banner, about, layer_table, photos, photos_before_and_after, plain_number
 from vitreg.search.fix_search import FixSearch
-from vitreg.verification.figure import versions_figure
 from vitreg.verification.measures import MEASURES
 from vitreg.verification.verdict import Verdict, measure_table
 from vitreg.version import versions
+from vitreg.viewing.result import Look
 
-_KINDS = "a Diagnosis, Verdict, FixSearch or Emergence"
+_KINDS = "a Diagnosis, Verdict, FixSearch, Emergence, Look, or a result of an evaluation"
 _TITLES = {
     "helps": ("none", "The fix helps"),
     "no effect": ("", "The fix has no effect"),
@@ -51,13 +55,20 @@ def write(result: object, path: str | Path) -> Path:
         return write_cure(result, path)
     if isinstance(result, Emergence):
         return write_comparison(result.diagnoses, path)
+    if isinstance(result, Result):
+        return write_evaluation([result], path)
+    if isinstance(result, Comparison):
+        return write_evaluation([result.before, result.after], path)
+    if isinstance(result, Look):
+        return write_look(result, path)
     raise TypeError(f"found a {type(result).__name__}, but reports are of {_KINDS}.")
 
 
 def write_report(report: Diagnosis, path: str | Path) -> Path:
     """Write the report on one model; returns the path. Raises OutputError if it cannot be written."""
     kind = "found" if report.has_artifacts else "none"
-    top = Banner(kind, report.verdict.capitalize(), report.model, [report.reason], report.planted)
+    lines = [report.reason, *cautions(report)]
+    top = Banner(kind, report.verdict.capitalize(), report.model, lines, report.planted)
     return write_atomically(path, _one_model(plots.headline(report), report.versions, top, report))
 
 
@@ -89,15 +100,15 @@ def write_verdict(verdict: Verdict, path: str | Path, *, choice: str = "") -> Pa
 
 def write_comparison(reports: Sequence[Diagnosis], path: str | Path) -> Path:
     """Write one page about several checkpoints or sizes, in the order given; returns the path."""
-    labels = short_labels([report.model for report in reports])
+    found = Emergence(list(reports))
+    labels = found.labels
     shares = (f"{name} {percent(x.outlier_fraction)}" for name, x in zip(labels, reports, strict=True))
-    figure = plots.emergence(list(zip(labels, reports, strict=True)))
     html = page(
         "comparison.html",
         f"{len(reports)} models compared",
         versions(),
         photos=None,
-        emergence=picture(figure, f"Share of outliers by model: {'; '.join(shares)}"),
+        emergence=picture(found.figure, f"Share of outliers by model: {'; '.join(shares)}"),
         models=Table(_HEADS, [_row(name, x) for name, x in zip(labels, reports, strict=True)]),
         reasons=[(x.model, x.reason) for x in reports],
     )
@@ -116,7 +127,7 @@ def _measured(verdict: Verdict) -> dict[str, Any]:
     fix: Facts = [("Fix", f"type {verdict.fix.type!r}"), ("Neurons", neurons)]
     return {
         "fix": fix,
-        "compared": picture(versions_figure(verdict), f"Versions of the model, compared by {drawn}"),
+        "compared": picture(verdict.figure, f"Versions of the model, compared by {drawn}"),
         "controls": bool(verdict.controls),
         "measures": Table(*measure_table(verdict)),
         "footnotes": verdict.footnotes(),

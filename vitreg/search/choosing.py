@@ -162,17 +162,23 @@ def choose(
             tried.append(f"{name}: {error}")
             continue
         if trial.unchanged:
-            return trial.fix, f"{name}, for the model hardly notices: {trial.said}{_besides(tried)}"
+            return (
+                trial.fix,
+                f"{name}, because the model's outputs hardly change: {trial.said}{_besides(tried)}",
+            )
         tried.append(f"{name}: {trial.said}")
     what = "zeroed neurons" if vit.anatomy.no_registers else "test-time registers"
     try:
         splitting = splitting_for(vit, few, rounds)
         splitting.edits(vit)
     except (FixError, UnsupportedModelError) as error:
-        return trial.fix, f"{trial.name}, though the model notices ({'; '.join(tried)}), for: {error}"
+        return (
+            trial.fix,
+            f"{trial.name}, though the model's outputs change ({'; '.join(tried)}), because {error}",
+        )
     return (
         splitting,
-        f"token splitting, for {what} change what the model says ({'; '.join(tried)}).",
+        f"token splitting, because {what} change what the model says ({'; '.join(tried)}).",
     )
 
 
@@ -203,7 +209,7 @@ def choose_without_neurons(
         try:
             repair = TriedFix.of("position repair", repair_for(vit, few, origin), vit, few, report)
             if repair.removes and repair.helps:
-                return repair.fix, f"{repair.name}, for {cause} makes the outliers: {repair.said}."
+                return repair.fix, f"{repair.name}, because {cause} makes the outliers: {repair.said}."
             refused.append(str(repair))
         except (FixError, UnsupportedModelError) as error:
             refused.append(f"position repair: {error}")
@@ -215,10 +221,10 @@ def choose_without_neurons(
     best = max((trial for trial in trials if trial.passed), key=lambda trial: trial.likeness, default=None)
     others = _besides(refused + [str(trial) for trial in trials if trial is not best])
     if best is not None:
-        return best.fix, f"{best.name}, for {cause} alone makes the outliers: {best.said}{others}"
+        return best.fix, f"{best.name}, because {cause} alone makes the outliers: {best.said}{others}"
     return None, (
-        f"no fix, for {cause} alone makes the outliers, and all that was tried leaves them or changes what"
-        f" the model says{others} To have one all the same, ask for it by its type (--type)."
+        f"no fix, because {cause} alone makes the outliers, and all that was tried leaves them or changes"
+        f" what the model says{others} To have one all the same, ask for it by its type (--type)."
     )
 
 

@@ -8,7 +8,7 @@
 No labels are needed. A model without artifacts gets no fix.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from vitreg.errors import FixError, ImageError
 from vitreg.fixes import AttentionBias, Fix, PositionRepair, ShiftAverage, TestTimeRegisters
 from vitreg.fixes.neurons import RegisterNeurons
 from vitreg.models.backbone import Backbone
+from vitreg.printing import Presented, Stages, Summary, Told, one_of
 from vitreg.search.choices import FixKind, Method
 from vitreg.search.choosing import (
     PROJECTED,
@@ -34,19 +35,22 @@ from vitreg.search.choosing import (
     registers_for,
     splitting_for,
 )
+from vitreg.search.cost import expected_cost
 from vitreg.search.origin import Origin, find_origin
 from vitreg.search.register_neurons import SEARCHED, find_register_neurons
-from vitreg.verification.measuring import verify
+from vitreg.verification.measuring import AS_IS, stages_of, verify
 from vitreg.verification.verdict import Verdict
 
 # The kinds that edit neurons, or may.
 OF_NEURONS = ("auto", "registers", "splitting", "bias")
+# The stages that are this module's own.
+ORIGIN, NEURONS, BUILDING = "finding what makes the outliers", "finding register neurons", "building the fix"
 # Rounds of find, fix and find again, for models with several populations of outliers.
 ROUNDS = 4
 
 
-@dataclass(frozen=True)
-class FixSearch:
+@dataclass(frozen=True, repr=False)
+class FixSearch(Presented):
     """A fix, why it is of its kind, and the verdict on it.
 
     `fix` is None where there is nothing to fix, or nothing that would; `origin` is what makes the outliers,
@@ -93,11 +97,22 @@ class FixSearch:
             own["fix"] = None
         return search | self.verdict.to_json() | own
 
-    def __str__(self) -> str:
+    def figure(self) -> Any:
+        """The figure of the verdict, as a matplotlib Figure."""
+        return self.verdict.figure()
+
+    def summary(self) -> Summary:
+        """The verdict on the fix, what it is, and how to use it."""
+        from vitreg.search.summary import summary_of
+
+        return summary_of(self)
+
+    def full(self) -> str:
+        """The neurons, what makes the outliers, why this fix, and the whole verdict."""
         origin = [] if self.origin is None else [f"origin: {self.origin}"]
         if self.fix is None:
-            return "\n".join([str(self.report), *origin, self.choice])
-        lines = [*origin, self.choice, "", str(self.verdict)]
+            return "\n".join([self.report.full(), *origin, self.choice])
+        lines = [*origin, self.choice, "", self.verdict.full()]
         if self.fix.neurons.chosen:
             lines[:0] = [f"register neurons, found by {self.fix.neurons.method!r}:", str(self.fix.neurons)]
         return "\n".join(lines)
@@ -112,7 +127,7 @@ def find_fix(
     top_k: int | Literal["auto"] = "auto",
     recursive: bool = False,
     report: Diagnosis | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Told = None,
 ) -> FixSearch:
     """Find what makes the outliers, build the fix that suits it, and verify it on the same images.
 
@@ -121,37 +136,46 @@ def find_fix(
     outlying positions are repaired; for the rest, see `choose_without_neurons`, which may find no fix: then
     the verdict is "no fix". Without outliers there is no fix either; "projection", asked for, is made all the
     same, for it takes out other things. `recursive` finds, fixes and finds again, for models with several
-    populations of outliers. `images` are read several times. Raises FixError for another `kind`, and what
-    `find_register_neurons` and the fixes raise.
+    populations of outliers. `images` are read several times. `progress`: True says on stderr what is being
+    done, and at first about how many forward passes it takes; a function is told it. Raises FixError for
+    another `kind`, and what `find_register_neurons` and the fixes raise.
     """
     if kind not in get_args(FixKind):
-        raise FixError(f"there is no type {kind!r} of fix. Expected one of {', '.join(get_args(FixKind))}.")
-    say = progress or (lambda stage: None)
-    say("diagnosing the model as it is")
+        raise FixError(f"there is no type {kind!r} of fix. {one_of(kind, get_args(FixKind))}")
+    stages = _stages(progress, kind, report is None)
+    stages.say(expected_cost(images))
+    if report is None:
+        stages(AS_IS)
     report = report or diagnose(vit, images)
     if not report.has_artifacts and kind != "projection":
         return _without_fix(vit, report, "no artifacts", report.reason, _nothing_to_fix(report))
 
     def search() -> list[RegisterNeurons]:
-        say("finding register neurons")
+        stages(NEURONS)
         rounds = [find_register_neurons(vit, images, report, method=method, top_k=top_k)]
-        return _again(vit, images, rounds, method, top_k, say) if recursive else rounds
+        return _again(vit, images, rounds, method, top_k, stages) if recursive else rounds
 
     origin = None
     if kind == "auto":
-        say("finding what makes the outliers")
+        stages(ORIGIN)
         origin = _origin(vit, images, report)
     if origin is not None and origin.kind != "neurons":
         fix, choice = choose_without_neurons(vit, images, origin, report, search)
     else:
         rounds = search() if kind in OF_NEURONS else []
-        say("building the fix")
+        stages(BUILDING)
         fix, choice = build(vit, images, rounds, report, kind)
     if kind == "auto" and origin is None:
         choice += f" (What makes the outliers is not known: none of the first {SEARCHED} images has one.)"
     if fix is None:
         return _without_fix(vit, report, "no fix", choice, choice, origin)
-    return FixSearch(fix, choice, verify(vit, fix, images, report=report, progress=say), origin)
+    return FixSearch(fix, choice, verify(vit, fix, images, report=report, progress=stages), origin)
+
+
+def _stages(progress: Told, kind: FixKind, diagnosing: bool) -> Stages:
+    first = [AS_IS] if diagnosing else []
+    origin, neurons = [ORIGIN] if kind == "auto" else [], [NEURONS] if kind in OF_NEURONS else []
+    return Stages(progress, [*first, *origin, *neurons, BUILDING, *stages_of(controls=True)])
 
 
 def _origin(vit: Backbone, images: Iterable[Batch] | Iterable[Tensor], report: Diagnosis) -> Origin | None:
@@ -220,13 +244,13 @@ def _again(
     rounds: list[RegisterNeurons],
     method: Method,
     top_k: int | Literal["auto"],
-    say: Callable[[str], None],
+    stages: Stages,
 ) -> list[RegisterNeurons]:
     """Find, fix and find again, until nothing new is found: the rounds given, and what each more found."""
     while len(rounds) < ROUNDS:
         neurons = joined(rounds)
         with registers_for(vit, neurons).applied_to(vit):
-            say(f"looking again, round {len(rounds) + 1}")
+            stages(NEURONS, f": looking again, round {len(rounds) + 1}")
             report = diagnose(vit, images)
             if not report.has_artifacts:
                 break

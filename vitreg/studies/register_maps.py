@@ -25,7 +25,7 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.block_edit import edits_of
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
-from vitreg.printing import called
+from vitreg.printing import Presented, Step, Summary, called, short_name
 from vitreg.tracing.streams import watch
 
 Similarity = list[list[float]]
@@ -40,8 +40,8 @@ class RegisterExample:
     maps: Float[np.ndarray, "q gh gw"]
 
 
-@dataclass(frozen=True)
-class RegisterStudy:
+@dataclass(frozen=True, repr=False)
+class RegisterStudy(Presented):
     """Registers of a model in one block (0-based), over `images` photos.
 
     queries             whose attention was read: CLS, where there is one, and the registers
@@ -72,7 +72,22 @@ class RegisterStudy:
 
         return draw(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """How alike the registers' maps are, and how much each looks at patches."""
+        registers = [i for i, name in enumerate(self.queries) if name != "CLS"]
+        alike = [self.map_similarity[i][j] for i in registers for j in registers if i < j]
+        mean = f"maps {sum(alike) / len(alike):.2f} alike (mean cosine)" if alike else "its map was read"
+        rows = [(name, f"{share:.1%}") for name, share in zip(self.queries, self.attention, strict=True)]
+        return Summary(
+            f"{len(registers)} register{'' if len(registers) == 1 else 's'}, {mean}",
+            f"{called(short_name(self.model), self.planted)}, block {self.layer}, {self.images:,} photos",
+            rows,
+            heads=("whose attention", "goes to patches"),
+            steps=[Step("see where each of them looks.", python=("study.figure()",))],
+        )
+
+    def full(self) -> str:
+        """Attention on patches, and the similarity of all tokens and of all maps."""
         on_patches = ", ".join(
             f"{name} {share:.1%}" for name, share in zip(self.queries, self.attention, strict=True)
         )

@@ -71,7 +71,7 @@ def _reason(error: BaseException) -> str:
 
 
 def check(path: Path, objective: nn.Module, recipe: Recipe) -> None:
-    """Raise DataError for a file that is no whole checkpoint, or of a run with other settings or models."""
+    """Raise DataError for an incomplete checkpoint, or one of a run with other settings or models."""
     held = _read(path)
     _compare(path, held["recipe"], settings_of(recipe))
     if held["step"] > recipe.steps:
@@ -93,11 +93,11 @@ def _read(path: Path) -> dict[str, Any]:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise DataError(
-            f"{path} is no whole checkpoint ({type(error).__name__}). Delete it to start anew."
+            f"{path} is not a complete checkpoint ({type(error).__name__}). Delete it to start anew."
         ) from error
     kinds = {"objective": Mapping, "optimizer": Mapping, "recipe": Mapping, "step": int}
     if not isinstance(held, dict) or not all(isinstance(held.get(k), kind) for k, kind in kinds.items()):
-        raise DataError(f"{path} is no checkpoint of vitreg. Move it away to start anew.")
+        raise DataError(f"{path} is not a checkpoint of vitreg. Move it away to start anew.")
     return held
 
 

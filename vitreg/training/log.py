@@ -54,7 +54,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise DataError(f"{file} has a line that is no JSON: {error}. Take it out.") from error
+        raise DataError(f"{file} has a line that is not JSON: {error}. Take it out.") from error
 
 
 def _board(folder: Path, step: int) -> Any:

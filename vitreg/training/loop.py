@@ -25,10 +25,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitreg.config.settings import nearest
 from vitreg.errors import DataError, NonFiniteError, OutputError
 from vitreg.files import check_writable
-from vitreg.printing import progress_bar
+from vitreg.printing import did_you_mean, progress_bar
 from vitreg.training import checkpoint
 from vitreg.training.diagnosis_log import diagnosed
 from vitreg.training.fabric import Fabric, Machine, first, plain_attention, quiet, whole
@@ -225,7 +224,7 @@ class _Training:
         finite = all(bool(weight.isfinite().all()) for weight in self.objective.parameters())
         # Buffers may hold infinity on purpose: the causal mask of a text tower.
         if self._anywhere(not finite or any(bool(b.isnan().any()) for b in self.objective.buffers())):
-            raise self._not_finite(f"a weight after step {self.step} is no number")
+            raise self._not_finite(f"a weight after step {self.step} is not a number")
         settings = checkpoint.settings_of(self.recipe)
         checkpoint.save(self.fabric, self.path, self.state | {"step": self.step, "recipe": settings})
         self.saved = self.step
@@ -251,7 +250,7 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     try:
         info = get_optimizer_info(recipe.optimizer)
     except ValueError as error:
-        near = nearest(recipe.optimizer, list_optimizers())
+        near = did_you_mean(recipe.optimizer, list_optimizers())
         raise DataError(f"timm has no optimizer {recipe.optimizer!r}.{near}") from error
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         objective,

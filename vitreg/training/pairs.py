@@ -136,7 +136,7 @@ def find_shards(source: str | Path) -> list[Path]:
         parts = expand_urls(os.path.expanduser(source))
     except ValueError as error:  # braces that do not close
         raise DataError(
-            f"{source} is no list of shards: {reason(error)}. Expected matching braces."
+            f"{source} is not a list of shards: {reason(error)}. Expected matching braces."
         ) from error
     for text in parts:
         pattern = os.path.join(glob.escape(text), "*.tar") if os.path.isdir(text) else text
@@ -191,7 +191,8 @@ def _index(shard: Path) -> Places:
                 places.append((*image, *text, "txt" not in sample))
     except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: the same name twice
         raise DataError(
-            f"{shard} is no whole tar without compression: {reason(error)}. Get it anew, or unpack it."
+            f"{shard} is not a complete tar file without compression: {reason(error)}. Get it anew, or unpack"
+            " it."
         ) from error
     total = len(places) + sum(map(len, problems.values()))
     if problems:

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 import vitreg.training.recipes
-from vitreg.config.settings import nearest
 from vitreg.errors import DataError, VitregError
+from vitreg.printing import did_you_mean
 from vitreg.training.objective import Objective
 
 
@@ -115,8 +115,8 @@ def find_recipe(name: str | Path) -> Recipe:
         path = Path(vitreg.training.recipes.__path__[0]) / f"{name}.py"
     elif path.suffix != ".py" or not path.is_file():
         raise DataError(
-            f"there is no recipe {str(name)!r}.{nearest(str(name), bundled())} Expected a Python file that"
-            f" holds `recipe = ...`, or one of {', '.join(bundled())}."
+            f"there is no recipe {str(name)!r}.{did_you_mean(str(name), bundled())} Expected a Python file"
+            f" that holds `recipe = ...`, or one of {', '.join(bundled())}."
         )
     recipe = getattr(_run(path), "recipe", None)
     if not isinstance(recipe, Recipe):

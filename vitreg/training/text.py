@@ -80,7 +80,9 @@ class TextSupervised(Recipe):
         if self.chunk is not None and self.chunk < 1:
             raise DataError(f"chunk={self.chunk}: expected 1 or more.")
         if self.text_width % self.text_heads:
-            raise DataError(f"text_width={self.text_width} is no multiple of text_heads={self.text_heads}.")
+            raise DataError(
+                f"text_width={self.text_width} is not a multiple of text_heads={self.text_heads}."
+            )
 
     def objective(self) -> "TextObjective":
         return TextObjective(self)

@@ -6,7 +6,7 @@
 Images stream; one number per image and measure is kept.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from vitreg.intervals import Estimate
 from vitreg.models.backbone import Backbone
 from vitreg.models.head import find_readout
 from vitreg.models.headless import without_output
+from vitreg.printing import Stages, Told
 from vitreg.verification.controls import ABLATIONS, PLACEBOS, controls_of
 from vitreg.verification.measures import MEASURES, ForwardSummary, Reference, summarise
 from vitreg.verification.resampling import Resampled
@@ -36,6 +37,7 @@ GONE = 0.05
 CONTROL_IMAGES = 256
 # How far a fix may fall short: in top-1; in equal predictions, in cosines of CLS and of normal patches.
 TOP1_MARGIN = 0.005
+AS_IS = "diagnosing the model as it is"  # the first stage
 FLOORS = {"agreement": 0.95, "cls": 0.95, "patches": 0.95}
 
 
@@ -48,13 +50,14 @@ def verify(
     controls: bool = True,
     labels: Mapping[str, int] | bool = True,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Told | Stages = None,
 ) -> Verdict:
     """Measure a model without and with a fix on the same images, and its controls on some of them.
 
     `images` are read several times. `report` is the unfixed model's diagnosis, made here if not given.
     `labels`: whether to read classes off the images' names (WordNet ids, ImageNet heads), or {WordNet id:
-    class}. `progress` is told what is being done. The rules, each by a 95% interval over images:
+    class}. `progress`: True says on stderr what is being done, a function is told it. The rules, each by a
+    95% interval over images:
 
     - "no artifacts": the diagnosis of the unfixed model finds none, or none of these images has any.
     - "harms": with the fix top-1 falls, by more than half a point. Without labels: fewer than 95% of the
@@ -70,17 +73,20 @@ def verify(
     """
     if iter(images) is images:
         raise ValueError("images: expected what can be read more than once (a list, or read_images(...)).")
-    say = progress or (lambda stage: None)
+    names = stages_of(controls)
+    stages = (
+        progress if isinstance(progress, Stages) else Stages(progress, names if report else [AS_IS, *names])
+    )
     if report is None:
-        say("diagnosing the model as it is")
+        stages(AS_IS)
     before = report or diagnose(vit, images)
     if not before.has_artifacts:
         return Verdict("no artifacts", before.reason, vit.name, fix, before, images=before.images, seed=seed)
     chosen = controls_of(fix, vit, seed) if controls else None
-    say("diagnosing the model with the fix")
+    stages(names[0])
     with fix.applied_to(vit):
         after = diagnose(vit, images)
-    say("measuring both, and the controls" if controls else "measuring both")
+    stages(names[1])
     table = VersionMeasures(vit, before, labels, after.images)
     for batch in images:
         table.add(batch, {"fix": fix} | (chosen.fixes if chosen else {}))
@@ -89,6 +95,11 @@ def verify(
     if why := without_output(vit):
         notes += (f"{why}. Predictions were not compared.",)
     return _concluded(vit, fix, before, after, table, notes, seed)
+
+
+def stages_of(controls: bool) -> tuple[str, str]:
+    """What `verify` does once the model as it is has been diagnosed."""
+    return "diagnosing the model with the fix", f"measuring both{', and the controls' if controls else ''}"
 
 
 class VersionMeasures:

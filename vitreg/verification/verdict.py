@@ -7,7 +7,7 @@ from typing import Any
 from vitreg.diagnosis.result import Diagnosis
 from vitreg.fixes.base import Fix
 from vitreg.intervals import Estimate
-from vitreg.printing import called, text_table
+from vitreg.printing import Presented, Summary, called, one_of, text_table
 from vitreg.verification.measures import MEASURES
 from vitreg.version import versions
 
@@ -37,9 +37,9 @@ class Control:
     outliers_more: Estimate
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify` found. Print it, `.to_json()` it, draw it with `.figure()`.
+@dataclass(frozen=True, repr=False)
+class Verdict(Presented):
+    """What `verify` found. Print it (`full()` says more), `.to_json()` it, draw it with `.figure()`.
 
     `verdict` is "helps", "no effect", "harms" or "no artifacts" ("no fix" where `find_fix` finds none),
     `reason` says why. Without artifacts or fix nothing is measured and `after` is None. `labelled` counts the
@@ -68,7 +68,10 @@ class Verdict:
 
     def __getitem__(self, name: str) -> Measure:
         """A measure by its name in `vitreg.verification.measures.MEASURES`."""
-        return {measure.name: measure for measure in self.measures}[name]
+        by_name = {measure.name: measure for measure in self.measures}
+        if name not in by_name:
+            raise KeyError(f"there is no measure {name!r}. {one_of(name, by_name)}")
+        return by_name[name]
 
     def to_json(self) -> dict[str, Any]:
         """Neurons with their evidence, both diagnoses, measures and controls; NaN becomes None."""
@@ -87,12 +90,24 @@ class Verdict:
         return plain
 
     def figure(self) -> Any:
-        """Outliers, attention and predictions of every version of the model, with their intervals."""
+        """Outliers, attention and predictions of every version of the model, with their intervals.
+
+        Where nothing was measured, that of the diagnosis.
+        """
+        if not self.measures:
+            return self.before.figure()
         from vitreg.verification.figure import versions_figure
 
         return versions_figure(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """The verdict, and the measures that it rests on, before and after."""
+        from vitreg.verification.summary import summary_of
+
+        return summary_of(self)
+
+    def full(self) -> str:
+        """The verdict with its reason, all measures with their intervals and the controls."""
         model = called(self.model, self.planted)
         lines = [f"{model} with fix of type {self.fix.type!r}: {self.verdict}", self.reason]
         if self.measures:
@@ -128,11 +143,11 @@ def measure_table(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
         change = measure.difference or measure.after
         row = [
             MEASURES[measure.name].label,
-            _written(measure.name, measure.before),
-            _written(measure.name, measure.after),
+            written(measure.name, measure.before),
+            written(measure.name, measure.after),
             _with_interval(measure.name, change, signed=measure.difference is not None),
         ]
-        rows.append(row + [_written(measure.name, x.measures.get(measure.name)) for x in others])
+        rows.append(row + [written(measure.name, x.measures.get(measure.name)) for x in others])
     return ["", "before", "after", "change", *(control.name for control in others)], rows
 
 
@@ -141,7 +156,8 @@ def _table(verdict: Verdict) -> str:
     return text_table(rows, heads)
 
 
-def _written(name: str, estimate: Estimate | None) -> str:
+def written(name: str, estimate: Estimate | None) -> str:
+    """An estimate without its interval; a dash for none."""
     return "-" if estimate is None else format(estimate.value, MEASURES[name].format)
 
 

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.diagnosis.result import Diagnosis, Example
-from vitreg.plots.style import short_name
+from vitreg.printing import PHANTOM, Presented, Summary, short_name
 from vitreg.viewing.patches import Patch, PatchName
-from vitreg.viewing.wording import photo_facts, sentence, what_judged
+from vitreg.viewing.wording import photo_facts, sentence, table, what_judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class LookVersion:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Look:
+class Look(Presented):
     """What `look` saw: print it, draw it, or show it in a notebook. All versions saw the same photos.
 
     `beside` counts the bundled photos that the patches were judged with, `failed` names unreadable photos.
@@ -126,20 +126,26 @@ class Look:
             ],
         }
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        """Which patches are artifacts, in each photo and version, and what to make of it."""
+        alarming = any(version.diagnosis.has_artifacts for version in self.versions)
+        subject = short_name(self.names[0]) if len(self.names) == 1 else f"{len(self.names)} photos"
+        heads, rows = table(self)
+        return Summary("artifacts" if alarming else "no artifacts", subject, rows, heads, self._notes())
+
+    def full(self) -> str:
         lines = [
             sentence(self, version, i, named=len(self.names) > 1)
             for i in range(len(self.names))
             for version in self.versions
         ]
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        planted = any(version.diagnosis.planted for version in self.versions)
         unread = [f"{failed['path']} could not be read: {failed['reason']}" for failed in self.failed]
-        return "\n".join([*lines, *unread, what_judged(self)])
+        return [*([f"{PHANTOM}."] if planted else []), *unread, what_judged(self)]
 
     def __repr__(self) -> str:
         found = ", ".join(f"{version.label}: {version.diagnosis.verdict}" for version in self.versions)
-        return f"Look({len(self.names)} photos; {found})"
-
-    def _repr_png_(self) -> bytes:
-        from vitreg.plots.style import png
-
-        return png(self.figure(), dpi=110)
+        return f"<Look: {len(self.names)} photos; {found}>"

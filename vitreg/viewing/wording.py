@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitreg.diagnosis.wording import kind_of_query
-from vitreg.plots.style import number, percent, short_name
-from vitreg.printing import called
+from vitreg.printing import called, number, percent, short_name
 
 if TYPE_CHECKING:
     from vitreg.viewing.result import Look, LookVersion
@@ -65,6 +64,32 @@ def sentence(look: "Look", version: "LookVersion", photo: int, named: bool) -> s
     if facts.attention_on_former is not None:
         said += f"; the former artifacts draw {percent(facts.attention_on_former)} of the {source} attention"
     return f"{subject}: {said}."
+
+
+def table(look: "Look") -> tuple[list[str], list[list[str]]]:
+    """The figures of all photos and versions: heads and rows, with no column for what there is none of."""
+    source = kind_of_query(look.versions[0].diagnosis.attention_queries)
+    heads = ["", "artifacts", "their norm", f"{source} attention", "on former ones"]
+    rows = []
+    for photo, name in enumerate(look.names):
+        for version in look.versions:
+            facts = photo_facts(version, photo, look.unfixed(version))
+            words = [version.label] if len(look.names) == 1 else [short_name(name)]
+            words += [version.label] if len(look.names) > 1 and len(look.versions) > 1 else []
+            rows.append([", ".join(words), *_cells(facts)])
+    if not any(version.fixed for version in look.versions):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    return heads, rows
+
+
+def _cells(facts: PhotoFacts) -> list[str]:
+    shares = (facts.attention, facts.attention_on_former)
+    ratio = "-" if facts.ratio is None else f"{number(facts.ratio)}x"
+    return [
+        f"{facts.artifacts} of {facts.patches}",
+        ratio,
+        *("-" if share is None else percent(share) for share in shares),
+    ]
 
 
 def what_judged(look: "Look") -> str:

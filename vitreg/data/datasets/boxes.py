@@ -117,7 +117,7 @@ def _voc_annotation(path: Path, photo: Path) -> _Annotated:
     try:
         tree = ET.fromstring(path.read_bytes())
     except (ET.ParseError, ValueError, LookupError) as error:  # no XML, or in an encoding that it is not
-        raise DataError(f"{named} is no valid XML: {error}.") from error
+        raise DataError(f"{named} is not valid XML: {error}.") from error
     sides = [_number(tree.findtext(f"size/{side}")) for side in ("height", "width")]
     boxes: list[tuple[str, Corners]] = []
     for i, item in enumerate(tree.findall("object"), 1):
@@ -239,7 +239,7 @@ def _boxed(root: str, annotated: Iterable[_Annotated], left_out: Iterable[LeftOu
             f"no photo of {root} has a box. {' '.join(f'{note}.' for note in notes_on(out))}".strip()
         )
     guesses = {
-        "photos are of their files' size, for their annotations state none": unsized,
+        "photos have the size of their files, because their annotations state none": unsized,
         f"boxes {_CUT}": cut,
     }
     paths, sizes, boxes = zip(*found, strict=True)

@@ -215,6 +215,8 @@ def _folders(source: ClassSource, folder: Path) -> Labelled:
     empty = sorted(
         sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name not in number and sub.name[0] != "."
     )
-    guesses = (counted(f"folders of {folder.name}/ hold no photo and are no class", empty),) if empty else ()
+    guesses = (
+        (counted(f"folders of {folder.name}/ hold no photo and are not classes", empty),) if empty else ()
+    )
     photos = Labelled(str(source), found.paths, (), tuple(names), guesses, found.left_out)
     return _numbered(photos, lambda path: number[path.relative_to(folder).parts[0]])

@@ -236,7 +236,7 @@ def _of_folders(
     guess = f"Ids 0 to {classes - 1} of the masks are classes, {' and '.join(map(str, ignored))} none."
     called, ids = _called(range(classes)), tuple[int, ...]()
     if binary:
-        guess = "The masks hold 0 and 255 only: 255 is the foreground. Set ignore=255 if it is no class."
+        guess = "The masks hold 0 and 255 only: 255 is the foreground. Set ignore=255 if it is not a class."
         called, ids, ignored = ("background", "foreground"), (0, FOREGROUND), ()
     return [_masked(root, split, pair, called, ignored, ids, guess) for split, pair in pairs.items()]
 

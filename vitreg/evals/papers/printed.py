@@ -7,12 +7,12 @@ print(table_text("test-time-segmentation"))
 from collections.abc import Iterator
 from typing import Any
 
-from vitreg.config.settings import nearest
 from vitreg.errors import DataError
 from vitreg.evals.papers.kept import measured
 from vitreg.evals.papers.tables import DATA, ROOT, TABLES, FixRecipe, Row, Table
 from vitreg.evals.result import written
 from vitreg.intervals import Estimate
+from vitreg.printing import one_of, terminal_width, text_table, wrapped
 
 _PLAIN = ("RMSE", "distance", "L2 error")  # metrics that are no shares
 
@@ -20,25 +20,25 @@ _PLAIN = ("RMSE", "distance", "L2 error")  # metrics that are no shares
 def find_table(name: str) -> Table:
     """Raises DataError for an unknown name, with the nearest."""
     if name not in TABLES:
-        raise DataError(
-            f"there is no table {name!r}.{nearest(name, TABLES)} Expected one of {', '.join(TABLES)}."
-        )
+        raise DataError(f"there is no table {name!r}. {one_of(name, TABLES)}")
     return TABLES[name]
 
 
 def overview() -> str:
-    """All tables, a line each, by paper."""
-    lines = []
+    """All tables by paper, within the width of the terminal."""
+    lines, width = [], terminal_width()
     for paper in dict.fromkeys(table.paper for table in TABLES.values()):
-        lines.append(paper)
-        lines += [
-            f"  {name:<24}{table.title} ({_counts(name, table)})"
+        rows = [
+            (name, f"{table.title} ({_counts(name, table)})")
             for name, table in TABLES.items()
             if table.paper == paper
         ]
-    return "\n".join(
-        [*lines, "`vitreg papers TABLE` shows its rows, `vitreg papers --run TABLE` measures them."]
-    )
+        lines += [
+            *wrapped(paper, width),
+            *(f"  {x}" for x in text_table(rows, left=2, width=width - 2).splitlines()),
+        ]
+    how = "`vitreg papers TABLE` shows its rows, `vitreg papers --run TABLE` measures them."
+    return "\n".join([*lines, "", *wrapped(how, width)])
 
 
 def _counts(name: str, table: Table) -> str:

@@ -60,7 +60,7 @@ def run_table(name: str, root: Path | None, load: Load, *, again: bool = False, 
             sys.stdout.write(f"{row.name}: not run: {' '.join(str(error).split())}\n")
         else:
             keep(name, row, result)
-            sys.stdout.write(f"{row.name}: {result}\n")
+            sys.stdout.write(f"{row.name}: {result.full()}\n")
             done += 1
     if not done:
         raise DataError(f"no row of {name} could be run: the lines above say why.")

@@ -1,37 +1,51 @@
-"""What results print: names of models, tables, and the one progress bar."""
+"""What is being done, and how far it is: stages that are counted, and the one progress bar."""
 
-import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-PHANTOM = "a phantom: its artifacts were planted"
-
-
-def called(model: str, planted: bool) -> str:
-    """A model's name; a phantom, whose artifacts were planted, is called one."""
-    return f"{model} ({PHANTOM})" if planted else model
+Say = Callable[[str], None]
+Told = bool | Say | None  # who is told of progress: True is stderr, False and None are nobody
 
 
-def text_table(
-    rows: Sequence[Sequence[str]], heads: Sequence[str] = (), *, left: int = 1, width: int = 1000
-) -> str:
-    """Rows of cells in aligned columns; the first `left` columns to the left, the others to the right.
+def say_to(told: Told) -> Say:
+    """A function that says a line to whoever is to be told."""
+    if callable(told):
+        return told
+    return _to_stderr if told else _to_nobody
 
-    Cells that do not fit into `width` characters are wrapped. No line ends in spaces.
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _to_nobody(line: str) -> None:
+    pass
+
+
+class Stages:
+    """Says each stage of long work, counted: "2/5 building the fix".
+
+        stages = Stages(progress, ["diagnosing", "building the fix"])
+        stages("diagnosing")
+
+    The stages are named beforehand, in their order. One that turns out not to be needed is left out, and its
+    number with it.
     """
-    table = Table(box=None, pad_edge=False, header_style="", show_header=bool(heads))
-    for index in range(len(heads) or max(map(len, rows), default=0)):
-        heading = heads[index] if heads else ""
-        table.add_column(heading, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=width, no_color=True, markup=False, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __init__(self, told: Told, names: Sequence[str]) -> None:
+        self._say, self._names = say_to(told), list(names)
+
+    def __call__(self, name: str, more: str = "") -> None:
+        """A stage begins; `more` is what to add to its name."""
+        self.say(f"{self._names.index(name) + 1}/{len(self._names)} {name}{more}")
+
+    def say(self, line: str) -> None:
+        """A line between the stages."""
+        self._say(line)
 
 
 @contextmanager
