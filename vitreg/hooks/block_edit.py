@@ -205,7 +205,7 @@ def _run(block: nn.Module, base: Callable[..., Any], first: Stream, args: Any, k
     with handing_on(x) as leaving:
         y = run(0, x, *given)
         output = _output(stream, y, outputs[0], edits)
-        leaving.append(as_given(stream.of_output(output)) if stream.tokens_first else y)
+        leaving.append(as_given(stream.of_output(output)) if stream.reorders else y)
     return output
 
 

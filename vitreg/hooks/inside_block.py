@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.position_tables import ELEMENTWISE, fitted, neutral, with_rows
+from vitreg.hooks.rows import current
 
 
 class BlockInterceptor(AttentionMode):
@@ -37,6 +38,7 @@ class BlockInterceptor(AttentionMode):
         super().__init__(images)
         self._start, self._inserted, self._tokens = start, inserted, tokens
         self._known = neutral_values
+        self._row = images if current() else 1  # how many images lie behind one another in a table
         self.neutral_values: list[float] = []  # of the tables so far
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -47,11 +49,11 @@ class BlockInterceptor(AttentionMode):
     def beside(self, func: Any, args: Any) -> Any:
         name = getattr(func, "__name__", "")
         fits = self._inserted and name in ELEMENTWISE
-        return fitted(name, args, self._inserted, self.fit) if fits else args
+        return fitted(name, args, self._inserted * self._row, self.fit) if fits else args
 
     def fit(self, name: str, table: Tensor, axis: int, like: Tensor) -> Tensor:
         """A table of positions for all tokens, or for those from some index on, with rows for the others."""
-        at = self._start - (self._tokens - table.shape[axis])
+        at = self._start - (self._tokens - table.shape[axis] // self._row)
         if at < 0:
             return table
         order = len(self.neutral_values)
@@ -59,12 +61,15 @@ class BlockInterceptor(AttentionMode):
         known = self._known is not None and order < len(self._known)
         value = self._known[order] if known else neutral(name, table, axis)  # type: ignore[index]
         self.neutral_values.append(value)
-        return with_rows(table, axis, at, self._inserted, value)
+        by_image = table.unflatten(axis, (self._row, -1))
+        return with_rows(by_image, axis, at, self._inserted, value).flatten(axis - 1, axis)
 
     def mask(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""
-        if mask.shape[-1] + self._inserted != keys:
+        if mask.shape[-1] + self._inserted * self._row != keys:
             return mask
+        if self._row > 1:
+            return self._mask_of_row(mask)
         keep = mask.dtype == torch.bool
         columns = mask.new_full((*mask.shape[:-1], self._inserted), keep)
         mask = torch.cat([mask[..., : self._start], columns, mask[..., self._start :]], -1)
@@ -75,6 +80,13 @@ class BlockInterceptor(AttentionMode):
         row = ~ignored if keep else mask.new_zeros(()).masked_fill(ignored, -torch.inf)
         rows = row.expand(*mask.shape[:-2], self._inserted, mask.shape[-1])
         return torch.cat([mask[..., : self._start, :], rows, mask[..., self._start :, :]], -2)
+
+    def _mask_of_row(self, mask: Tensor) -> Tensor:
+        """A mask between images in one row: the inserted tokens have that of their image's first."""
+        own = torch.arange(mask.shape[-1], device=mask.device).unflatten(0, (self._row, -1))
+        index = torch.cat([own[:, :1].expand(-1, self._inserted), own], 1).flatten()
+        mask = mask.index_select(-1, index)
+        return mask if mask.shape[-2] == 1 else mask.index_select(-2, index)
 
     def _interpolate(self, func: Any, input: Tensor, size: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Biases (h, 1, n, n) that are resampled to (tokens, tokens) stay those of the model's own tokens."""

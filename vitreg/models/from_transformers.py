@@ -61,13 +61,14 @@ def vision_towers(module: nn.Module) -> Iterator[nn.Module]:
     towers = [
         part
         for part in module.modules()
-        if hasattr(part, "config") and _arguments(part)[:1] == ["pixel_values"]
+        if hasattr(part, "config")
+        if _arguments(part)[:1] == ["pixel_values"] or "grid_thw" in _arguments(part)
     ]
     without_text = [tower for tower in towers if not set(_TEXT) & set(_arguments(tower))]
     if not without_text and set(_TEXT) & set(_arguments(module)):
         raise UnsupportedModelError(
             f"{type(module).__name__} takes text, and has no part that takes pixel_values alone: no vision"
-            " encoder that vitreg can run. (Encoders of patches in a row are not supported.)"
+            " encoder that vitreg can run."
         )
     yield from without_text or [module]
 
@@ -81,6 +82,8 @@ def forward_of(module: nn.Module) -> Forward | None:
     parameters = inspect.signature(module.forward).parameters
     if "spatial_shapes" in parameters:
         return partial(_run_on_patches, module)
+    if "grid_thw" in parameters:
+        return partial(_run_on_grids, module)
     if "interpolate_pos_encoding" in parameters:
         return partial(module, interpolate_pos_encoding=True)
     return None
@@ -97,6 +100,26 @@ def _run_on_patches(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
     mask = torch.ones(b, rows * columns, dtype=torch.long, device=images.device)
     shapes = torch.tensor([[rows, columns]] * b, device=images.device)
     return module(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes)
+
+
+def _run_on_grids(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
+    """Qwen2-VL and its kin take the patches of all images in one row, ordered by the squares of patches that
+    they merge, and the grid of each image (frames, rows, columns)."""
+    config: Any = module.config
+    patch, merged = config.patch_size, getattr(config, "spatial_merge_size", 1)
+    frames = getattr(config, "temporal_patch_size", 1)
+    b, _, h, w = images.shape
+    side = patch * merged
+    if h % side or w % side:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} merges {merged}x{merged} patches of {patch} pixels: expected images whose"
+            f" sides are multiples of {side}, found {h}x{w}."
+        )
+    cells = images.reshape(b, 3, h // side, merged, patch, w // side, merged, patch)
+    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (b, rows, columns, within a square (2), 3, patch, patch)
+    pixels = cells.unsqueeze(6).expand(*cells.shape[:6], frames, patch, patch).reshape(b * h * w // patch**2, -1)
+    grids = torch.tensor([[1, h // patch, w // patch]] * b, device=images.device)
+    return module(pixels, grid_thw=grids)
 
 
 def processor_of(name: str, trust_remote_code: bool = False) -> Any:

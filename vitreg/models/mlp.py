@@ -15,6 +15,8 @@ from vitreg.models.probe import IMAGES, Probe, evaluating
 def find_mlp(probe: Probe) -> str:
     """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
     shapes: set[Shape] = {(IMAGES, probe.tokens, probe.width), (probe.tokens, IMAGES, probe.width)}
+    if probe.calls.in_a_row:
+        shapes = {probe.row}
     with evaluating(probe.model):
         found = leading_down(probe.called, shapes)
     row = (IMAGES * probe.tokens, probe.width)
