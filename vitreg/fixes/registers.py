@@ -27,7 +27,7 @@ from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.hooked import hooked
 from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
 from vitreg.hooks.neuron_edit import edited
-from vitreg.hooks.stream import Stream
+from vitreg.hooks.stream import Stream, as_given
 from vitreg.hooks.torch_internals import uncompiled
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -284,7 +284,7 @@ def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
             made.append((module, output))
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(vit.anatomy.stream.of_call(args, kwargs))
+        entered.append(as_given(vit.anatomy.stream.of_call(args, kwargs)))
 
     hooks = [
         module.register_forward_hook(saw)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.position_tables import ELEMENTWISE, fitted, neutral, with_rows
-from vitreg.hooks.rows import current
+from vitreg.hooks.rows import current, with_rows_of_images
 
 
 class BlockInterceptor(AttentionMode):
@@ -38,7 +38,8 @@ class BlockInterceptor(AttentionMode):
         super().__init__(images)
         self._start, self._inserted, self._tokens = start, inserted, tokens
         self._known = neutral_values
-        self._row = images if current() else 1  # how many images lie behind one another in a table
+        self._in_a_row = current() is not None
+        self._row = images if self._in_a_row else 1  # how many images lie behind one another in a table
         self.neutral_values: list[float] = []  # of the tables so far
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -68,8 +69,8 @@ class BlockInterceptor(AttentionMode):
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""
         if mask.shape[-1] + self._inserted * self._row != keys:
             return mask
-        if self._row > 1:
-            return self._mask_of_row(mask)
+        if self._in_a_row:
+            return with_rows_of_images(mask, self._row, self._inserted)
         keep = mask.dtype == torch.bool
         columns = mask.new_full((*mask.shape[:-1], self._inserted), keep)
         mask = torch.cat([mask[..., : self._start], columns, mask[..., self._start :]], -1)
@@ -80,13 +81,6 @@ class BlockInterceptor(AttentionMode):
         row = ~ignored if keep else mask.new_zeros(()).masked_fill(ignored, -torch.inf)
         rows = row.expand(*mask.shape[:-2], self._inserted, mask.shape[-1])
         return torch.cat([mask[..., : self._start, :], rows, mask[..., self._start :, :]], -2)
-
-    def _mask_of_row(self, mask: Tensor) -> Tensor:
-        """A mask between images in one row: the inserted tokens have that of their image's first."""
-        own = torch.arange(mask.shape[-1], device=mask.device).unflatten(0, (self._row, -1))
-        index = torch.cat([own[:, :1].expand(-1, self._inserted), own], 1).flatten()
-        mask = mask.index_select(-1, index)
-        return mask if mask.shape[-2] == 1 else mask.index_select(-2, index)
 
     def _interpolate(self, func: Any, input: Tensor, size: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Biases (h, 1, n, n) that are resampled to (tokens, tokens) stay those of the model's own tokens."""
@@ -101,9 +95,11 @@ def within(mode: AttentionMode, run: Callable[[], Float[Tensor, "b n d"]]) -> Fl
 
 
 def given_mask(tokens: int, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a block is handed something that may be an attention mask (..., n) for so many tokens.
+    """Whether a block is handed something that may be an attention mask (..., n) for so many tokens, or for
+    those of all images that lie in one row.
 
     transformers hands out none in an ordinary pass, and one of nothing but True while a graph is traced.
     """
+    tokens *= known.images if (known := current()) else 1
     beside = (*args, *kwargs.values())
     return any(isinstance(value, Tensor) and value.shape[-1:] == (tokens,) for value in beside)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.attention import AttentionCall
-from vitreg.hooks.rows import Row, current, reordered, tokens_inside
+from vitreg.hooks.rows import Row, blocks_of_images, current, hidden, reordered, tokens_inside
 
 
 class RowAttention(AttentionCall):
@@ -79,9 +79,9 @@ class RowAttention(AttentionCall):
         b, n = self._row.images, self.tokens
         if b == 1 and mask is None:
             return None
-        blocks = None if mask is None else _blocks(mask, b, n)
+        blocks = None if mask is None else blocks_of_images(mask, b)
         apart = ~torch.eye(b, dtype=torch.bool)
-        if blocks is None or not bool(_hidden(blocks)[..., apart.to(blocks.device), :, :].all()):
+        if blocks is None or not bool(hidden(blocks)[..., apart.to(blocks.device), :, :].all()):
             raise UnsupportedModelError(
                 "the tokens of all images lie in one row, and nothing keeps images from attending to each other."
             )
@@ -94,16 +94,6 @@ class RowAttention(AttentionCall):
 def lengths_of(calls: list[AttentionCall]) -> list[int]:
     """How many tokens each of the attentions is over; a call may be over several of equal length."""
     return [call.tokens for call in calls for _ in range(call.q.shape[:-3].numel())]
-
-
-def _blocks(mask: Tensor, images: int, tokens: int) -> Tensor:
-    """A mask (..., N, N) of a row as (..., b, b, n, n)."""
-    mask = mask.expand(*mask.shape[:-2], images * tokens, images * tokens)
-    return mask.unflatten(-1, (images, tokens)).unflatten(-3, (images, tokens)).transpose(-3, -2)
-
-
-def _hidden(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else mask < -1e4
 
 
 class joined:  # noqa: N801 - used as a function that remembers

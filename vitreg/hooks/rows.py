@@ -23,6 +23,8 @@ from torch import Tensor
 
 from vitreg.errors import UnsupportedModelError
 
+HIDES = -1e4  # what is added to a logit, or less, leaves nothing of its weight
+
 
 @dataclass(frozen=True)
 class Row:
@@ -164,3 +166,34 @@ def _widened(bounds: Int[Tensor, " w"], known: Row, added: int) -> Int[Tensor, "
         return moved
     starts = moved[:-1][bounds[:-1] % known.patches == 0]
     return torch.cat([moved, starts + added]).sort().values.to(bounds.dtype)
+
+
+# -- masks over a whole row -------------------------------------------------------------------------
+
+
+def hidden(mask: Tensor) -> Tensor:
+    """Where a mask (True: kept) or a bias keeps a token from attending to another."""
+    return ~mask if mask.dtype == torch.bool else mask < HIDES
+
+
+def blocks_of_images(mask: Shaped[Tensor, "..."], images: int) -> Shaped[Tensor, "..."]:
+    """A mask (..., 1 or N, N) of a row as (..., b, b, n, n)."""
+    mask = mask.expand(*mask.shape[:-2], mask.shape[-1], -1)
+    return mask.unflatten(-1, (images, -1)).unflatten(-3, (images, -1)).transpose(-3, -2)
+
+
+def with_rows_of_images(mask: Shaped[Tensor, "..."], images: int, added: int) -> Shaped[Tensor, "..."]:
+    """A mask of a row, with so many tokens more before each image's. Its own tokens and they see each other;
+    where the image is cut into windows, the added tokens are a window of their own."""
+    keep = mask.dtype == torch.bool
+    own = blocks_of_images(mask, images)[..., range(images), range(images), :, :]
+    windows = bool(hidden(own).any())
+    places = torch.arange(mask.shape[-1], device=mask.device).unflatten(0, (images, -1))
+    places = torch.cat([places[:, :1].expand(-1, added), places], 1)
+    mask = mask.expand(*mask.shape[:-2], mask.shape[-1], -1)
+    wide = mask.index_select(-1, places.flatten()).index_select(-2, places.flatten())
+    image = torch.arange(images, device=mask.device).repeat_interleave(places.shape[1])
+    new = (torch.arange(places.shape[1], device=mask.device) < added).repeat(images)
+    of_one = image[:, None] == image
+    wide = wide.masked_fill(of_one & (new[:, None] | new), keep)
+    return wide.masked_fill(of_one & (new[:, None] ^ new), False if keep else mask.min()) if windows else wide

@@ -167,6 +167,7 @@ def choose(
     what = "zeroed neurons" if vit.anatomy.no_registers else "test-time registers"
     try:
         splitting = splitting_for(vit, few, rounds)
+        splitting.check(vit)
         splitting.edits(vit)
     except (FixError, UnsupportedModelError) as error:
         return trial.fix, f"{trial.name}, though the model notices ({'; '.join(tried)}), for: {error}"

@@ -15,7 +15,7 @@ from vitreg.diagnosis.result import Diagnosis
 from vitreg.models.backbone import Backbone
 from vitreg.models.layout import TokenLayout
 from vitreg.models.positions import position_table
-from vitreg.models.probe import evaluating, first_tensor
+from vitreg.models.probe import evaluating
 
 # A position is bound if it is an outlier in so large a share of the photos.
 OFTEN = 0.5
@@ -66,9 +66,7 @@ def _entering(vit: Backbone, images: Iterable[Tensor]) -> Float[Tensor, "b n d"]
     found: list[Tensor] = []
 
     def enters(module: nn.Module, args: object, kwargs: object) -> None:
-        tokens = first_tensor((args, kwargs))
-        assert tokens is not None
-        found.append(tokens.float())
+        found.append(vit.anatomy.stream.of_call(args, kwargs).float())
 
     block = vit.anatomy.block_modules(vit.model)[0]
     with block.register_forward_pre_hook(enters, with_kwargs=True), evaluating(vit.model):
