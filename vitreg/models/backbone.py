@@ -13,12 +13,12 @@ from vitreg.errors import (
     UnsupportedModelError,
 )
 from vitreg.models.anatomy import Anatomy, find_anatomy, row_of_each_pass
-from vitreg.models.from_transformers import forward_of
 from vitreg.models.headless import run_without_head
 from vitreg.models.layout import TokenLayout
 from vitreg.models.own_forward import ModelForward, OfModel, own_forward
 from vitreg.models.packed import read_rows
 from vitreg.models.pairs import make_blocks
+from vitreg.models.patch_input import forward_of
 from vitreg.models.placement import device_of, dtype_of
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.probe import Forward

@@ -36,8 +36,10 @@ class Given(NamedTuple):
 def given_to(args: Any, kwargs: Any) -> Given:
     """The images or the table of grids among a model's arguments."""
     tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
-    images = [x for x in tensors if x.dim() == 4 and x.shape[1] == 3]
     tables = [x for x in tensors if x.dim() == 2 and x.shape[1] in (2, 3) and not x.is_floating_point()]
+    images = [x for x in tensors if x.dim() == 4 and x.shape[1] == 3]
+    if tables and images and len(images[0]) == int(tables[0].prod(1).sum()):  # patches, unflattened
+        images = []
     return Given(next(iter(images), None), next(iter(tables), None))
 
 
