@@ -21,7 +21,7 @@ def find_mlp(probe: Probe) -> str:
         found = leading_down(probe.called, shapes)
     row = (IMAGES * probe.tokens, probe.width)
     rows = [call for call in probe.called if call.output == row and is_linear(call.module)]
-    if not found and rows:
+    if not found and rows and not probe.calls.in_a_row:
         raise probe.unsupported(
             f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"
             f" {rows[-1].output}), so that it cannot be told which image an activation belongs to"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vitreg.models.feature import Feature
 from vitreg.models.given import one_grid
 from vitreg.models.layout import TokenLayout
-from vitreg.models.probe import CONTRAST, Feature, Forward, Probe, equal_tokens
+from vitreg.models.probe import CONTRAST, Forward, Probe, equal_tokens
 
 Pair = tuple[int, int]
 

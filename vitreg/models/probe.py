@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,8 @@ from vitreg.hooks.stream import Stream, tensors_in
 from vitreg.models.block_calls import BlockCalls
 from vitreg.models.block_stack import PASS_AN_ANATOMY, blocks_in, holds_blocks
 from vitreg.models.down_projection import Call
+from vitreg.models.feature import MAKES_FEATURES, Feature
+from vitreg.models.film import takes_films
 from vitreg.models.given import Given, given_to
 from vitreg.models.placement import device_of, dtype_of
 
@@ -35,7 +37,6 @@ NO_ATTENTION_SEEN = (
     " model.set_attn_implementation('sdpa') in transformers, say. Other kinds of attention, or none, are not"
     " supported"
 )
-MAKES_FEATURES = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 IMAGES = 3  # of a probe: two different ones, and the first again
 CONTRAST = 4.0  # what is added to changed pixels, whose own values are -1 to 1
 
@@ -66,21 +67,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class Feature(NamedTuple):
-    """What a layer made before block 0: the shape of its output, and the sides of the map that entered it."""
-
-    name: str
-    module: nn.Module
-    shape: tuple[int, ...]
-    entering: tuple[int, ...]  # (height, width), or (0, 0) where no map entered
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Of a map (b, c, rows, columns), or (b, rows, columns, c) of a linear layer."""
-        rows = 1 if isinstance(self.module, nn.Linear) else 2
-        return self.shape[rows], self.shape[rows + 1]
 
 
 class Probe:
@@ -119,13 +105,10 @@ class Probe:
             try:
                 forward(images)
             except Exception as error:
+                if not self.calls.inputs and isinstance(error, UnsupportedModelError):
+                    raise
                 if not self.calls.inputs:
-                    raise UnsupportedModelError(
-                        f"{type(self.model).__name__} could not run on images of shape"
-                        f" {tuple(images.shape)} ({type(error).__name__}: {one_line(error)}). Give vitreg"
-                        " the vision encoder itself (of a larger model, its vision tower), a matching size,"
-                        " or a `forward` that says how to call it."
-                    ) from error
+                    raise self._could_not_run(forward, images, error) from error
                 if len(self.calls.outputs) < self.depth:
                     raise self.unsupported(
                         f"block {len(self.calls.outputs)} fails on images of shape {tuple(images.shape)}"
@@ -133,6 +116,19 @@ class Probe:
                     ) from error
                 # Past the blocks: a head that wants more than images does not concern us.
                 self.head_error = f"{type(error).__name__}: {one_line(error)}"
+
+    def _could_not_run(self, forward: Forward, images: Tensor, error: Exception) -> UnsupportedModelError:
+        kind, shape = type(self.model).__name__, tuple(images.shape)
+        if takes_films(self.model, self.blocks[0], forward, images):
+            return UnsupportedModelError(
+                f"{kind} takes video, 5-dimensional input (b, frames, 3, h, w), and not images of shape {shape}."
+                " Models of video are not supported: give vitreg an image encoder."
+            )
+        return UnsupportedModelError(
+            f"{kind} could not run on images of shape {shape} ({type(error).__name__}: {one_line(error)}). Give"
+            " vitreg the vision encoder itself (of a larger model, its vision tower), a matching size, or a"
+            " `forward` that says how to call it."
+        )
 
     def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """The residual stream (b, n, d) that enters block 0 for other images of the same size.
