@@ -17,7 +17,7 @@ VIT_MODULES = (
     "vision_transformer_relpos",
     "vision_transformer_hybrid",
 )
-LIBRARIES = ("timm", "transformers")
+LIBRARIES = ("timm", "transformers", "towers")
 
 
 @dataclass
@@ -80,7 +80,7 @@ def slim(result: Result) -> dict[str, Any]:
 PAGE = """\
 # Census: which models vitreg reads
 
-Every image model of timm and transformers, built with random weights (nothing is downloaded), with two
+Every image model of timm and transformers, and the vision towers inside its multimodal models, built with random weights (nothing is downloaded), with two
 blocks and a small image where its constructor allows that. `python benchmarks/census.py` made this page;
 its docstring says what is checked. Versions: {versions}.
 

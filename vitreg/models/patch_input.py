@@ -52,7 +52,7 @@ def _run_on_row(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
     """
     b, _, h, w = images.shape
     patch: int = module.config.patch_size  # type: ignore[union-attr, assignment]
-    pixels, beside = _arrangement(type(module), (h, w), patch, _frames(module, patch), _merged(module))
+    pixels, beside = _arrangement(type(module), (h, w), patch, _frames(module), _merged(module))
     row = images.flatten(1)[:, pixels.to(images.device)].flatten(0, 1)
     wanted = inspect.signature(module.forward).parameters
     tables = {
@@ -122,13 +122,8 @@ def _merged(module: nn.Module) -> int | None:
     return sides.pop() if sides else None
 
 
-def _frames(module: nn.Module, patch: int) -> int:
-    """How many frames a patch has, by the first layer that takes patches of so many pixels."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv3d):
-            return part.kernel_size[0]
-        if isinstance(part, nn.Linear) and part.in_features % (3 * patch**2) == 0:
-            return part.in_features // (3 * patch**2)
-        if isinstance(part, nn.Conv2d):
-            return 1
-    return 1
+def _frames(module: nn.Module) -> int:
+    """How many frames a patch has."""
+    named = [getattr(module.config, name) for name in _FRAMES if hasattr(module.config, name)]
+    films = [part.kernel_size[0] for part in module.modules() if isinstance(part, nn.Conv3d)]
+    return next(iter((*named, *films)), 1)
