@@ -58,7 +58,9 @@ def _towers() -> Iterator[tuple[Any, str]]:
             code = import_module(config.__module__.replace("configuration_", "modeling_"))
         except ModuleNotFoundError:
             continue
-        yield from ((kind, model_type) for kind in vars(code).values() if _is_tower(kind, config, code.__name__))
+        yield from (
+            (kind, model_type) for kind in vars(code).values() if _is_tower(kind, config, code.__name__)
+        )
 
 
 def _vision_config(config: Any) -> Any:

@@ -24,8 +24,8 @@ WIDTH, HEADS, PATCH = 32, 4, 8
 
 @dataclass(frozen=True)
 class Tower:
-    """`square` patches by `square` are merged later, and lie together; so do `window` by `window` patches, which
-    attend to each other alone in all blocks but those of `whole`."""
+    """`square` patches by `square` are merged later, and lie together; so do `window` by `window` patches,
+    which attend to each other alone in all blocks but those of `whole`."""
 
     build: Callable[[], nn.Module]
     neurons: int = 128
@@ -172,6 +172,16 @@ class MaskedBlock(Block):
         logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~see, -torch.inf)
         x = x + self.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
+
+
+class AllTogether(Tiles):
+    """Nothing keeps images apart."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = in_squares(self.patch_embed(images)).flatten(0, 1)[None]
+        for block in self.blocks:
+            x = block(x, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))
+        return x
 
 
 # -- of transformers -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Models that pack the images of a batch into one row: read, fixed, and refused where they cannot be told apart.
+"""Models that pack the images of a batch into one row: read, fixed, and refused where none can be told.
 
 The references are ordinary hooks on the models' own layers, and blocks that are called by hand.
 """
@@ -128,7 +128,11 @@ def test_norms_and_neurons_are_those_of_hooks(name: str, vit: vitreg.Backbone, s
 
 def test_attention_rows_are_those_of_the_models_own_softmax(name: str, vit: vitreg.Backbone) -> None:
     batch = images(vit, 3)
-    with torch.no_grad(), vitreg.trace(vit, attention="full") as t, vitreg.trace(vit, attention=[7, 30]) as few:
+    with (
+        torch.no_grad(),
+        vitreg.trace(vit, attention="full") as t,
+        vitreg.trace(vit, attention=[7, 30]) as few,
+    ):
         vit(batch)
     expected = torch.stack(own_rows(name, vit, batch))
     close(t.attention, expected)
@@ -207,7 +211,9 @@ def _one_by_hand(name: str, vit: vitreg.Backbone, image: Tensor, fix: TestTimeRe
             lengths = PACKED[name].lengths(grid, layer)
             lengths = [lengths[0] + r] if len(lengths) == 1 else [r, *lengths] if r else lengths
             beside = [_with_registers(x, r, lengths) for x in args[1:]]
-            named = {key: _with_registers(x, r, lengths) for key, x in kwargs.items() if key != "hidden_states"}
+            named = {
+                key: _with_registers(x, r, lengths) for key, x in kwargs.items() if key != "hidden_states"
+            }
             stream = first_tensor(block(stream, *beside, **named))
             left.append(by_image(stream[..., r:, :], 1, PACKED[name].places(grid)))
     return torch.stack(left)
@@ -299,6 +305,18 @@ def _run_as_others(name: str, model: nn.Module, batch: Tensor) -> Any:
     cells = batch.reshape(b, 3, h // 16, 2, 8, w // 16, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
     two = cells.unsqueeze(6).repeat(1, 1, 1, 1, 1, 1, 2, 1, 1)
     return model(two.reshape(-1, 3 * 2 * 64), grid_thw=torch.tensor([[1, h // 8, w // 8]] * b))
+
+
+def test_attention_that_the_model_returns_keeps_its_shape() -> None:
+    vit = PACKED["pixtral"].backbone()
+    vit.model.set_attn_implementation("eager")
+    plain = vit.model(images(vit, 3), output_attentions=True).attentions
+    with FIX.applied_to(vit):
+        fixed = vit.model(images(vit, 3), output_attentions=True).attentions
+    assert [x.shape for x in fixed] == [x.shape for x in plain] == [(1, 4, 180, 180)] * 3
+    apart = torch.block_diag(*[torch.ones(60, 60)] * 3) == 0
+    assert bool((fixed[2][..., apart] == 0).all())
+    assert bool((fixed[2].sum(-1) < 1).all())  # the rest goes to the registers
 
 
 def test_copies_and_pickles_are_models_of_their_own(name: str) -> None:
@@ -399,6 +417,12 @@ def test_padded_images_are_refused() -> None:
         vit.model(images(vit), image_sizes=sizes)
     with vitreg.trace(vit), pytest.raises(UnsupportedModelError, match="a row of 80 tokens"):
         vit.model(images(vit), image_sizes=[(32, 40), (48, 80)])
+
+
+def test_the_doctor_says_how_the_images_lie() -> None:
+    page = " ".join(str(vitreg.doctor(PACKED["qwen2-vl"].backbone())).split())
+    assert "(b*n, d): a block is given it as argument 'hidden_states'" in page
+    assert "packs its images into one row of tokens, in which copies have no place" in page
 
 
 def test_token_splitting_is_refused() -> None:

@@ -141,7 +141,8 @@ def _preprocess(vit: Backbone) -> str:
 
 
 def _stream(stream: Stream) -> str:
-    argument, order = stream.argument, "(n, b, d)" if stream.tokens_first else "(b, n, d)"
+    argument = stream.argument
+    order = "(n, b, d)" if stream.tokens_first else ("(b, n, d)", "(b*n, d)", "(1, b*n, d)")[stream.row_axes]
     where = f"argument {argument.name or argument.position!r}"
     inside = "".join(f"[{key!r}]" for key in argument.path)
     back = "".join(f"[{key!r}]" for key in stream.returned)

@@ -213,7 +213,8 @@ def _output(stream: Stream, y: Tensor, output: Any, edits: list[BlockEdit]) -> A
     """What a block returns with another stream, which has the model's own tokens."""
     inner = stream.of_output(output)
     if inner.shape != y.shape:
-        saw_tokens(inner.shape[1], y.shape[1], max(edit.own for edit in edits), _inserted(edits))
+        images = y.shape[0] if stream.row_axes else 1
+        saw_tokens(inner.shape[1], y.shape[1], max(edit.own for edit in edits), _inserted(edits), images)
     return stream.in_output(y, output)
 
 

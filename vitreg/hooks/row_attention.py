@@ -34,15 +34,15 @@ class RowAttention(AttentionCall):
         return reordered(whole.unflatten(1, (b, n)).transpose(0, 1), self._places, 2)
 
     @cached_property
-    def q(self) -> Float[Tensor, "b h n c"]:  # type: ignore[override]
+    def q(self) -> Float[Tensor, "b h n c"]:
         return self._by_image([call.q for call in self._calls])
 
     @cached_property
-    def k(self) -> Float[Tensor, "b h n c"]:  # type: ignore[override]
+    def k(self) -> Float[Tensor, "b h n c"]:
         return self._by_image([call.k for call in self._calls])
 
     @cached_property
-    def v(self) -> Float[Tensor, "b h n c"]:  # type: ignore[override]
+    def v(self) -> Float[Tensor, "b h n c"]:
         return self._by_image([call.v for call in self._calls])
 
     @cached_property
@@ -83,7 +83,8 @@ class RowAttention(AttentionCall):
         apart = ~torch.eye(b, dtype=torch.bool)
         if blocks is None or not bool(hidden(blocks)[..., apart.to(blocks.device), :, :].all()):
             raise UnsupportedModelError(
-                "the tokens of all images lie in one row, and nothing keeps images from attending to each other."
+                "the tokens of all images lie in one row, and nothing keeps images from attending to each"
+                " other."
             )
         own = blocks[..., range(b), range(b), :, :].movedim(-3, 0)  # (b, ..., n, n)
         own = reordered(reordered(own, self._places, -1), self._places, -2)

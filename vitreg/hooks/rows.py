@@ -4,10 +4,10 @@
         x = unpacked(stream)                 # (2, 20, d), patches in row-major order
         stream = packed(x, stream.dim() - 1)
 
-Vision towers of language models pack the patches of a batch like this, and many keep them in an order of their
-own (blocks of 2 x 2 that are merged later, windows). How many images a pass has, and in which order their
-patches are, is known for each thread while the pass runs. Tokens that a fix adds stand before the patches of
-each image.
+Vision towers of language models pack the patches of a batch like this, and many keep them in an order of
+their own (squares of 2 x 2 that are merged later, windows). How many images a pass has, and in which order
+their patches are, is known for each thread while the pass runs. Tokens that a fix adds stand before the
+patches of each image.
 """
 
 import threading
@@ -28,8 +28,8 @@ HIDES = -1e4  # what is added to a logit, or less, leaves nothing of its weight
 
 @dataclass(frozen=True)
 class Row:
-    """The images of one pass: so many, each of so many patches. `order` says where in its image's part of the
-    row each patch is (None: they are in row-major order). `refused`: why the row cannot be told apart."""
+    """The images of one pass: so many, each of so many patches. `order` says where in its image's part of
+    the row each patch is (None: in row-major order). `refused`: why nothing of this is known."""
 
     images: int = 0
     patches: int = 0
@@ -43,9 +43,8 @@ class Row:
         tokens, rest = divmod(rows, self.images)
         if rest or tokens < self.patches:
             raise UnsupportedModelError(
-                f"a row of {rows} tokens, and {self.images} images of {self.patches} patches were given to the"
-                " model: images of other sizes, or token dropping or merging. Pass images of each size by"
-                " themselves."
+                f"found a row of {rows} tokens, expected {self.images} images of {self.patches} patches:"
+                " images of other sizes, token dropping or merging. Pass images of each size by themselves."
             )
         return tokens - self.patches
 
@@ -62,14 +61,16 @@ class Row:
 
 
 NOTHING = Row(
-    refused="the model packs the tokens of all images into one row, and nothing that it was given says how many"
-    " images there are. Call the vision tower itself, with images or with their grids."
+    refused="the model packs the tokens of all images into one row, and nothing that it was given says how"
+    " many images there are. Call the vision tower itself, with images or with their grids."
 )
 
 
 class _Pass(threading.local):
-    row: Row = NOTHING
-    tokens: int = 0  # of all images, in the block that runs
+    def __init__(self) -> None:
+        self.row = NOTHING
+        self.outer: list[Row] = []  # of the passes around this one, the innermost last
+        self.tokens = 0  # of all images, in the block that runs
 
 
 _pass = _Pass()
@@ -78,22 +79,27 @@ _pass = _Pass()
 @contextmanager
 def row(known: Row) -> Iterator[None]:
     """While entered, this thread's passes have such a row."""
-    before = begin(known)
+    before = know(known)
     try:
         yield
     finally:
-        begin(before)
+        know(before)
 
 
-def begin(known: Row) -> Row:
-    """As `row`, for hooks around a pass: what was known before is returned."""
+def know(known: Row) -> Row:
+    """The pass that this thread runs has such a row; what was known before is returned."""
     before, _pass.row = _pass.row, known
     return before
 
 
+def begin_pass(known: Row) -> None:
+    """A pass begins, perhaps inside of another."""
+    _pass.outer.append(know(known))
+
+
 def end_of_pass(*_: Any) -> None:
-    """A forward hook of a model that packs: nothing is known any longer."""
-    _pass.row = NOTHING
+    """A forward hook of a model that packs: what was known before the pass is known again."""
+    know(_pass.outer.pop() if _pass.outer else NOTHING)
 
 
 def current() -> Row | None:
@@ -139,9 +145,9 @@ def reordered(x: Tensor, places: Tensor | None, axis: int) -> Tensor:
 def with_bounds(value: Any, tokens: int) -> Any:
     """A block's arguments, with room for added tokens in the bounds of images or windows among them.
 
-    `tokens` are those of all images, with the added ones. Bounds are integers that rise from 0 to the end of the
-    row. An image that is cut into windows gets one window more, of the added tokens alone: which of the others
-    should see them is not defined, and where attention is over the whole image all see them.
+    `tokens` are those of all images, with the added ones. Bounds are integers that rise from 0 to the end of
+    the row. An image that is cut into windows gets one window more, of the added tokens alone: a token that
+    many windows see would carry one's content to the others, which the model never does in these blocks.
     """
     added = _pass.row.added(tokens)
     if not added:

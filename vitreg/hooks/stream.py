@@ -7,8 +7,8 @@
     output = stream.in_output(y, output)
 
 Blocks take and return the stream as a tensor, by position or by keyword, or inside lists, tuples and dicts;
-some keep tokens before images (n, b, d), or images in one row (rows.py). The probe finds out once. All who read a stream or edit it ask here,
-so that a reader and an editor cannot mean different tensors.
+some keep tokens before images (n, b, d), or images in one row (rows.py). The probe finds out once. All who
+read a stream or edit it ask here, so that a reader and an editor cannot mean different tensors.
 """
 
 import copy
@@ -45,9 +45,10 @@ class Stream:
 
     `argument` says where a call holds it, `returned` the path to it in an output. `tokens_first`: the stream
     is (n, b, d) there; `neurons_tokens_first`: the neurons' activations are (n, b, f). `row_axes`: images lie
-    in one row, behind so many axes: (b*n, d) or (1, b*n, d), and so do their neurons; 0 elsewhere. `width` and `alike`
-    (how many tensors of that width with three axes the argument and the output hold) tell a call with several
-    crops from the one that was probed; a width of 0 checks nothing.
+    in one row, which has so many axes before the width: 1 for (b*n, d), 2 for (1, b*n, d); 0 where images
+    have an axis of their own. `width` and `alike` (how many tensors of that width with three axes the
+    argument and the output hold) tell a call with several crops from the one that was probed; a width of 0
+    checks nothing.
     """
 
     argument: Argument = Argument()

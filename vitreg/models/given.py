@@ -18,7 +18,7 @@ class Given(NamedTuple):
     table: Tensor | None
 
     @property
-    def count(self) -> int:
+    def images_count(self) -> int:
         known = self.table if self.images is None else self.images
         return 0 if known is None else len(known)
 
@@ -29,7 +29,9 @@ class Given(NamedTuple):
             return one_grid(self.table)
         height, width = self.images.shape[2:]
         if self.table is not None and one_grid(self.table) != (height, width):
-            raise UnsupportedModelError("found images that fill a part of their pixels only: padded to one size.")
+            raise UnsupportedModelError(
+                "found images that fill a part of their pixels only: padded to one size."
+            )
         return height // patch[0], width // patch[1]
 
 

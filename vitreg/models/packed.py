@@ -1,8 +1,8 @@
 """Models that pack the images of a batch into one row: how many there are in a pass, and how they lie.
 
-Such a model says it by what it is given: images, or a table with the grid of each image beside the patches in
-a row. A hook reads that before each pass. The order of the patches is proved for each grid once: their numbers
-are shown to the model in binary, one digit in each image, as bright patches.
+Such a model says it by what it is given: images, or a table with the grid of each image beside the patches
+in a row. A hook reads that before each pass. The order of the patches is proved for each grid once: their
+numbers are shown to the model in binary, one digit in each image, as bright patches.
 """
 
 from collections.abc import Iterator
@@ -38,11 +38,12 @@ class RowOfEachPass:
         self._proving: set[int] = set()  # threads
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if get_ident() not in self._proving:
-            rows.begin(self._row(model, given_to(args, kwargs)))
+        proving = get_ident() in self._proving
+        known = (rows.current() or rows.NOTHING) if proving else self._row(model, given_to(args, kwargs))
+        rows.begin_pass(known)
 
     def _row(self, model: nn.Module, given: Given) -> Row:
-        if not given.count:
+        if not given.images_count:
             return rows.NOTHING
         try:
             grid = given.grid(self._patch)
@@ -50,7 +51,7 @@ class RowOfEachPass:
                 self._orders[grid] = self._proved(model, grid)
         except UnsupportedModelError as error:  # raised by whoever wants to know
             return Row(refused=str(error))
-        return Row(given.count, grid[0] * grid[1], self._orders[grid])
+        return Row(given.images_count, grid[0] * grid[1], self._orders[grid])
 
     def _entering(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """The residual stream that enters block 0. The pass ends there, before anybody watches it."""

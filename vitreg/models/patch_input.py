@@ -52,18 +52,21 @@ def _run_on_row(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
     """
     b, _, h, w = images.shape
     patch: int = module.config.patch_size  # type: ignore[union-attr, assignment]
-    pixels, beside = _arrangement(type(module), (h, w), patch, _frames(module), _merged(module))
+    kind: Any = type(module)
+    pixels, beside = _arrangement(kind, (h, w), patch, _frames(module), _merged(module))
     row = images.flatten(1)[:, pixels.to(images.device)].flatten(0, 1)
     wanted = inspect.signature(module.forward).parameters
     tables = {
-        name: x.repeat(b, *[1] * (x.dim() - 1)).to(images.device) for name, x in beside.items() if name in wanted
+        name: x.repeat(b, *[1] * (x.dim() - 1)).to(images.device)
+        for name, x in beside.items()
+        if name in wanted
     }
     return module(row, **tables)
 
 
 @lru_cache(maxsize=16)
 def _arrangement(
-    kind: type[nn.Module], size: Pair, patch: int, frames: int, merged: int | None
+    kind: Any, size: Pair, patch: int, frames: int, merged: int | None
 ) -> tuple[Int[Tensor, "n ..."], dict[str, Tensor]]:
     """Which pixel of an image (3 * h * w) stands where in the row, and what is given beside it, by name."""
     h, w = size
@@ -72,8 +75,8 @@ def _arrangement(
     side = patch * merged
     if h % side or w % side:
         raise UnsupportedModelError(
-            f"{kind.__name__} merges {merged}x{merged} patches of {patch} pixels: expected images whose sides are"
-            f" multiples of {side}, found {h}x{w}."
+            f"{kind.__name__} merges {merged}x{merged} patches of {patch} pixels: expected images whose sides"
+            f" are multiples of {side}, found {h}x{w}."
         )
     sizes = dict.fromkeys(_PATCH, patch) | dict.fromkeys(_FRAMES, frames) | dict.fromkeys(_MERGED, merged)
     settings = {name: value for name, value in sizes.items() if hasattr(processor, name)}
@@ -101,8 +104,8 @@ def _processor_of(kind: type[nn.Module]) -> Any:
     name = IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {}).get("torchvision")
     if name is None:
         raise UnsupportedModelError(
-            f"transformers names no image processor for {kind.__name__}, which takes the patches of images in a"
-            " row: how it wants them is not known. Wrap it with a `forward` that says how to call it."
+            f"transformers names no image processor for {kind.__name__}, which takes the patches of images in"
+            " a row: how it wants them is not known. Wrap it with a `forward` that says how to call it."
         )
     return getattr(transformers, name)()
 

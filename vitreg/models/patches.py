@@ -58,8 +58,8 @@ def _of_table(probe: Probe, table: Tensor, count: int) -> PatchGeometry:
     (rows, columns), (height, width) = one_grid(table), probe.image_size
     if rows * columns != count or height % rows or width % columns:
         raise probe.unsupported(
-            f"they are given {count} tokens for an image of {height}x{width} pixels, where the model is told of"
-            f" {rows}x{columns} patches. Token dropping and merging are not supported"
+            f"they are given {count} tokens for an image of {height}x{width} pixels, where the model is told"
+            f" of {rows}x{columns} patches. Token dropping and merging are not supported"
         )
     return PatchGeometry(None, (rows, columns), (height // rows, width // columns), (0, 0))
 

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
-from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks import rows
+from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.row_attention import joined
 from vitreg.hooks.rows import Row
@@ -101,7 +101,7 @@ class Probe:
             for hook in self._hooks():
                 stack.callback(hook.remove)
             self._seeing = stack.enter_context(intercept(joined(self._saw_attention), IMAGES))
-            stack.callback(rows.end_of_pass)
+            stack.enter_context(rows.row(rows.NOTHING))
             try:
                 forward(images)
             except Exception as error:
@@ -121,13 +121,13 @@ class Probe:
         kind, shape = type(self.model).__name__, tuple(images.shape)
         if takes_films(self.model, self.blocks[0], forward, images):
             return UnsupportedModelError(
-                f"{kind} takes video, 5-dimensional input (b, frames, 3, h, w), and not images of shape {shape}."
+                f"{kind} takes video, 5-dimensional input (b, frames, 3, h, w), and not images (b, 3, h, w)."
                 " Models of video are not supported: give vitreg an image encoder."
             )
         return UnsupportedModelError(
-            f"{kind} could not run on images of shape {shape} ({type(error).__name__}: {one_line(error)}). Give"
-            " vitreg the vision encoder itself (of a larger model, its vision tower), a matching size, or a"
-            " `forward` that says how to call it."
+            f"{kind} could not run on images of shape {shape} ({type(error).__name__}: {one_line(error)})."
+            " Give vitreg the vision encoder itself (of a larger model, its vision tower), a matching size, or"
+            " a `forward` that says how to call it."
         )
 
     def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
@@ -170,7 +170,7 @@ class Probe:
             self._inside = index
             self.calls.enter(module, args, kwargs)
             if self.calls.in_a_row and (tokens := self.calls.row_length):
-                rows.begin(Row(IMAGES, tokens // IMAGES))
+                rows.know(Row(IMAGES, tokens // IMAGES))
                 rows.enter_block(tokens)
 
         return hook

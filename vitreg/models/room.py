@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import BlockEdit, Inner, install, leave_unrotated, uninstall
-from vitreg.hooks.row_attention import joined
 from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
+from vitreg.hooks.row_attention import joined
 from vitreg.hooks.stream import Stream
 from vitreg.models.headless import run_without_head
 from vitreg.models.probe import Forward, Probe, evaluating, one_line

@@ -5,6 +5,7 @@ there, and positions that start as those of their neighbours, move the sinks bef
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,7 +66,7 @@ def _entering(vit: Backbone, images: Iterable[Tensor]) -> Float[Tensor, "b n d"]
     """What enters block 0, of all images."""
     found: list[Tensor] = []
 
-    def enters(module: nn.Module, args: object, kwargs: object) -> None:
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
         found.append(vit.anatomy.stream.of_call(args, kwargs).float())
 
     block = vit.anatomy.block_modules(vit.model)[0]
