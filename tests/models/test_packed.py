@@ -381,7 +381,8 @@ def test_a_fix_is_found_and_verified() -> None:
     phantom = vitreg.plant(vit, photos, 1, rate=0.03, norm=15)
     cure = vitreg.find_fix(phantom.vit, [photos])
     assert isinstance(cure.fix, TestTimeRegisters)
-    assert set(cure.fix.neurons.by_layer[1]) == set(phantom.neurons)
+    assert cure.fix.neurons.by_layer.keys() == {1}
+    assert set(cure.fix.neurons.by_layer[1]) <= set(phantom.neurons)  # no more than are needed
     assert cure.verdict["outliers"].before.value > 0.02
     assert cure.verdict["outliers"].after.value == 0
 
@@ -430,9 +431,3 @@ def test_token_splitting_is_refused() -> None:
     neuron = replace(vitreg.RegisterNeurons.of({0: [3]}).chosen[0], threshold=1.0)
     with pytest.raises(UnsupportedModelError, match="packs its images into one row"):
         vitreg.TokenSplitting(vitreg.RegisterNeurons((neuron,))).apply(vit)
-
-
-def test_images_that_do_not_divide_into_squares_are_refused() -> None:
-    vit = PACKED["qwen2-vl"].backbone()
-    with pytest.raises(UnsupportedModelError, match="sides are multiples of 16, found 40x80"):
-        vit(torch.rand(1, 3, 40, 80))

@@ -22,6 +22,7 @@ from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import has_hooks, is_compiled, pre_hooks
 from vitreg.models.backbone import Backbone
+from vitreg.models.packed import reads_rows
 from vitreg.models.probe import evaluating
 from vitreg.version import __version__
 
@@ -187,6 +188,8 @@ def _kinds_of_module(module: nn.Module) -> Iterator[str]:
         yield "parametrized"
     if any(isinstance(hook, prune.BasePruningMethod) for hook in pre_hooks(module)):
         yield "pruned"
+    elif reads_rows(module):
+        yield "vitreg's own hook, which reads how images lie in a row"
     elif has_hooks(module):
         yield "hooks"
     if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in kind.__mro__):

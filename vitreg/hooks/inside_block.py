@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.position_tables import ELEMENTWISE, fitted, neutral, with_rows
-from vitreg.hooks.rows import current, with_rows_of_images
+from vitreg.hooks.rows import current, hidden, with_rows_of_images
 
 
 class BlockInterceptor(AttentionMode):
@@ -92,6 +92,13 @@ def within(mode: AttentionMode, run: Callable[[], Float[Tensor, "b n d"]]) -> Fl
     """What `run` returns with a mode entered."""
     with mode:
         return run()
+
+
+def padding_in(tokens: int, args: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "b n"] | None:
+    """The tokens of each image that a mask (b, 1, n or 1, n) hides from all: padding. None without a mask."""
+    masks = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4]
+    masks = [mask for mask in masks if mask.shape[1] == 1 and mask.shape[-1] == tokens]
+    return hidden(masks[0]).all(-2)[:, 0] if masks else None
 
 
 def given_mask(tokens: int, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -113,6 +113,11 @@ def read_rows(model: nn.Module, hook: RowOfEachPass) -> None:
     model.register_forward_hook(rows.end_of_pass, always_call=True)
 
 
+def reads_rows(model: nn.Module) -> bool:
+    """Whether such a hook is there."""
+    return any(isinstance(hook, RowOfEachPass) for hook in pre_hooks(model))
+
+
 def stop_reading(model: nn.Module) -> RowOfEachPass | None:
     """Take the hook away again; it is returned."""
     found = [hook for hook in pre_hooks(model) if isinstance(hook, RowOfEachPass)]

@@ -126,8 +126,8 @@ class Probe:
             )
         return UnsupportedModelError(
             f"{kind} could not run on images of shape {shape} ({type(error).__name__}: {one_line(error)})."
-            " Give vitreg the vision encoder itself (of a larger model, its vision tower), a matching size, or"
-            " a `forward` that says how to call it."
+            " Give vitreg the vision encoder itself (of a larger model, its vision tower), a matching size,"
+            " or a `forward` that says how to call it."
         )
 
     def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
