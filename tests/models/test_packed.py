@@ -347,6 +347,20 @@ def test_an_attention_bias_is_one_more_key_for_every_image(vit: vitreg.Backbone)
     close(alone.residuals[:, 0], together.residuals[:, 2])
 
 
+@pytest.mark.parametrize("name", ["pixtral", "our tiles"])
+def test_views_of_shifted_images_are_passes_within_a_pass(name: str) -> None:
+    vit, batch = PACKED[name].backbone(), images(packed(name), 2)
+    with vitreg.ShiftAverage().applied_to(vit), torch.no_grad():
+        with vitreg.trace(vit, residuals=True) as together:
+            vit(batch)
+        with vitreg.trace(vit, residuals=True) as alone:
+            vit(batch[1:])
+    close(alone.residuals[:, 0], together.residuals[:, 1])
+    with vitreg.trace(vit, residuals=True) as plain:
+        vit(batch)
+    assert different(plain.residuals[2], together.residuals[2])
+
+
 # -- planted artifacts ----------------------------------------------------------------------------
 
 

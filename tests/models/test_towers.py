@@ -97,6 +97,32 @@ def test_the_tower_of_a_whole_model_is_read_as_by_hooks(name: str) -> None:
     assert torch.equal(t.neurons, torch.stack(entered).reshape(t.neurons.shape))
 
 
+def test_a_fix_on_a_packed_tower_reaches_the_language_model() -> None:
+    """In its forward and in generate, for two photos of one size."""
+    import transformers
+
+    text = TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 16, "mlp_ratio": 2}
+    tokens = {"image_token_id": 5, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text, **tokens)
+    torch.manual_seed(0)
+    whole = randomise(transformers.Qwen2VLForConditionalGeneration(config)).eval()
+    vit = vitreg.wrap(whole.model.visual, image_size=(56, 56))
+    photos = list(torch.rand(2, 3, 56, 56))
+    given = transformers.Qwen2VLImageProcessor()(photos, return_tensors="pt", do_resize=False)
+    ids = torch.tensor([[1, 7, 5, 5, 5, 5, 8, 2], [1, 7, 5, 5, 5, 5, 8, 3]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
+    inputs["mm_token_type_ids"] = (ids == 5).long()
+    with torch.no_grad():
+        plain = whole(**inputs).logits
+        with vitreg.TestTimeRegisters({0: [1, 2], 1: [3]}).applied_to(vit):
+            fixed = whole(**inputs).logits
+            answer = whole.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert torch.equal(whole(**inputs).logits, plain)
+    assert float((fixed - plain).abs().max()) > 1e-3
+    assert torch.equal(answer[:, 8], fixed[:, -1].argmax(-1))
+
+
 @pytest.mark.parametrize("initial", ["zero", "mean", "random"])
 @pytest.mark.parametrize("peak", ["signed", "absolute"])
 def test_padding_counts_for_nothing_in_registers(initial: Any, peak: Any) -> None:
