@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 import vitreg
 from vitreg.errors import UnsupportedModelError
 from vitreg.fixes import AttentionBias, TestTimeRegisters
+from vitreg.hooks import rows
+from vitreg.hooks.torch_internals import forget_output_hooks
 from vitreg.models.probe import first_tensor
 
 NEURONS = {0: [3, 7], 1: [11, 5]}
@@ -336,6 +338,19 @@ def test_copies_and_pickles_are_models_of_their_own(name: str) -> None:
     assert t.norms.shape == (3, 2, 60)
 
 
+def test_no_pass_is_known_beyond_its_end() -> None:
+    """Not after one that fails, nor in a copy that shows its outputs to nobody."""
+    vit = PACKED["pixtral"].backbone()
+    twin = copy.deepcopy(vit.model)
+    forget_output_hooks(twin)
+    twin(images(vit))
+    assert rows.current() is None
+    failing = vit.anatomy.block_modules(vit.model)[1].register_forward_hook(lambda *_: 1 / 0)
+    with removing([failing]), pytest.raises(ZeroDivisionError):
+        vit(images(vit))
+    assert rows.current() is None
+
+
 def test_an_attention_bias_is_one_more_key_for_every_image(vit: vitreg.Backbone) -> None:
     batch = images(vit, 3)
     fix = AttentionBias.calibrate(vit, [batch], vitreg.RegisterNeurons.of(NEURONS))
@@ -373,6 +388,11 @@ def with_biases(vit: vitreg.Backbone) -> vitreg.Backbone:
     return vit
 
 
+BY_DAY = ("our tiles", "qwen2.5-vl", "glm-4v")
+EVERY = [x if x in BY_DAY else pytest.param(x, marks=pytest.mark.nightly) for x in PACKED]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_planted_artifacts_are_found_and_removed(name: str) -> None:
     vit = with_biases(PACKED[name].backbone())
     photos = crops(vit, 48, 0)
