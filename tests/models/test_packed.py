@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 import vitreg
 from vitreg.errors import UnsupportedModelError
 from vitreg.fixes import AttentionBias, TestTimeRegisters
-from vitreg.hooks import rows
+from vitreg.hooks.rows import current
 from vitreg.hooks.torch_internals import forget_output_hooks
 from vitreg.models.probe import first_tensor
 
@@ -344,11 +344,11 @@ def test_no_pass_is_known_beyond_its_end() -> None:
     twin = copy.deepcopy(vit.model)
     forget_output_hooks(twin)
     twin(images(vit))
-    assert rows.current() is None
+    assert current() is None
     failing = vit.anatomy.block_modules(vit.model)[1].register_forward_hook(lambda *_: 1 / 0)
     with removing([failing]), pytest.raises(ZeroDivisionError):
         vit(images(vit))
-    assert rows.current() is None
+    assert current() is None
 
 
 def test_an_attention_bias_is_one_more_key_for_every_image(vit: vitreg.Backbone) -> None:
