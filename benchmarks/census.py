@@ -1,7 +1,9 @@
 """Try vitreg on every image model of timm and transformers, with random weights, and write what happened.
 
-    python benchmarks/census.py [--library timm|transformers] [--only PATTERN] [--again]
+    python benchmarks/census.py [--library timm|transformers|towers] [--only PATTERN] [--again]
                                 [--out docs/census.json] [--write docs/census.md]
+
+"towers" are the vision towers inside transformers' multimodal models.
 
 Each model is built with two blocks and a small, non-square image where its constructor allows that, and
 gets one of four verdicts:
@@ -34,6 +36,7 @@ import torch
 from census_builds import ATTEMPTS, NAMES, Attempt, NotBuiltError, not_built, one_line
 from census_checks import checks
 from census_page import LIBRARIES, Result, Results, journal, load_results, page, save_results, slim
+from census_towers import tower_attempts, tower_names
 from torch import nn
 
 import vitreg
@@ -49,7 +52,7 @@ def judge(library: str, name: str, module: str, seconds: int) -> Result:
     result = Result(library, name, module, "not built")
     try:
         with time_limit(seconds):
-            result.checked = verdict_of(ATTEMPTS[library](name))
+            result.checked = verdict_of((ATTEMPTS | {"towers": tower_attempts})[library](name))
             result.verdict = "supported"
     except OutOfTime:
         result.reason = f"too slow: over {seconds} s"
@@ -113,7 +116,7 @@ def chosen_names(library: str | None, only: str) -> list[tuple[str, str, str]]:
         (kind, name, module)
         for kind in LIBRARIES
         if library in (None, kind)
-        for name, module in NAMES[kind]().items()
+        for name, module in (NAMES | {"towers": tower_names})[kind]().items()
     ]
     return [row for row in rows if fnmatch.fnmatch(row[1], only) or fnmatch.fnmatch(row[2], only)]
 

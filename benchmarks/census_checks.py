@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import vitreg
@@ -92,22 +93,71 @@ def check_trace(vit: vitreg.Backbone, images: Tensor) -> list[str]:
     tensors = [(a, b) for a, b in zip(plain, traced, strict=True) if isinstance(a, Tensor)]
     if not all(torch.equal(a, b) for a, b in tensors):
         raise DisagreementError("the traced output is not the untraced one, bit by bit")
-    close("norms", t.norms, witness.norms(), 0.0)
+    in_a_row = vit.anatomy.stream.row_axes > 0
+    close("norms", *compared(t.norms, witness.norms(), in_a_row), 0.0)
     done = ["output", "norms"]
     if embedding:
         agree("embedding shape", tuple(t.embedding.shape[:2]), (2, vit.layout.patches))
         done.append("embedding")
     if (neurons := witness.neurons()) is not None:
-        close("neurons", t.neurons, neurons, 0.0)
+        close("neurons", *compared(t.neurons, neurons, in_a_row), 0.0)
         done.append("neurons")
     close("sums of attention rows", t.attention.sum(-1), torch.ones(t.attention.shape[:-1]), 1e-4)
-    if (reference := own_attention(vit, images)) is not None:
+    if in_a_row:
+        if small and (reference := attention_in_a_row(vit, images)) is not None:
+            close("attention rows", every_weight(t.attention), every_weight(reference), 1e-4)
+            done.append("attention")
+    elif (reference := own_attention(vit, images)) is not None:
         wanted = (
             reference if small else reference[..., [0] if rows == "cls" else [-vit.layout.patches, -1], :]
         )
         close("attention rows", t.attention, wanted, 1e-4)
         done.append("attention")
     return done
+
+
+def compared(ours: Tensor, theirs: Tensor, in_a_row: bool) -> tuple[Tensor, Tensor]:
+    """Both, as they can be compared: of images that lie in one row, each image's tokens in order of size, for
+    the model has an order of its own. (Which patch is which is checked by pixels, in `check_position`.)"""
+    if not in_a_row:
+        return ours, theirs
+    return ours.sort(2).values, theirs.reshape(ours.shape).sort(2).values
+
+
+def attention_in_a_row(vit: vitreg.Backbone, images: Tensor) -> list[Tensor] | None:
+    """What each softmax of the eager implementation gives, over images or windows; None where it has none."""
+    if not hasattr(vit.model, "set_attn_implementation"):
+        return None
+    inside: list[bool] = []
+    with Softmaxes(inside) as softmaxes, ExitStack() as stack:
+        for block in vit.anatomy.block_modules(vit.model):
+            stack.callback(block.register_forward_pre_hook(lambda *_: inside.append(True)).remove)
+            stack.callback(block.register_forward_hook(lambda *_: inside.clear()).remove)
+        stack.callback(vit.model.set_attn_implementation, vit.model.config._attn_implementation)
+        vit.model.set_attn_implementation("eager")
+        vit(images)
+    return softmaxes.weights
+
+
+class Softmaxes(TorchFunctionMode):
+    """What softmaxes give while something runs."""
+
+    def __init__(self, running: list[bool]) -> None:
+        super().__init__()
+        self._running = running
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._running and getattr(func, "__name__", "") == "softmax":
+            self.weights.append(result)
+        return result
+
+
+def every_weight(rows: Tensor | list[Tensor]) -> Tensor:
+    """Every weight above 0 of all rows, in order of size."""
+    flat = torch.cat([x.flatten().float() for x in rows])
+    return flat[flat > 1e-12].sort().values
 
 
 def check_position(vit: vitreg.Backbone, images: Tensor) -> list[str]:
@@ -133,7 +183,7 @@ def patch_tokens(vit: vitreg.Backbone, images: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     first = vit.anatomy.block_modules(vit.model)[0]
     hook = first.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(first_tensor((args, kwargs))), with_kwargs=True
+        lambda module, args, kwargs: seen.append(vit.anatomy.stream.of_call(args, kwargs)), with_kwargs=True
     )
     embedding = vit.anatomy.patch_embedding is not None
     with vitreg.trace(vit, embedding=embedding) as t:
@@ -212,15 +262,20 @@ def unfused_attention(vit: vitreg.Backbone, images: Tensor) -> Tensor | None:
 
 
 def eager_attention(vit: vitreg.Backbone, images: Tensor) -> Tensor | None:
-    """transformers: the attentions that the eager implementation hands out."""
+    """transformers: the attentions that the eager implementation hands out, where it computes the same."""
     forward = vit.forward or vit.model
+    own = vit.model.config._attn_implementation
+    plain = first_tensor(forward(images))
     try:
         vit.model.set_attn_implementation("eager")
-        attentions = getattr(forward(images, output_attentions=True), "attentions", None)
+        output = forward(images, output_attentions=True)
     except Exception:  # not every model has an eager form or hands its attentions out
         return None
     finally:
-        vit.model.set_attn_implementation("sdpa")
+        vit.model.set_attn_implementation(own)
+    attentions = getattr(output, "attentions", None)
+    if not torch.allclose(first_tensor(output), plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
+        return None
     if not attentions or len(attentions) != vit.anatomy.depth or any(a is None for a in attentions):
         return None
     return torch.stack(tuple(attentions))

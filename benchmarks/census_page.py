@@ -17,7 +17,7 @@ VIT_MODULES = (
     "vision_transformer_relpos",
     "vision_transformer_hybrid",
 )
-LIBRARIES = ("timm", "transformers")
+LIBRARIES = ("timm", "transformers", "towers")
 
 
 @dataclass
@@ -80,9 +80,9 @@ def slim(result: Result) -> dict[str, Any]:
 PAGE = """\
 # Census: which models vitreg reads
 
-Every image model of timm and transformers, built with random weights (nothing is downloaded), with two
-blocks and a small image where its constructor allows that. `python benchmarks/census.py` made this page;
-its docstring says what is checked. Versions: {versions}.
+Every image model of timm and transformers, and the vision towers inside its multimodal models, built with
+random weights (nothing is downloaded), with two blocks and a small image where its constructor allows that.
+`python benchmarks/census.py` made this page; its docstring says what is checked. Versions: {versions}.
 
 - **supported**: accepted, and every independent check agrees: tokens, grid, depth and patch positions with
   what the model says of itself, norms, neurons and attention rows with hooks on the model's own layers, and

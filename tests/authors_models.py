@@ -200,3 +200,17 @@ class Authors(nn.Module):
         x = x.transpose(0, 1) if self.first else x
         logits: Tensor = self.head(self.norm(x)[:, 0])
         return logits
+
+
+class Films(Authors):
+    """Tubelets of two frames, which are blocks' tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv3d(3, WIDTH, (2, 8, 8), (2, 8, 8))
+
+    def forward(self, films: Tensor) -> Tensor:
+        x = self.patch_embed(films.transpose(1, 2)).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from authors_models import Authors, MixedAfterwards, OverChannels, TalkingHeads, UsedTwice
+from authors_models import Authors, Films, MixedAfterwards, OverChannels, TalkingHeads, UsedTwice
 from catalog import timm_model
+from packed_models import AllTogether, of_transformers
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -134,10 +135,30 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         hf("YolosModel", "YolosConfig", image_size=[64, 64], num_detection_tokens=2),
         r"3 do not depend on the image \(number 0, 17, 18\) and are not in front of the patches",
     ),
-    "packed images": (
-        hf("PixtralVisionModel", "PixtralVisionConfig"),
-        r"input of shape \(1, 48, 32\) for 3 images, not \(b, n, d\)",
+    "images that see each other": (
+        AllTogether,
+        "nothing keeps images from attending to each other",
     ),
+    "a row in no known order": (
+        of_transformers("glm_ocr", "GlmOcrVisionModel", "GlmOcrVisionConfig", patch_size=16),
+        "transformers names no image processor for GlmOcrVisionModel",
+    ),
+    "a class token behind the patches": (
+        hf(
+            "Llama4VisionModel",
+            "Llama4VisionConfig",
+            intermediate_size=128,
+            vision_output_dim=32,
+            projector_input_dim=32,
+            projector_output_dim=32,
+        ),
+        r"Llama4VisionModel .*1 do not depend on the image \(number 16\) and are not in front of the patches",
+    ),
+    "video": (
+        hf("VideoMAEModel", "VideoMAEConfig", num_frames=4),
+        r"VideoMAEModel takes video, 5-dimensional input \(b, frames, 3, h, w\)",
+    ),
+    "video of any length": (Films, r"Films takes video, 5-dimensional input"),
     "a whole CLIP": (
         hf(
             "CLIPModel",

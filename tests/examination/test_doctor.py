@@ -87,7 +87,7 @@ def test_tokens_first_and_multihead_attention_are_said() -> None:
     assert said["stream"].startswith("(n, b, d)")
 
 
-@pytest.mark.parametrize("name", ["swin", "a whole CLIP", "no model at all", "packed images"])
+@pytest.mark.parametrize("name", ["swin", "a whole CLIP", "no model at all", "video"])
 def test_a_refused_model_makes_a_page_with_the_refusal(name: str) -> None:
     build, _ = REFUSED[name]
     module = build()

@@ -108,3 +108,18 @@ def test_trees_of_tensors():
     assert internals.tree_leaves(tree)[1] == "text"
     doubled = internals.tree_map_only(torch.Tensor, lambda x: x + 1, tree)
     assert (doubled["a"][0].item(), doubled["a"][1], doubled["b"][0].item()) == (2.0, "text", 1.0)
+
+
+def test_a_hook_without_its_handle_is_removed():
+    def seen(module, args, output):
+        raise AssertionError("called")
+
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(seen, always_call=True)
+    twin = copy.deepcopy(layer)
+    internals.forget_hook(twin, seen)
+    twin(torch.ones(2))
+    with pytest.raises(RuntimeError):
+        twin(torch.ones(3))  # a hook that is always called would say something else
+    with pytest.raises(AssertionError, match="called"):
+        layer(torch.ones(2))

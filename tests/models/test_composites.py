@@ -113,10 +113,8 @@ def test_transformers_wrapper_of_a_timm_model(tmp_path: Path):
 
 
 def test_encoders_that_cannot_be_run_are_named(tmp_path: Path):
-    text = TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    vision = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "mlp_ratio": 2}
-    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text)
-    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    config = transformers.FuyuConfig(**TEXT, image_size=60, patch_size=30)
+    transformers.FuyuForCausalLM(config).save_pretrained(tmp_path)
     assert "takes text, and has no part that takes pixel_values alone" in message(str(tmp_path))
 
 

@@ -119,6 +119,8 @@ def test_models_without_registers_say_so():
         UnsupportedModelError, match=r"mine has no registers in block 2\. Expected a model with register"
     ):
         study(vit)
+    with pytest.raises(UnsupportedModelError, match="has no registers in block 2"):
+        study(CATALOG["hf siglip"].backbone())  # nor a CLS token
     with (
         TestTimeRegisters(NEURON, 1, entry=1).applied_to(vit),
         pytest.raises(UnsupportedModelError, match="no registers in block 0"),

@@ -127,13 +127,12 @@ def _target(out: Path | None, overwrite: bool) -> Path:
     return target
 
 
-def _next(models: list[str] | None, given: tuple[str, ...]) -> list[Step]:
+def _next(models: list[str] | None, given: list[str]) -> list[Step]:
     """Judge a model that was named on more photos."""
     if not models:
         return []
-    return [
-        Step("judge the model on photos of your own.", ("vitreg", "diagnose", models[0], "photos/", *given))
-    ]
+    command = ("vitreg", "diagnose", models[0], "photos/", *given)
+    return [Step("judge the model on photos of your own.", command)]
 
 
 def _write(seen: "Look", figure: Any, target: Path) -> None:

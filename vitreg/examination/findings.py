@@ -22,6 +22,7 @@ from vitreg.hooks.block_edit import edits_of
 from vitreg.hooks.stream import Stream
 from vitreg.hooks.torch_internals import has_hooks, is_compiled, pre_hooks
 from vitreg.models.backbone import Backbone
+from vitreg.models.packed import reads_rows
 from vitreg.models.probe import evaluating
 from vitreg.version import __version__
 
@@ -141,7 +142,8 @@ def _preprocess(vit: Backbone) -> str:
 
 
 def _stream(stream: Stream) -> str:
-    argument, order = stream.argument, "(n, b, d)" if stream.tokens_first else "(b, n, d)"
+    argument = stream.argument
+    order = "(n, b, d)" if stream.tokens_first else ("(b, n, d)", "(b*n, d)", "(1, b*n, d)")[stream.row_axes]
     where = f"argument {argument.name or argument.position!r}"
     inside = "".join(f"[{key!r}]" for key in argument.path)
     back = "".join(f"[{key!r}]" for key in stream.returned)
@@ -186,6 +188,8 @@ def _kinds_of_module(module: nn.Module) -> Iterator[str]:
         yield "parametrized"
     if any(isinstance(hook, prune.BasePruningMethod) for hook in pre_hooks(module)):
         yield "pruned"
+    elif reads_rows(module):
+        yield "vitreg's own hook, which reads how images lie in a row"
     elif has_hooks(module):
         yield "hooks"
     if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in kind.__mro__):

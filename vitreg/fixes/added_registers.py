@@ -116,6 +116,6 @@ class _AddedRegistersEdit(RegisterEdit):
         # Not its parameter, which load_state_dict(assign=True), FSDP and functional_call replace.
         self.owner = vit.model
 
-    def _enter(self, x: Float[Tensor, "b n d"]) -> Any:
+    def _enter(self, x: Float[Tensor, "b n d"], padding: Any) -> Any:
         registers: Tensor = getattr(self.owner, NAME)
         return registers.to(x).expand(x.shape[0], self.inserted, x.shape[2])

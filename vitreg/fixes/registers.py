@@ -15,7 +15,8 @@ from math import isfinite, isnan
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitreg.data.batches import Batch
@@ -25,9 +26,9 @@ from vitreg.fixes.neurons import NeuronTensors, RegisterNeurons
 from vitreg.hooks.block_edit import BlockEdit, Inner
 from vitreg.hooks.carry import CarriedTokens
 from vitreg.hooks.hooked import hooked
-from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
+from vitreg.hooks.inside_block import BlockInterceptor, given_mask, padding_in, within
 from vitreg.hooks.neuron_edit import edited
-from vitreg.hooks.stream import Stream
+from vitreg.hooks.stream import Stream, as_given
 from vitreg.hooks.torch_internals import uncompiled
 from vitreg.models.backbone import Backbone
 from vitreg.models.probe import evaluating
@@ -185,8 +186,9 @@ class RegisterEdit(BlockEdit):
         self, block: nn.Module, inner: Inner, x: Float[Tensor, "b n d"], args: Any, kwargs: Any
     ) -> Float[Tensor, "b n d"]:
         start, patches = self.start, x.shape[1] - self.start
+        padding = padding_in(self.own + patches, args, kwargs)
         if self.inserted:
-            registers = self._registers(x)
+            registers = self._registers(x, padding)
             before, after = x.split((start, patches), 1)
             x = torch.cat((before, registers, after), 1)
         tokens = self.own + patches  # of the model itself
@@ -197,7 +199,7 @@ class RegisterEdit(BlockEdit):
             mode = BlockInterceptor(x.shape[0], self.own, more, tokens, self.neutral_values)
             run = partial(within, mode, run)
         if self.neurons is not None:
-            move = self.stream.on_neurons(partial(self._move, self.neurons, patches))
+            move = self.stream.on_neurons(partial(self._move, self.neurons, patches, padding))
             run = partial(edited, block, self.down, move, run)
         y = run()
         if not self.inserted:
@@ -208,14 +210,20 @@ class RegisterEdit(BlockEdit):
         self.carry.leave(self.layer, registers.detach() if self.last else registers)
         return torch.cat((before, after), 1)
 
-    def _registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
+    def _registers(
+        self, x: Float[Tensor, "b n d"], padding: Bool[Tensor, "_ m"] | None
+    ) -> Float[Tensor, "b r d"]:
         """New ones at the first block, those that the block before left at others."""
         if self.layer == self.fix.entry:
-            return self._enter(x)
+            return self._enter(x, padding)
         return self.carry.take_from_before(self.layer, x).to(x)
 
     def _move(
-        self, neurons: NeuronTensors, patches: int, activation: Float[Tensor, "b n f"]
+        self,
+        neurons: NeuronTensors,
+        patches: int,
+        padding: Bool[Tensor, "_ m"] | None,
+        activation: Float[Tensor, "b n f"],
     ) -> Float[Tensor, "b n f"]:
         """Algorithm 2: each neuron's peak to the registers, per image; what is left behind elsewhere."""
         fix, (start, stop) = self.fix, (self.start, self.start + self.inserted)
@@ -226,16 +234,23 @@ class RegisterEdit(BlockEdit):
             moved[:, :start] = values[:, :start]
         if self.inserted:
             # Fixes applied later insert between these registers and the patches.
-            peak = self._peak(values[:, -patches:] if fix.peak_over == "patches" else values)
+            peak = self._peak(values[:, -patches:] if fix.peak_over == "patches" else values, padding)
             if fix.scale != 1:
                 peak = peak * fix.scale
             moved[:, start:stop] = peak if fix.share == "copy" else peak * self._dealt_out(peak)
         return activation.index_copy(-1, index, moved)
 
-    def _peak(self, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b 1 k"]:
+    def _peak(
+        self, values: Float[Tensor, "b n k"], padding: Bool[Tensor, "_ m"] | None
+    ) -> Float[Tensor, "b 1 k"]:
+        """Over the tokens that are no padding. Registers, which no mask knows, stand in front of it."""
+        size = values if self.fix.peak == "signed" else values.abs()
+        if padding is not None:
+            hidden = F.pad(padding, (max(values.shape[1] - padding.shape[1], 0), 0))[:, -values.shape[1] :]
+            size = size.masked_fill(hidden[..., None], -torch.inf)
         if self.fix.peak == "signed":
-            return values.amax(1, keepdim=True)
-        return values.gather(1, values.abs().argmax(1, keepdim=True))
+            return size.amax(1, keepdim=True)
+        return values.gather(1, size.argmax(1, keepdim=True))
 
     def _left_behind(self, neurons: NeuronTensors, values: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
         if self.fix.left == "zero":
@@ -252,13 +267,20 @@ class RegisterEdit(BlockEdit):
         neurons = torch.arange(like.shape[-1], device=like.device) + self.dealt
         return (neurons % self.inserted == registers).to(like.dtype)
 
-    def _enter(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
+    def _enter(
+        self, x: Float[Tensor, "b n d"], padding: Bool[Tensor, "_ m"] | None
+    ) -> Float[Tensor, "b r d"]:
         shape = (x.shape[0], self.inserted, x.shape[2])  # len() would fix the batch size of an export
         patches = x[:, self.start :]
+        counted = torch.ones_like(patches[..., :1])
+        if padding is not None:
+            counted = counted * ~padding[:, -patches.shape[1] :, None]
         if self.fix.initial == "mean":
-            return patches.mean(1, keepdim=True).expand(shape)
+            return ((patches * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)).expand(shape)
         if self.fix.initial == "random":
-            return self.value.to(x) * patches.std((1, 2), keepdim=True)
+            number = counted.sum((1, 2), keepdim=True) * x.shape[2]
+            off = (patches - (patches * counted).sum((1, 2), keepdim=True) / number) * counted
+            return self.value.to(x) * (off.square().sum((1, 2), keepdim=True) / (number - 1)).sqrt()
         return self.value.to(x).expand(shape)
 
 
@@ -285,7 +307,7 @@ def _norm_before_blocks(vit: Backbone) -> nn.Module | None:
             made.append((module, output))
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(vit.anatomy.stream.of_call(args, kwargs))
+        entered.append(as_given(vit.anatomy.stream.of_call(args, kwargs)))
 
     hooks = [
         module.register_forward_hook(saw)

@@ -97,6 +97,11 @@ class TokenSplitting(Fix):
 
     def check(self, vit: Backbone) -> None:
         super().check(vit)
+        if vit.anatomy.stream.row_axes:
+            raise UnsupportedModelError(
+                f"{vit.name} packs its images into one row of tokens, in which copies have no place. Use"
+                " test-time registers."
+            )
         if vit.anatomy.position_tables or vit.anatomy.no_registers:
             _refuse_misplaced_copies(vit)
 

@@ -205,7 +205,7 @@ def _run(block: nn.Module, base: Callable[..., Any], first: Stream, args: Any, k
     with handing_on(x) as leaving:
         y = run(0, x, *given)
         output = _output(stream, y, outputs[0], edits)
-        leaving.append(as_given(stream.of_output(output)) if stream.tokens_first else y)
+        leaving.append(as_given(stream.of_output(output)) if stream.reorders else y)
     return output
 
 
@@ -213,7 +213,8 @@ def _output(stream: Stream, y: Tensor, output: Any, edits: list[BlockEdit]) -> A
     """What a block returns with another stream, which has the model's own tokens."""
     inner = stream.of_output(output)
     if inner.shape != y.shape:
-        saw_tokens(inner.shape[1], y.shape[1], max(edit.own for edit in edits), _inserted(edits))
+        images = y.shape[0] if stream.row_axes else 1
+        saw_tokens(inner.shape[1], y.shape[1], max(edit.own for edit in edits), _inserted(edits), images)
     return stream.in_output(y, output)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.hooks.attention_mode import AttentionMode
 from vitreg.hooks.position_tables import ELEMENTWISE, fitted, neutral, with_rows
+from vitreg.hooks.rows import current, hidden, with_rows_of_images
 
 
 class BlockInterceptor(AttentionMode):
@@ -37,6 +38,8 @@ class BlockInterceptor(AttentionMode):
         super().__init__(images)
         self._start, self._inserted, self._tokens = start, inserted, tokens
         self._known = neutral_values
+        self._in_a_row = current() is not None
+        self._row = images if self._in_a_row else 1  # how many images lie behind one another in a table
         self.neutral_values: list[float] = []  # of the tables so far
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -47,11 +50,11 @@ class BlockInterceptor(AttentionMode):
     def beside(self, func: Any, args: Any) -> Any:
         name = getattr(func, "__name__", "")
         fits = self._inserted and name in ELEMENTWISE
-        return fitted(name, args, self._inserted, self.fit) if fits else args
+        return fitted(name, args, self._inserted * self._row, self.fit) if fits else args
 
     def fit(self, name: str, table: Tensor, axis: int, like: Tensor) -> Tensor:
         """A table of positions for all tokens, or for those from some index on, with rows for the others."""
-        at = self._start - (self._tokens - table.shape[axis])
+        at = self._start - (self._tokens - table.shape[axis] // self._row)
         if at < 0:
             return table
         order = len(self.neutral_values)
@@ -59,12 +62,15 @@ class BlockInterceptor(AttentionMode):
         known = self._known is not None and order < len(self._known)
         value = self._known[order] if known else neutral(name, table, axis)  # type: ignore[index]
         self.neutral_values.append(value)
-        return with_rows(table, axis, at, self._inserted, value)
+        by_image = table.unflatten(axis, (self._row, -1))
+        return with_rows(by_image, axis, at, self._inserted, value).flatten(axis - 1, axis)
 
     def mask(self, mask: Tensor, keys: int) -> Tensor:
         """A mask or bias (..., n, n), or (..., 1, n), with columns and rows for the inserted tokens."""
-        if mask.shape[-1] + self._inserted != keys:
+        if mask.shape[-1] + self._inserted * self._row != keys:
             return mask
+        if self._in_a_row:
+            return with_rows_of_images(mask, self._row, self._inserted)
         keep = mask.dtype == torch.bool
         columns = mask.new_full((*mask.shape[:-1], self._inserted), keep)
         mask = torch.cat([mask[..., : self._start], columns, mask[..., self._start :]], -1)
@@ -88,10 +94,19 @@ def within(mode: AttentionMode, run: Callable[[], Float[Tensor, "b n d"]]) -> Fl
         return run()
 
 
+def padding_in(tokens: int, args: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "b n"] | None:
+    """The tokens of each image that a mask (b, 1, n or 1, n) hides from all: padding. None without a mask."""
+    masks = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4]
+    masks = [mask for mask in masks if mask.shape[1] == 1 and mask.shape[-1] == tokens]
+    return hidden(masks[0]).all(-2)[:, 0] if masks else None
+
+
 def given_mask(tokens: int, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a block is handed something that may be an attention mask (..., n) for so many tokens.
+    """Whether a block is handed something that may be an attention mask (..., n) for so many tokens, or for
+    those of all images that lie in one row.
 
     transformers hands out none in an ordinary pass, and one of nothing but True while a graph is traced.
     """
+    tokens *= known.images if (known := current()) else 1
     beside = (*args, *kwargs.values())
     return any(isinstance(value, Tensor) and value.shape[-1:] == (tokens,) for value in beside)

@@ -17,17 +17,17 @@ from vitreg.hooks.torch_internals import tree_map_only
 
 class _Pass(threading.local):
     def __init__(self) -> None:
-        self.own: dict[int, tuple[int, int, int]] = {}  # by how many tokens a block had, see `saw_tokens`
+        self.own: dict[int, tuple[int, int, int, int]] = {}  # by how many tokens a block had: `saw_tokens`
 
 
 _pass = _Pass()
 
 
-def saw_tokens(inner: int, tokens: int, start: int, inserted: int) -> None:
+def saw_tokens(inner: int, tokens: int, start: int, inserted: int, images: int = 1) -> None:
     """A block had `inner` tokens of which `tokens` are the model's: `inserted` at index `start` are not, and
-    neither are those behind them, which are copies."""
+    neither are those behind them, which are copies. So it is in each of `images` that lie in one row."""
     if not torch.compiler.is_compiling():
-        _pass.own[inner] = (tokens, start, inserted)
+        _pass.own[inner * images] = (tokens, start, inserted, images)
 
 
 def narrow_output(heads: int, module: nn.Module, args: Any, output: Any) -> Any:
@@ -44,7 +44,9 @@ def _narrowed(heads: int, value: Tensor) -> Tensor:
     own = _pass.own.get(value.shape[-1]) if value.dim() in (3, 4) else None
     if own is None or value.shape[-2] != value.shape[-1] or (value.dim() == 4 and value.shape[1] != heads):
         return value
-    tokens, start, inserted = own
+    tokens, start, inserted, images = own
     index = torch.arange(tokens, device=value.device)
     index = torch.where(index < start, index, index + inserted)
+    first = torch.arange(images, device=value.device) * (value.shape[-1] // images)
+    index = (first[:, None] + index).flatten()
     return value.index_select(-2, index).index_select(-1, index)

@@ -7,8 +7,8 @@
     output = stream.in_output(y, output)
 
 Blocks take and return the stream as a tensor, by position or by keyword, or inside lists, tuples and dicts;
-some keep tokens before images (n, b, d). The probe finds out once. All who read a stream or edit it ask here,
-so that a reader and an editor cannot mean different tensors.
+some keep tokens before images (n, b, d), or images in one row (rows.py). The probe finds out once. All who
+read a stream or edit it ask here, so that a reader and an editor cannot mean different tensors.
 """
 
 import copy
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.hooks.rows import packed, unpacked, with_bounds
 
 _VIEWED = "_vitreg_viewed"
 
@@ -43,15 +44,18 @@ class Stream:
     """The residual stream of a model's blocks.
 
     `argument` says where a call holds it, `returned` the path to it in an output. `tokens_first`: the stream
-    is (n, b, d) there; `neurons_tokens_first`: the neurons' activations are (n, b, f). `width` and `alike`
-    (how many tensors of that width with three axes the argument and the output hold) tell a call with several
-    crops from the one that was probed; a width of 0 checks nothing.
+    is (n, b, d) there; `neurons_tokens_first`: the neurons' activations are (n, b, f). `row_axes`: images lie
+    in one row, which has so many axes before the width: 1 for (b*n, d), 2 for (1, b*n, d); 0 where images
+    have an axis of their own. `width` and `alike` (how many tensors of that width with three axes the
+    argument and the output hold) tell a call with several crops from the one that was probed; a width of 0
+    checks nothing.
     """
 
     argument: Argument = Argument()
     returned: Path = ()
     tokens_first: bool = False
     neurons_tokens_first: bool = False
+    row_axes: int = 0
     width: int = 0
     alike: tuple[int, int] = (1, 1)
 
@@ -62,17 +66,19 @@ class Stream:
         """
         key = self._key(args, kwargs)
         value = args[key] if isinstance(key, int) else kwargs.get(key)
-        return self._read(value, self.argument.path, self.alike[0], "is given")
+        return self._read(value, self.argument.path, self.alike[0], "is given", entering=True)
 
     def in_call(
         self, x: Float[Tensor, "b n d"] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A block's arguments with another stream (b, n, d), or with None in its place."""
         key = self._key(args, kwargs)
+        if self.row_axes and x is not None:
+            args, kwargs = with_bounds((args, kwargs), x.shape[0] * x.shape[1])
+        stream = self._in_model_order(x, entering=True)
         if isinstance(key, int):
-            changed = _put(args[key], self.argument.path, self._in_model_order(x))
-            return (*args[:key], changed, *args[key + 1 :]), kwargs
-        return args, {**kwargs, key: _put(kwargs[key], self.argument.path, self._in_model_order(x))}
+            return (*args[:key], _put(args[key], self.argument.path, stream), *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: _put(kwargs[key], self.argument.path, stream)}
 
     def of_output(self, output: Any) -> Float[Tensor, "b n d"]:
         """The stream (b, n, d) that a block gives back. Raises as `of_call` does."""
@@ -82,12 +88,21 @@ class Stream:
         """A block's output with another stream (b, n, d)."""
         return _put(output, self.returned, self._in_model_order(y))
 
-    def neurons(self, activation: Float[Tensor, "_ _ f"]) -> Float[Tensor, "b n f"]:
+    @property
+    def reorders(self) -> bool:
+        """Whether the blocks' own tensor is another than the (b, n, d) that is read of it."""
+        return self.tokens_first or self.row_axes > 0
+
+    def neurons(self, activation: Float[Tensor, "... f"]) -> Float[Tensor, "b n f"]:
         """What enters or leaves a layer of the MLP, as (b, n, f)."""
+        if self.row_axes:
+            return unpacked(activation)
         return activation.transpose(0, 1) if self.neurons_tokens_first else activation
 
     def on_neurons(self, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """An edit of activations (b, n, f) as one of activations in the order that the MLP has them in."""
+        if self.row_axes:
+            return lambda activation: packed(edit(unpacked(activation)), activation.dim() - 1)
         if not self.neurons_tokens_first:
             return edit
         return lambda activation: edit(activation.transpose(0, 1)).transpose(0, 1)
@@ -103,9 +118,9 @@ class Stream:
             " when the model was wrapped. Wrap the model again, with a `forward` that calls it as you do."
         )
 
-    def _read(self, value: Any, path: Path, alike: int, does: str) -> Tensor:
+    def _read(self, value: Any, path: Path, alike: int, does: str, entering: bool = False) -> Tensor:
         if isinstance(value, Tensor):
-            return self._batch_first(value)
+            return self._batch_first(value, entering)
         x = _get(value, path)
         if not isinstance(x, Tensor):
             raise UnsupportedModelError(
@@ -118,17 +133,19 @@ class Stream:
                 " several crops or views in one pass. Run the model on images of one size at a time while"
                 " vitreg watches it or a fix is applied."
             )
-        return self._batch_first(x)
+        return self._batch_first(x, entering)
 
-    def _batch_first(self, x: Tensor) -> Tensor:
-        if not self.tokens_first:
+    def _batch_first(self, x: Tensor, entering: bool) -> Tensor:
+        if not self.reorders:
             return x
-        view = x.transpose(0, 1)
+        view = unpacked(x, entering) if self.row_axes else x.transpose(0, 1)
         if not torch.compiler.is_compiling():
             view.__dict__[_VIEWED] = x
         return view
 
-    def _in_model_order(self, x: Tensor | None) -> Tensor | None:
+    def _in_model_order(self, x: Tensor | None, entering: bool = False) -> Tensor | None:
+        if self.row_axes and x is not None:
+            return packed(x, self.row_axes, entering)
         return x.transpose(0, 1) if self.tokens_first and x is not None else x
 
 

@@ -12,9 +12,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vitreg.hooks.rows import end_of_pass
+
 __all__ = [
     "WeakTensorKeyDictionary",
     "compiled_model_of",
+    "forget_hook",
     "forget_output_hooks",
     "forget_pre_hook",
     "has_hooks",
@@ -79,7 +82,16 @@ def forget_pre_hook(module: nn.Module, hook: Any) -> None:
         module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def forget_hook(module: nn.Module, hook: Any) -> None:
+    """Remove a forward hook whose handle is lost."""
+    for key in [key for key, own in module._forward_hooks.items() if own is hook]:
+        del module._forward_hooks[key]
+        module._forward_hooks_always_called.pop(key, None)
+
+
 def forget_output_hooks(model: nn.Module) -> None:
     """Remove all forward hooks of a model and its parts: a copy does not show its outputs to watchers."""
     for module in model.modules():
-        module._forward_hooks.clear()
+        for hook in list(module._forward_hooks.values()):
+            if hook is not end_of_pass:
+                forget_hook(module, hook)

@@ -24,6 +24,7 @@ from vitreg.hooks.weights import inputs_of, is_ordinary, outputs_of
 from vitreg.models.block_stack import blocks_in, find_block_stack
 from vitreg.models.layout import TokenLayout
 from vitreg.models.mlp import find_mlp
+from vitreg.models.packed import RowOfEachPass, read_rows, rows_unread
 from vitreg.models.pairs import pairs_as_blocks
 from vitreg.models.patches import measure_patches, prove_grid
 from vitreg.models.probe import Forward, Probe, part
@@ -96,7 +97,7 @@ def find_anatomy(
     """
     refuse_compiled(model)
     _refuse_non_finite(model)
-    with without_edits(model), pairs_as_blocks(model):
+    with without_edits(model), pairs_as_blocks(model), rows_unread(model):
         return _found(model, forward, image_size, given)
 
 
@@ -107,9 +108,16 @@ def _found(model: nn.Module, forward: Forward, image_size: tuple[int, int], give
     probe.check_stream()
     heads = probe.heads()
     anatomy = _measured(given or _seen(model, stack, probe, forward), model, probe, heads)
+    if anatomy.stream.row_axes:
+        read_rows(model, row_of_each_pass(model, forward, anatomy))
     prove_grid(probe, anatomy.layout(image_size), anatomy.patch_size, forward)
     room = room_for_registers(probe, anatomy.stream, anatomy.prefix + anatomy.registers, forward)
     return replace(anatomy, position_tables=room.tables, no_registers=room.refused)
+
+
+def row_of_each_pass(model: nn.Module, forward: Forward, anatomy: Anatomy) -> RowOfEachPass:
+    """What reads how the images of a pass lie, of a model that packs them into a row."""
+    return RowOfEachPass(forward, anatomy.block_modules(model)[0], anatomy.stream, anatomy.patch_size)
 
 
 def _seen(model: nn.Module, stack: str, probe: Probe, forward: Forward) -> Anatomy:

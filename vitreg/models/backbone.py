@@ -12,12 +12,13 @@ from vitreg.errors import (
     ModelWarning,
     UnsupportedModelError,
 )
-from vitreg.models.anatomy import Anatomy, find_anatomy
-from vitreg.models.from_transformers import forward_of
+from vitreg.models.anatomy import Anatomy, find_anatomy, row_of_each_pass
 from vitreg.models.headless import run_without_head
 from vitreg.models.layout import TokenLayout
 from vitreg.models.own_forward import ModelForward, OfModel, own_forward
+from vitreg.models.packed import read_rows
 from vitreg.models.pairs import make_blocks
+from vitreg.models.patch_input import forward_of
 from vitreg.models.placement import device_of, dtype_of
 from vitreg.models.preprocessing import timm_preprocess
 from vitreg.models.probe import Forward
@@ -101,6 +102,8 @@ class Backbone:
                 " Let it take the model, too: wrap(model, forward=lambda model, images: ...)."
             )
         make_blocks(model)  # of pairs, as in the model that was wrapped
+        if self.anatomy.stream.row_axes:
+            read_rows(model, row_of_each_pass(model, forward or model, self.anatomy))
         # Not replace(): what a subclass holds beside the model (a text tower) would still be the old one's.
         return Backbone(
             model, name, self.anatomy, self.image_size, self.preprocess, forward, planted=self.planted

@@ -40,10 +40,13 @@ class BlockCalls:
         self._linked: set[Pair] | None = None  # given as the block before gave it back, each time
         self._shapes: list[tuple[dict[Argument, Shape], dict[Path, Shape]]] = []  # of all tensors, per block
         self._called: dict[Argument, Shape] = {}
+        self.in_a_row = False  # whether nothing that block 0 was given has an axis of images
         self.not_finite: int | None = None  # the first block that gave tokens with NaN or infinity
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         every = list(arguments_of(block, args, kwargs))
+        if not self.inputs:
+            self.in_a_row = not any(self._may_be_stream(tensor) for _, tensor in every)
         self._called = {argument: tuple(tensor.shape) for argument, tensor in every}
         self._given = {argument: tensor for argument, tensor in every if self._may_be_stream(tensor)}
         if not self.inputs:
@@ -91,6 +94,11 @@ class BlockCalls:
             found = [pair for pair in found if pair in kept] or found
         return found
 
+    @property
+    def row_length(self) -> int:
+        """The tokens of all images that the latest block was given in a row, 0 where there are none."""
+        return max((tensor.shape[-2] for tensor in self._given.values()), default=0) if self.in_a_row else 0
+
     def linked(self) -> bool:
         """Whether every block is given the stream as the block before gave it back."""
         return self._linked is None or self.rivals()[0] in self._linked
@@ -102,6 +110,8 @@ class BlockCalls:
             return None
         argument, returned = rivals[0]
         entered = self.entered[argument]
+        if self.in_a_row:
+            return Stream(argument, returned, row_axes=entered.dim() - 1)
         width = entered.shape[-1]
         alike = {
             (
@@ -116,11 +126,24 @@ class BlockCalls:
         return Stream(argument, returned, tokens_first=tokens_first, width=width, alike=alike.pop())
 
     def _may_be_stream(self, tensor: Tensor) -> bool:
+        if self.in_a_row:
+            return tensor.is_floating_point() and self._is_row(tensor.shape)
         return tensor.dim() == 3 and tensor.is_floating_point() and self._images in tensor.shape[:2]
 
+    def _is_row(self, shape: Shape) -> bool:
+        """Of tokens of all images, one behind the other: (b*n, d), or (1, b*n, d)."""
+        rows = shape[0] if len(shape) == 2 else shape[1] if len(shape) == 3 and shape[0] == 1 else 0
+        return rows > self._images and rows % self._images == 0
+
+    def by_image(self, argument: Argument) -> Tensor:
+        """What entered block 0, (b, n, d)."""
+        entered = self.entered[argument]
+        if self.in_a_row:
+            return entered.reshape(self._images, -1, entered.shape[-1])
+        return entered if entered.shape[0] == self._images else entered.transpose(0, 1)
+
     def _depends_on_the_image(self, pair: Pair) -> bool:
-        entered = self.entered[pair.argument]
-        images = entered if entered.shape[0] == self._images else entered.transpose(0, 1)
+        images = self.by_image(pair.argument)
         return not torch.equal(images[0], images[1])
 
 

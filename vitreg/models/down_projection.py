@@ -42,8 +42,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def leading_down(calls: list[Call], streams: set[Shape]) -> list[Call]:
-    """The modules that lead from neurons (b, n, f), f not d, to the stream (b, n, d), or (n, b, d)."""
-    affine = [call for call in calls if call.given.dim() == 3 and _is_affine(call)]
+    """The modules that lead from neurons (b, n, f), f not d, to the stream (b, n, d), or what it is there."""
+    axes = {len(shape) for shape in streams}
+    affine = [call for call in calls if call.given.dim() in axes and _is_affine(call)]
     outermost = [call for call in affine if not any(call.inside(other) for other in affine)]
     leading = [call for call in outermost if call.output in streams and call.neurons != call.output[-1]]
     return [_bare(_with_all_around(call, calls), calls) for call in leading]
@@ -85,7 +86,7 @@ def without_attention(found: list[Call], calls: list[Call], mixed: Tensor | None
 
 
 def _takes(call: Call, mixed: Tensor) -> bool:
-    orders = (mixed, mixed.transpose(0, 1))
+    orders = (mixed, mixed.transpose(0, 1), mixed.flatten(0, 1), mixed.flatten(0, 1)[None])
     return any(call.given.shape == x.shape and torch.allclose(call.given, x, atol=1e-4) for x in orders)
 
 

@@ -1,19 +1,17 @@
 """Models of transformers: the checkpoint, the vision tower in it, its preprocessing, how to run it."""
 
 import inspect
+import sys
 from collections.abc import Iterator
-from functools import partial
+from importlib import import_module
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from vitreg.errors import MissingExtraError, ModelLoadError, UnsupportedModelError
 from vitreg.models.built import Built
 from vitreg.models.checkpoint_keys import KeyMismatch
 from vitreg.models.preprocessing import hf_preprocess, plain_preprocess
-from vitreg.models.probe import Forward
 from vitreg.models.sizes import FALLBACK, VISION_CONFIGS, Pair, Preprocess, native_size
 from vitreg.printing import did_you_mean
 
@@ -62,42 +60,20 @@ def vision_towers(module: nn.Module) -> Iterator[nn.Module]:
     towers = [
         part
         for part in module.modules()
-        if hasattr(part, "config") and _arguments(part)[:1] == ["pixel_values"]
+        if hasattr(part, "config")
+        if _arguments(part)[:1] == ["pixel_values"] or "grid_thw" in _arguments(part)
     ]
     without_text = [tower for tower in towers if not set(_TEXT) & set(_arguments(tower))]
     if not without_text and set(_TEXT) & set(_arguments(module)):
         raise UnsupportedModelError(
             f"{type(module).__name__} takes text, and has no part that takes pixel_values alone: no vision"
-            " encoder that vitreg can run. (Encoders of patches in a row are not supported.)"
+            " encoder that vitreg can run."
         )
     yield from without_text or [module]
 
 
 def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
-
-
-def forward_of(module: nn.Module) -> Forward | None:
-    """How to run a module on images where `module(images)` would not do."""
-    parameters = inspect.signature(module.forward).parameters
-    if "spatial_shapes" in parameters:
-        return partial(_run_on_patches, module)
-    if "interpolate_pos_encoding" in parameters:
-        return partial(module, interpolate_pos_encoding=True)
-    return None
-
-
-def _run_on_patches(module: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Any:
-    """SigLIP 2 (NaFlex) takes flattened patches, their mask and the grid of each image."""
-    config: Any = module.config
-    patch: int = getattr(config, "vision_config", config).patch_size
-    b, _, h, w = images.shape
-    rows, columns = h // patch, w // patch
-    cells = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (b, 3, rows, columns, patch, patch)
-    pixels = cells.permute(0, 2, 3, 4, 5, 1).reshape(b, rows * columns, -1)
-    mask = torch.ones(b, rows * columns, dtype=torch.long, device=images.device)
-    shapes = torch.tensor([[rows, columns]] * b, device=images.device)
-    return module(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
 def processor_of(name: str, trust_remote_code: bool = False) -> Any:
@@ -154,8 +130,24 @@ def _random_tower(transformers: Any, config: Any, trust_remote_code: bool) -> nn
     inner = next((found for name in VISION_CONFIGS if (found := getattr(config, name, None))), None)
     if inner is not None:
         return _random_tower(transformers, inner, trust_remote_code)
+    kind = _tower_class(config)
+    if kind is not None:
+        return kind(config)
     module: nn.Module = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     return module
+
+
+def _tower_class(config: Any) -> type[nn.Module] | None:
+    """The class of a vision tower that has a configuration of its own and is known by no automatic class."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    code = sys.modules.get(name) or (import_module(name) if name.startswith("transformers.models.") else None)
+    towers = [
+        kind
+        for kind in vars(code).values()
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config)
+        if "grid_thw" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    ]
+    return towers[0] if towers else None
 
 
 def _preprocess(

@@ -15,11 +15,13 @@ from vitreg.models.probe import IMAGES, Probe, evaluating
 def find_mlp(probe: Probe) -> str:
     """The path in block 0 of the module that leads from the MLP's neurons back to the width."""
     shapes: set[Shape] = {(IMAGES, probe.tokens, probe.width), (probe.tokens, IMAGES, probe.width)}
+    if probe.calls.in_a_row:
+        shapes = {probe.row}
     with evaluating(probe.model):
         found = leading_down(probe.called, shapes)
     row = (IMAGES * probe.tokens, probe.width)
     rows = [call for call in probe.called if call.output == row and is_linear(call.module)]
-    if not found and rows:
+    if not found and rows and not probe.calls.in_a_row:
         raise probe.unsupported(
             f"their MLP works on the tokens of all images in one row ({rows[-1].name!r} gives"
             f" {rows[-1].output}), so that it cannot be told which image an activation belongs to"

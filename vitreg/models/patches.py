@@ -10,13 +10,14 @@ are changed one by one: the tokens that change with the first ones are the first
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from vitreg.models.feature import Feature
+from vitreg.models.given import one_grid
 from vitreg.models.layout import TokenLayout
-from vitreg.models.probe import Feature, Forward, Probe, _equal_tokens
+from vitreg.models.probe import CONTRAST, Forward, Probe, equal_tokens
 
 Pair = tuple[int, int]
-CONTRAST = 4.0  # what is added to changed pixels, whose own values are -1 to 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class PatchGeometry:
 def measure_patches(probe: Probe, forward: Forward) -> PatchGeometry:
     """The patches that enter block 0. Raises UnsupportedModelError where their grid cannot be measured."""
     count = probe.tokens - probe.constant_tokens()
+    if probe.calls.in_a_row and probe.given.images is None and probe.given.table is not None:
+        return _of_table(probe, probe.given.table, count)
     maps = [feature for feature in probe.features if len(feature.shape) == 4]
     of_grid = [feature for feature in maps if feature.grid[0] * feature.grid[1] == count]
     if of_grid:
@@ -50,6 +53,17 @@ def measure_patches(probe: Probe, forward: Forward) -> PatchGeometry:
     return PatchGeometry(name, grid, *_sides_by_touch(probe, forward, grid))
 
 
+def _of_table(probe: Probe, table: Tensor, count: int) -> PatchGeometry:
+    """What the table says that the model is given beside patches in a row."""
+    (rows, columns), (height, width) = one_grid(table), probe.image_size
+    if rows * columns != count or height % rows or width % columns:
+        raise probe.unsupported(
+            f"they are given {count} tokens for an image of {height}x{width} pixels, where the model is told"
+            f" of {rows}x{columns} patches. Token dropping and merging are not supported"
+        )
+    return PatchGeometry(None, (rows, columns), (height // rows, width // columns), (0, 0))
+
+
 def prove_grid(probe: Probe, layout: TokenLayout, size: Pair, forward: Forward) -> None:
     """Change the pixels of one patch: its token must move most. Raises UnsupportedModelError if another does.
 
@@ -64,7 +78,7 @@ def prove_grid(probe: Probe, layout: TokenLayout, size: Pair, forward: Forward) 
     plain, *changed = probe.entering(forward, images).float()
     for (row, column), stream in zip(tried, changed, strict=True):
         moved = int((stream - plain).norm(dim=-1).argmax())
-        reached = int((~_equal_tokens(plain, stream)).sum())
+        reached = int((~equal_tokens(plain, stream)).sum())
         y, x = divmod(moved - layout.patch(0, 0), columns)
         apart = max(abs(y - row), abs(x - column))
         if apart > (reached > 1):
@@ -162,4 +176,4 @@ def _tokens_reached(probe: Probe, forward: Forward, lines: list[Pair]) -> list[l
     for image, (axis, place) in zip(images[1:], lines, strict=True):
         image.select(axis + 1, place).add_(CONTRAST)
     stream = probe.entering(forward, images)
-    return [(~_equal_tokens(stream[0], changed)).nonzero().flatten().tolist() for changed in stream[1:]]
+    return [(~equal_tokens(stream[0], changed)).nonzero().flatten().tolist() for changed in stream[1:]]

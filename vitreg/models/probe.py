@@ -8,19 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import NonFiniteError, UnsupportedModelError
+from vitreg.hooks import rows
 from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
+from vitreg.hooks.row_attention import joined
+from vitreg.hooks.rows import Row
 from vitreg.hooks.stream import Stream, tensors_in
 from vitreg.models.block_calls import BlockCalls
 from vitreg.models.block_stack import PASS_AN_ANATOMY, blocks_in, holds_blocks
 from vitreg.models.down_projection import Call
+from vitreg.models.feature import MAKES_FEATURES, Feature
+from vitreg.models.film import takes_films
+from vitreg.models.given import Given, given_to
 from vitreg.models.placement import device_of, dtype_of
 
 Forward = Callable[[Tensor], Any]
@@ -31,8 +37,8 @@ NO_ATTENTION_SEEN = (
     " model.set_attn_implementation('sdpa') in transformers, say. Other kinds of attention, or none, are not"
     " supported"
 )
-MAKES_FEATURES = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 IMAGES = 3  # of a probe: two different ones, and the first again
+CONTRAST = 4.0  # what is added to changed pixels, whose own values are -1 to 1
 
 
 def part(module: nn.Module, path: str) -> nn.Module:
@@ -63,21 +69,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class Feature(NamedTuple):
-    """What a layer made before block 0: the shape of its output, and the sides of the map that entered it."""
-
-    name: str
-    module: nn.Module
-    shape: tuple[int, ...]
-    entering: tuple[int, ...]  # (height, width), or (0, 0) where no map entered
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Of a map (b, c, rows, columns), or (b, rows, columns, c) of a linear layer."""
-        rows = 1 if isinstance(self.module, nn.Linear) else 2
-        return self.shape[rows], self.shape[rows + 1]
-
-
 class Probe:
     """One watched forward pass over two noise images and the first again, and what it showed."""
 
@@ -94,6 +85,7 @@ class Probe:
         self.mixed: Tensor | None = None  # what attention in block 0 made of the values, (IMAGES, n, h * c)
         self.called: list[Call] = []  # of the modules within block 0, in order
         self.features: list[Feature] = []  # outputs before block 0, in order
+        self.given = Given(None, None)  # of the model itself
         self.masked = False  # attention in the blocks has a mask or positional bias
         self.elsewhere: list[tuple[int, ...]] = []  # shapes of q of self-attention outside the blocks
         self.between = False  # whether there is some between the first block and the last
@@ -108,17 +100,15 @@ class Probe:
         with ExitStack() as stack, evaluating(self.model):
             for hook in self._hooks():
                 stack.callback(hook.remove)
-            self._seeing = stack.enter_context(intercept(self._saw_attention, IMAGES))
+            self._seeing = stack.enter_context(intercept(joined(self._saw_attention), IMAGES))
+            stack.enter_context(rows.row(rows.NOTHING))
             try:
                 forward(images)
             except Exception as error:
+                if not self.calls.inputs and isinstance(error, UnsupportedModelError):
+                    raise
                 if not self.calls.inputs:
-                    raise UnsupportedModelError(
-                        f"{type(self.model).__name__} could not run on images of shape"
-                        f" {tuple(images.shape)} ({type(error).__name__}: {one_line(error)}). Give vitreg"
-                        " the vision encoder itself (of a larger model, its vision tower), a matching size,"
-                        " or a `forward` that says how to call it."
-                    ) from error
+                    raise self._could_not_run(forward, images, error) from error
                 if len(self.calls.outputs) < self.depth:
                     raise self.unsupported(
                         f"block {len(self.calls.outputs)} fails on images of shape {tuple(images.shape)}"
@@ -127,14 +117,30 @@ class Probe:
                 # Past the blocks: a head that wants more than images does not concern us.
                 self.head_error = f"{type(error).__name__}: {one_line(error)}"
 
+    def _could_not_run(self, forward: Forward, images: Tensor, error: Exception) -> UnsupportedModelError:
+        kind, shape = type(self.model).__name__, tuple(images.shape)
+        if takes_films(self.model, self.blocks[0], forward, images):
+            return UnsupportedModelError(
+                f"{kind} takes video, 5-dimensional input (b, frames, 3, h, w), and not images (b, 3, h, w)."
+                " Models of video are not supported: give vitreg an image encoder."
+            )
+        return UnsupportedModelError(
+            f"{kind} could not run on images of shape {shape} ({type(error).__name__}: {one_line(error)})."
+            " Give vitreg the vision encoder itself (of a larger model, its vision tower), a matching size,"
+            " or a `forward` that says how to call it."
+        )
+
     def entering(self, forward: Forward, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        """The residual stream (b, n, d) that enters block 0 for other images of the same size."""
+        """The residual stream (b, n, d) that enters block 0 for other images of the same size.
+
+        Where images lie in a row, their patches are in the model's order until somebody proved it.
+        """
         streams: list[Tensor] = []
         with self.blocks[0].register_forward_pre_hook(
             lambda module, args, kwargs: streams.append(self._place.of_call(args, kwargs)), with_kwargs=True
         ):
             try:
-                with evaluating(self.model):
+                with evaluating(self.model), rows.row(Row(len(images), self.tokens)):
                     forward(images)
             except Exception:
                 if not streams:
@@ -147,8 +153,8 @@ class Probe:
         return images.to(device_of(self.model), dtype_of(self.model))
 
     def _hooks(self) -> Iterator[Any]:
-        yield self.model.register_forward_pre_hook(lambda module, args: self._run(True))
-        yield self.model.register_forward_hook(lambda module, args, output: self._run(False))
+        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        yield self.model.register_forward_hook(self._end)
         for index, block in enumerate(self.blocks):
             yield block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
             yield block.register_forward_hook(self._leave)
@@ -163,6 +169,9 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inside = index
             self.calls.enter(module, args, kwargs)
+            if self.calls.in_a_row and (tokens := self.calls.row_length):
+                rows.know(Row(IMAGES, tokens // IMAGES))
+                rows.enter_block(tokens)
 
         return hook
 
@@ -187,8 +196,11 @@ class Probe:
 
         return hook
 
-    def _run(self, running: bool) -> None:
-        self._running = running
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._running, self.given = True, given_to(args, kwargs)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running = False
 
     def _saw_attention(self, call: AttentionCall) -> None:
         shape = tuple(call.q.shape)
@@ -217,8 +229,12 @@ class Probe:
     @cached_property
     def stream(self) -> Float[Tensor, "b n d"]:
         """The residual stream that enters block 0, (IMAGES, n, d)."""
-        entered = self.calls.entered[self._place.argument]
-        return entered.transpose(0, 1) if self._place.tokens_first else entered
+        return self.calls.by_image(self._place.argument)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of the stream as the blocks have it."""
+        return tuple(self.calls.entered[self._place.argument].shape)
 
     @property
     def tokens(self) -> int:
@@ -268,7 +284,7 @@ class Probe:
             )
         if not self.stream.isfinite().all():
             raise NonFiniteError("the input of block 0 holds NaN or infinity for a noise image.")
-        if not bool(_equal_tokens(self.stream[0], self.stream[2]).all()):
+        if not bool(equal_tokens(self.stream[0], self.stream[2]).all()):
             raise self.unsupported(
                 "the same image gives them other tokens each time. Random masks and shuffles are not"
                 " supported: switch them off, or give vitreg the encoder alone"
@@ -307,7 +323,7 @@ class Probe:
 
     def constant_tokens(self) -> int:
         """Tokens that are the same for both images; they must come first (prefix, then registers)."""
-        constant = _equal_tokens(self.stream[0], self.stream[1])
+        constant = equal_tokens(self.stream[0], self.stream[1])
         count = int(constant.sum())
         if count == self.tokens:
             raise self.unsupported("their input does not depend on the image")
@@ -372,7 +388,7 @@ class Probe:
         )
 
 
-def _equal_tokens(one: Tensor, other: Tensor) -> Tensor:
+def equal_tokens(one: Tensor, other: Tensor) -> Tensor:
     """Which tokens are equal, up to rounding, which in some kernels differs within a batch."""
     one, other = one.float(), other.float()
     scale = one.abs().amax(-1) + other.abs().amax(-1)

@@ -18,6 +18,7 @@ from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import BlockEdit, Inner, install, leave_unrotated, uninstall
 from vitreg.hooks.inside_block import BlockInterceptor, given_mask, within
+from vitreg.hooks.row_attention import joined
 from vitreg.hooks.stream import Stream
 from vitreg.models.headless import run_without_head
 from vitreg.models.probe import Forward, Probe, evaluating, one_line
@@ -88,7 +89,7 @@ def all_alike(x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
 def attention_of(run: Callable[[], Tensor], images: int) -> AttentionCall:
     """The attention that a block computes."""
     calls: list[AttentionCall] = []
-    with intercept(calls.append, images):
+    with intercept(joined(calls.append), images):
         run()
     return calls[-1]
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitreg.errors import UnsupportedModelError
+from vitreg.hooks import rows
 from vitreg.hooks.block_edit import without_edits
 from vitreg.hooks.torch_internals import tree_map_only
 from vitreg.models.backbone import Backbone
@@ -37,7 +38,7 @@ def write_gains(vit: Backbone, layers: list[int]) -> dict[int, Float[Tensor, " d
 
 
 def _saw_entering(entered: dict[int, Any], layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    entered[layer] = _copies((args, kwargs))
+    entered[layer] = rows.current(), _copies((args, kwargs))
 
 
 def _copies(given: Any) -> Any:
@@ -48,15 +49,17 @@ def _copies(given: Any) -> Any:
 
 
 def _gain(vit: Backbone, layer: int, entered: Any) -> Float[Tensor, " d"]:
+    known, given = entered
     block = _in_float32(vit.anatomy.block_modules(vit.model)[layer])
     outputs = []
     for amount in (0.0, 1.0, 2.0):
         down = block.get_submodule(vit.anatomy.down_projection)
         hook = down.register_forward_hook(lambda module, given, output, amount=amount: output + amount)
         with torch.autocast(vit.device.type, enabled=False):
-            args, kwargs = _copies(entered)
+            args, kwargs = _copies(given)
             output = block(*args, **kwargs)
-        outputs.append(vit.anatomy.stream.of_output(output))
+        with rows.row(known or rows.NOTHING):
+            outputs.append(vit.anatomy.stream.of_output(output))
         hook.remove()
     if outputs[0].dtype != torch.float32:
         raise UnsupportedModelError(

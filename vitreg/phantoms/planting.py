@@ -113,10 +113,11 @@ def _shared_parents(one: str, other: str) -> int:
 def mlp_inputs(vit: Backbone, mlp: Mlp, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
     """What enters the MLP of a block, in float32, without a fix that is applied to the model."""
     seen: list[Tensor] = []
-    seeing = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    read = vit.anatomy.stream.neurons  # while the pass runs, which knows how its images lie
+    seeing = mlp.ups[0].register_forward_pre_hook(lambda module, args: seen.append(read(args[0])))
     with seeing, evaluating(vit.model), without_edits(vit.model):
         vit(images)
-    return vit.anatomy.stream.neurons(seen[0]).float()
+    return seen[0].float()
 
 
 def _tokens(vit: Backbone, mlp: Mlp, batches: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -170,6 +170,7 @@ def choose(
     what = "zeroed neurons" if vit.anatomy.no_registers else "test-time registers"
     try:
         splitting = splitting_for(vit, few, rounds)
+        splitting.check(vit)
         splitting.edits(vit)
     except (FixError, UnsupportedModelError) as error:
         return (

@@ -187,7 +187,7 @@ class _Reading:
             if layer == self._layer:
                 inner = seen.inner
                 first = inner.register_slice
-                index = torch.tensor([0] * bool(inner.prefix) + list(range(first.start, first.stop)))
+                index = torch.tensor([0] * bool(inner.prefix) + [*range(first.start, first.stop)]).long()
                 rows = call.rows(index.to(call.q.device)).mean(1)
                 found["maps"] = inner.as_grid(rows[:, :, inner.patch_slice])
 

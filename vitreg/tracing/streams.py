@@ -15,11 +15,12 @@ from vitreg.errors import UnsupportedModelError
 from vitreg.hooks.attention import AttentionCall
 from vitreg.hooks.attention_mode import intercept
 from vitreg.hooks.block_edit import edits_of
-from vitreg.hooks.stream import tensors_in
+from vitreg.hooks.row_attention import joined
 from vitreg.hooks.token_order import in_order, shown
 from vitreg.hooks.torch_internals import in_backward
 from vitreg.models.anatomy import refuse_compiled
 from vitreg.models.backbone import Backbone
+from vitreg.models.given import given_to, one_grid
 from vitreg.models.layout import TokenLayout
 from vitreg.models.probe import NO_ATTENTION_SEEN
 
@@ -100,7 +101,8 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         for hook in hooks:
             self._stack.callback(hook.remove)
         if self._on_attention:
-            self._seeing = self._stack.enter_context(intercept(self._attention))
+            self._joined = joined(self._attention)
+            self._seeing = self._stack.enter_context(intercept(self._joined))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -117,20 +119,20 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         """
         if not self._ours():
             return
-        given = [tensor for _, tensor in tensors_in((args, kwargs))]
-        images = [x for x in given if x.dim() == 4 and x.shape[1] == 3]
-        tables = [x for x in given if x.dim() == 2 and x.shape[1] == 2 and not x.is_floating_point()]
-        self._from_images = bool(images)
-        if images:
-            self.layout = self._vit.anatomy.layout((images[0].shape[2], images[0].shape[3]))
-        elif tables:
-            self.layout = replace(self.layout, grid=_one_grid(tables[0]))
+        given = given_to(args, kwargs)
+        self._from_images = given.images is not None
+        if given.images is not None:
+            self.layout = self._vit.layout_for(given.images)
+        elif given.table is not None:
+            self.layout = replace(self.layout, grid=one_grid(given.table))
 
     def _entered(self, layer: int, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if self._ours():
             self._inside, self._attended, self._layer = layer, False, layer
             if self._on_attention and kwargs is not None:
-                self._seeing.steps.images = len(self._vit.anatomy.stream.of_call(args, kwargs))
+                stream = self._vit.anatomy.stream
+                images = len(stream.of_call(args, kwargs))
+                self._seeing.steps.images = 1 if stream.row_axes else images
             self._inner.pop(layer, None)
             if layer == 0 and self._on_start:
                 self._on_start()
@@ -142,6 +144,7 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
         self._inside = None
         if self._on_attention:
             self._seeing.steps.forget()
+            self._joined.forget()
         self._check(layer, residual.shape[1])
         if self._on_block:
             self._on_block(layer, residual.detach())
@@ -196,17 +199,6 @@ class watch:  # noqa: N801 - used as a verb, like torch.no_grad
             self._saw_tokens(self._inside, call.tokens)
             with torch.no_grad():
                 self._on_attention(self._inside, call)
-
-
-def _one_grid(table: Tensor) -> tuple[int, int]:
-    """The (rows, columns) that all images of a batch have."""
-    grids = {(int(rows), int(columns)) for rows, columns in table.tolist()}
-    if len(grids) > 1:
-        raise UnsupportedModelError(
-            f"found images of {len(grids)} patch grids in one batch, such as {sorted(grids)[:2]}: expected"
-            " one. Pass images of each size by themselves."
-        )
-    return grids.pop()
 
 
 def token_norms(residual: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:

@@ -5,6 +5,7 @@ there, and positions that start as those of their neighbours, move the sinks bef
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +16,7 @@ from vitreg.diagnosis.result import Diagnosis
 from vitreg.models.backbone import Backbone
 from vitreg.models.layout import TokenLayout
 from vitreg.models.positions import position_table
-from vitreg.models.probe import evaluating, first_tensor
+from vitreg.models.probe import evaluating
 
 # A position is bound if it is an outlier in so large a share of the photos.
 OFTEN = 0.5
@@ -65,10 +66,8 @@ def _entering(vit: Backbone, images: Iterable[Tensor]) -> Float[Tensor, "b n d"]
     """What enters block 0, of all images."""
     found: list[Tensor] = []
 
-    def enters(module: nn.Module, args: object, kwargs: object) -> None:
-        tokens = first_tensor((args, kwargs))
-        assert tokens is not None
-        found.append(tokens.float())
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(vit.anatomy.stream.of_call(args, kwargs).float())
 
     block = vit.anatomy.block_modules(vit.model)[0]
     with block.register_forward_pre_hook(enters, with_kwargs=True), evaluating(vit.model):

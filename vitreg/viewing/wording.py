@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitreg.diagnosis.wording import kind_of_query
+from vitreg.plots.style import safe
 from vitreg.printing import called, number, percent, short_name
 
 if TYPE_CHECKING:
     from vitreg.viewing.result import Look, LookVersion
+
+
+# The most of a name in a table.
+LETTERS = 30
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ def table(look: "Look") -> tuple[list[str], list[list[str]]]:
     for photo, name in enumerate(look.names):
         for version in look.versions:
             facts = photo_facts(version, photo, look.unfixed(version))
-            words = [version.label] if len(look.names) == 1 else [short_name(name)]
-            words += [version.label] if len(look.names) > 1 and len(look.versions) > 1 else []
-            rows.append([", ".join(words), *_cells(facts)])
+            words = [short_name(name)] if len(look.names) > 1 else []
+            words += [version.label] if len(look.versions) > 1 or not words else []
+            rows.append([", ".join(safe(word, LETTERS) for word in words), *_cells(facts)])
     if not any(version.fixed for version in look.versions):
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     return heads, rows
