@@ -1,0 +1,73 @@
+"""What the pages' code finds when it is run: small phantoms for models, and folders with drawn photos."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import vitreg
+import vitreg.models.loading
+from vitreg.data.shapes import CLASSES
+
+PHOTOS = 24
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder with all that pages name, and the models that stand in for those of the hubs."""
+
+    folder: Path
+
+    @classmethod
+    def made(cls, folder: Path) -> "Workshop":
+        """Plant a phantom, draw photos, find a fix: once for all pages."""
+        vit, scenes = vitreg.example(PHOTOS)
+        (folder / "photos").mkdir()
+        for i, scene in enumerate(scenes):
+            scene.photo.save(folder / "photos" / f"{i:02}.png")
+            for split in ("train", "val"):
+                place = folder / "classes" / split / CLASSES[scene.label]
+                place.mkdir(parents=True, exist_ok=True)
+                scene.photo.save(place / f"{i:02}.png")
+        photos = vitreg.read_images(folder / "photos", vit)
+        phantom = vitreg.plant(vit, [batch.pixels for batch in photos], 3)
+        save_timm(phantom.vit.model, folder / "my-model")
+        search = vitreg.find_fix(phantom.vit, photos, kind="splitting")
+        search.save(folder / "my-fix", vit=phantom.vit)
+        return cls(folder)
+
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Names of hub models give the phantom, until `patch` is undone."""
+        load, create = vitreg.models.loading.load, timm.create_model
+
+        def loaded(name: str, **options: Any) -> vitreg.Backbone:
+            if options.get("random_weights") or not name.startswith(("timm:", "hf:", "open_clip:")):
+                return load(name, **options)
+            options.pop("size", None)
+            return load("my-model", **options)
+
+        def created(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+            if pretrained and not name.startswith("local-dir:"):
+                return create("local-dir:my-model", pretrained=True)
+            return create(name, pretrained=pretrained, **options)
+
+        patch.setattr(vitreg.models.loading, "load", loaded)
+        patch.setattr(vitreg, "load", loaded)
+        patch.setattr(timm, "create_model", created)
+
+
+def save_timm(model: torch.nn.Module, folder: Path) -> None:
+    """In timm's folder format, as `vitreg.load` reads it."""
+    timm.models.save_for_hf(model, folder, model_config=json.loads(_config_of_the_example())["pretrained_cfg"])
+
+
+def _config_of_the_example() -> str:
+    import vitreg.phantoms.bundled
+
+    return (Path(vitreg.phantoms.bundled.__path__[0]) / "config.json").read_text()
+
+
