@@ -59,6 +59,5 @@ html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
 templates_path = []
-mathjax_path = ""
 html_theme_options = {"navigation_with_keys": True, "source_repository": REPOSITORY, "source_branch": "main",
                       "source_directory": "docs/"}

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import typer
 from sphinx.application import Sphinx
@@ -65,11 +66,19 @@ def _usage(param: typer.core.TyperArgument) -> str:
 
 def _option(option: typer.core.TyperOption) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-    value = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
-    choices = getattr(option.type, "choices", None)
+    choices = _choices(option)
+    value = "" if option.is_flag else f" {option.metavar or ('TYPE' if choices else option.name.upper())}"
     about = _cell(option.help) + (f" One of {', '.join(map(str, choices))}." if choices else "")
     default = "required" if option.required else _default(option)
     return f"| {names}{_cell(value)} | {about} | {default} |"
+
+
+def _choices(option: typer.core.TyperOption) -> tuple[object, ...]:
+    """The values that an option takes, where they are listed; typer says so otherwise before 0.25."""
+    kind = getattr(option, "type_descriptor", None)
+    if kind is not None:
+        return get_args(kind.annotation) if get_origin(kind.annotation) is Literal else ()
+    return tuple(getattr(option.type, "choices", ()))
 
 
 def _default(option: typer.core.TyperOption) -> str:

@@ -1,6 +1,6 @@
 """What the pages' code finds when it is run: small phantoms for models, and folders with drawn photos."""
 
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import vitreg
 import vitreg.models.loading
+import vitreg.phantoms.bundled
 from vitreg.data.shapes import CLASSES
 
 PHOTOS = 24
@@ -35,7 +37,7 @@ class Workshop:
                 scene.photo.save(place / f"{i:02}.png")
         photos = vitreg.read_images(folder / "photos", vit)
         phantom = vitreg.plant(vit, [batch.pixels for batch in photos], 3)
-        save_timm(phantom.vit.model, folder / "my-model")
+        save_planted(phantom.vit.model, folder / "my-model")
         search = vitreg.find_fix(phantom.vit, photos, kind="splitting")
         search.save(folder / "my-fix", vit=phantom.vit)
         return cls(folder)
@@ -60,14 +62,7 @@ class Workshop:
         patch.setattr(timm, "create_model", created)
 
 
-def save_timm(model: torch.nn.Module, folder: Path) -> None:
-    """In timm's folder format, as `vitreg.load` reads it."""
-    timm.models.save_for_hf(model, folder, model_config=json.loads(_config_of_the_example())["pretrained_cfg"])
-
-
-def _config_of_the_example() -> str:
-    import vitreg.phantoms.bundled
-
-    return (Path(vitreg.phantoms.bundled.__path__[0]) / "config.json").read_text()
-
-
+def save_planted(model: torch.nn.Module, folder: Path) -> None:
+    """The bundled example's folder with other weights, as `vitreg.load` reads it."""
+    shutil.copytree(vitreg.phantoms.bundled.__path__[0], folder, ignore=shutil.ignore_patterns("*.py*", "__*"))
+    save_file(model.state_dict(), folder / "model.safetensors")
