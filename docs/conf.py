@@ -59,5 +59,8 @@ html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
 templates_path = []
-html_theme_options = {"navigation_with_keys": True, "source_repository": REPOSITORY, "source_branch": "main",
-                      "source_directory": "docs/"}
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+
+
+def setup(app):
+    app.add_config_value("repository", REPOSITORY, "env")

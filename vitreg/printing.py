@@ -30,7 +30,11 @@ def text_table(
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=width, no_color=True, markup=False, highlight=False).print(table)
+    # A notebook would show the table at once, and leave none in the text.
+    console = Console(
+        file=text, width=width, no_color=True, markup=False, highlight=False, force_jupyter=False
+    )
+    console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

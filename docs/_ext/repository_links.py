@@ -29,7 +29,7 @@ def relinked(text: str, docname: str, repository: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     def read(app: Sphinx, docname: str, source: list[str]) -> None:
-        source[0] = relinked(source[0], docname, app.config.html_theme_options["source_repository"])
+        source[0] = relinked(source[0], docname, app.config.repository)
 
     app.connect("source-read", read)
     return {"parallel_read_safe": True}
