@@ -1,9 +1,10 @@
-"""The documentation site: `scripts/docs` builds it. Nothing here is fetched from a network, nor by a reader."""
+"""The documentation site, which `scripts/docs` builds. Neither builder nor reader needs a network."""
 
 import os
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))

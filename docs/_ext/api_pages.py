@@ -8,8 +8,10 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "reference" / "api"
@@ -28,7 +30,8 @@ def packages() -> dict[str, list[str]]:
     top = names_of(ROOT / "vitreg" / "__init__.pyi")
     found = {
         stub.parent.name: [
-            f"vitreg.{name}" if name in top else f"vitreg.{stub.parent.name}.{name}" for name in names_of(stub)
+            f"vitreg.{name}" if name in top else f"vitreg.{stub.parent.name}.{name}"
+            for name in names_of(stub)
         ]
         for stub in sorted((ROOT / "vitreg").glob("*/__init__.pyi"))
     }
@@ -91,11 +94,11 @@ def index(found: dict[str, list[str]]) -> str:
 
 
 _INTRODUCTION = (
-    "Everything below is public; all else may change at any time. What most people need is on `vitreg` itself:"
-    " `import vitreg` is cheap, and each name is loaded when it is first used.\n\n"
+    "Everything below is public; all else may change at any time. What most people need is on `vitreg`"
+    " itself: `import vitreg` is cheap, and each name is loaded when it is first used.\n\n"
     "Tensors have their shapes in the signature: `b` images, `n` tokens, `p` patches, `d` width, `f` neurons,"
-    " `l` layers, `h` heads, `gh gw` the grid of patches. Layers are counted from 0: layer *i* is the residual"
-    " stream after block *i*, before any final norm."
+    " `l` layers, `h` heads, `gh gw` the grid of patches. Layers are counted from 0: layer *i* is the"
+    " residual stream after block *i*, before any final norm."
 )
 
 
@@ -126,14 +129,16 @@ def _is_python(line: str) -> bool:
 
 def _escaped(line: str) -> str:
     parts = re.split(r"(`[^`]*`)", line)
-    return "".join(part if part.startswith("`") else re.sub(r"([*|_]{1,2})(?=\W|\w|$)", r"\\\1", part) for part in parts)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([*|_]{1,2})(?=\W|\w|$)", r"\\\1", part) for part in parts
+    )
 
 
-def _docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def _docstring(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = as_restructured(lines)
 
 
-def write_pages(app: Sphinx) -> None:
+def write_pages(app: "Sphinx") -> None:
     """Write all pages, those that have changed only: Sphinx reads by date."""
     FOLDER.mkdir(exist_ok=True)
     found = packages()
@@ -146,9 +151,7 @@ def write_pages(app: Sphinx) -> None:
             path.write_text(text)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", _docstring)
     return {"parallel_read_safe": True}
-
-

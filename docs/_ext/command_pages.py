@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 import typer
-from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 PAGE = Path(__file__).resolve().parents[1] / "reference" / "commands.md"
 HEAD = """# Commands
@@ -23,8 +25,8 @@ Results go to stdout, progress goes to stderr. Exit codes:
 | 3 | a bug of vitreg: one line names a file with the traceback, which belongs into a bug report |
 | 130 | ended by Ctrl-C |
 
-`python -m vitreg` is the same command; `torchrun --nproc-per-node N -m vitreg COMMAND` shares the photos among
-N processes ([several processes](../guides/several-processes.md)).
+`python -m vitreg` is the same command; `torchrun --nproc-per-node N -m vitreg COMMAND` shares the photos
+among N processes ([several processes](../guides/several-processes.md)).
 """
 
 
@@ -46,7 +48,16 @@ def _section(name: str, command: typer.core.TyperCommand) -> str:
     arguments = [param for param in params if param.param_type_name == "argument"]
     options = [param for param in params if param.param_type_name == "option" and param.name != "help"]
     usage = " ".join(_usage(param) for param in arguments)
-    lines = [f"## vitreg {name}", "", command.help or "", "", "```text", f"vitreg {name} {usage} [OPTIONS]", "```", ""]
+    lines = [
+        f"## vitreg {name}",
+        "",
+        command.help or "",
+        "",
+        "```text",
+        f"vitreg {name} {usage} [OPTIONS]",
+        "```",
+        "",
+    ]
     lines += ["| argument | |", "|---|---|"] if arguments else []
     lines += [f"| `{param.metavar or param.name.upper()}` | {_cell(param.help)} |" for param in arguments]
     panels: dict[str, list[str]] = {}
@@ -91,12 +102,12 @@ def _cell(text: str | None) -> str:
     return re.sub(r"\s+", " ", text or "").replace("|", "\\|")
 
 
-def write_page(app: Sphinx) -> None:
+def write_page(app: "Sphinx") -> None:
     text = page()
     if not PAGE.exists() or PAGE.read_text() != text:
         PAGE.write_text(text)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("builder-inited", write_page)
     return {"parallel_read_safe": True}

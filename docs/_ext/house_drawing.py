@@ -1,8 +1,10 @@
-"""The drawing of the packages in docs/house.md as a picture: that page keeps it as Mermaid, which needs a script."""
+"""The drawing of the packages in docs/house.md, which keeps it as Mermaid, as a picture without scripts."""
 
 import re
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 WIDE, HIGH, ACROSS, DOWN = 104, 28, 24, 36  # of a room, and between rooms
 
@@ -24,7 +26,10 @@ def _svg(floors: dict[int, list[str]], arrows: list[tuple[str, str]]) -> str:
     most = max(map(len, floors.values()))
     width, top = most * (WIDE + ACROSS), max(floors)
     centre = {
-        room: (width * (i + 0.5 + 0.12 * (floor % 2)) / (len(rooms) + 0.12), (top - floor) * (HIGH + DOWN) + HIGH)
+        room: (
+            width * (i + 0.5 + 0.12 * (floor % 2)) / (len(rooms) + 0.12),
+            (top - floor) * (HIGH + DOWN) + HIGH,
+        )
         for floor, rooms in floors.items()
         for i, room in enumerate(rooms)
     }
@@ -50,8 +55,8 @@ def _box(room: str, x: float, y: float) -> str:
     )
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    def read(app: Sphinx, docname: str, source: list[str]) -> None:
+def setup(app: "Sphinx") -> dict[str, bool]:
+    def read(app: "Sphinx", docname: str, source: list[str]) -> None:
         if docname == "house":
             source[0] = drawn(source[0])
 

@@ -4,8 +4,10 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parents[1]
 PAGE = DOCS / "models" / "table.md"
@@ -13,13 +15,14 @@ HEAD = """# Which models work
 
 {counts} Type into the field to search (name, family or reason), choose a verdict, click a heading to sort.
 
-*Supported* means that independent checks agreed on a model of random weights: depth, width, tokens, grid, norms,
-neurons, and attention rows equal to the library's own. *Refused* means that vitreg says why it cannot read the
-model, and never guesses. *Not built* means that the model was too large for the machine, or that its library
-could not make it.
+*Supported* means that independent checks agreed on a model of random weights: depth, width, tokens, grid,
+norms, neurons, and attention rows equal to the library's own. *Refused* means that vitreg says why it cannot
+read the model, and never guesses. *Not built* means that the model was too large for the machine, or that its
+library could not make it.
 
-How the table was measured: [the census](../census.md) (`python benchmarks/census.py`) for timm and transformers,
-[the authors' own code](../authors-code.md) (`python benchmarks/checkouts.py`) for repositories. Versions: {versions}.
+How the table was measured: [the census](../census.md) (`python benchmarks/census.py`) for timm and
+transformers, [the authors' own code](../authors-code.md) (`python benchmarks/checkouts.py`) for repositories.
+Versions: {versions}.
 """
 Row = tuple[str, str, str, str, str]  # library, name, family, verdict, why
 
@@ -48,9 +51,7 @@ def _of_the_authors() -> list[Row]:
     for line in re.findall(r"^\| ([\w.-]+/[\w.-]+) \| (.+?) \| (\w[\w ]*) \|(.*)\|$", text, re.MULTILINE):
         repository, model, verdict, checks = line
         refused = [
-            name
-            for name, said in zip(_CHECKS, checks.split("|"), strict=False)
-            if said.strip() == "refused"
+            name for name, said in zip(_CHECKS, checks.split("|"), strict=False) if said.strip() == "refused"
         ]
         why = f"refused: {', '.join(refused)}" if refused else ""
         found.append(("authors' code", f"{repository}: {model}", repository, _verdict(verdict), why))
@@ -79,7 +80,8 @@ def page() -> str:
         for name in ("library", "model", "family", "verdict", "why")
     )
     table = (
-        '<div class="model-search"><label>Search <input type="search" id="model-search" placeholder="dinov2"></label>'
+        '<div class="model-search"><label>Search '
+        '<input type="search" id="model-search" placeholder="dinov2"></label>'
         f'<label>Verdict <select id="model-verdict"><option value="">any</option>{options}</select></label>'
         '<output id="model-count" aria-live="polite"></output></div>'
         f'<div class="model-scroll"><table id="model-table"><thead><tr>{heads}</tr></thead>'
@@ -88,12 +90,12 @@ def page() -> str:
     return f"{head}\n```{{raw}} html\n{table}\n```\n"
 
 
-def write_page(app: Sphinx) -> None:
+def write_page(app: "Sphinx") -> None:
     text = page()
     if not PAGE.exists() or PAGE.read_text() != text:
         PAGE.write_text(text)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("builder-inited", write_page)
     return {"parallel_read_safe": True}

@@ -1,9 +1,11 @@
-"""Links of Markdown files to what is beside docs/: pages of the site where there is one, else the repository."""
+"""Links of pages to what lies beside docs/: pages of the site where there is one, else the repository."""
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
@@ -27,8 +29,8 @@ def relinked(text: str, docname: str, repository: str) -> str:
     return re.sub(r"\]\((\.\.?/[^)#\s]+)(#[^)\s]*)?\)", turned, text)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    def read(app: Sphinx, docname: str, source: list[str]) -> None:
+def setup(app: "Sphinx") -> dict[str, bool]:
+    def read(app: "Sphinx", docname: str, source: list[str]) -> None:
         source[0] = relinked(source[0], docname, app.config.repository)
 
     app.connect("source-read", read)

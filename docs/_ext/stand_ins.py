@@ -64,5 +64,7 @@ class Workshop:
 
 def save_planted(model: torch.nn.Module, folder: Path) -> None:
     """The bundled example's folder with other weights, as `vitreg.load` reads it."""
-    shutil.copytree(vitreg.phantoms.bundled.__path__[0], folder, ignore=shutil.ignore_patterns("*.py*", "__*"))
+    shutil.copytree(
+        vitreg.phantoms.bundled.__path__[0], folder, ignore=shutil.ignore_patterns("*.py*", "__*")
+    )
     save_file(model.state_dict(), folder / "model.safetensors")
