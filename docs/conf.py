@@ -47,10 +47,10 @@ nb_number_source_lines = False
 
 default_role = "code"  # docstrings write `x` for code
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False
 autodoc_typehints = "signature"
 maximum_signature_line_length = 88
-add_module_names = False
+add_module_names = True
 html_theme = "furo"
 html_title = "vitreg"
 html_static_path = ["_static"]

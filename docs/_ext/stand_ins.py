@@ -38,8 +38,10 @@ class Workshop:
         photos = vitreg.read_images(folder / "photos", vit)
         phantom = vitreg.plant(vit, [batch.pixels for batch in photos], 3)
         save_planted(phantom.vit.model, folder / "my-model")
-        search = vitreg.find_fix(phantom.vit, photos, kind="splitting")
-        search.save(folder / "my-fix", vit=phantom.vit)
+        report = vitreg.diagnose(phantom.vit, photos)
+        neurons = vitreg.find_register_neurons(phantom.vit, photos, report)
+        fix = vitreg.TokenSplitting.calibrate(phantom.vit, photos, neurons)
+        fix.save(folder / "my-fix", vit=phantom.vit)
         return cls(folder)
 
     def stand_in(self, patch: pytest.MonkeyPatch) -> None:
