@@ -38,7 +38,7 @@ suppress_warnings = ["mystnb.mime_type"]
 # Tutorials are run at each build whose text or environment has changed; a cell that fails is an error.
 nb_execution_mode = "cache"
 nb_execution_cache_path = os.environ.get("VITREG_DOCS_CACHE", str(HERE.parent / ".docs-cache" / "notebooks"))
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
