@@ -10,7 +10,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const { row, text } of rows) {
-      const right = !verdict.value || row.cells[3].textContent === verdict.value;
+      const right = !verdict.value || row.cells[2].textContent === verdict.value;
       row.hidden = !(right && words.every((word) => text.includes(word)));
       shown += !row.hidden;
     }
