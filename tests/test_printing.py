@@ -15,6 +15,12 @@ def test_columns_are_aligned_and_no_line_ends_in_spaces():
     assert text_table(rows, left=2).splitlines() == ["a              1.5    -", "longer [name]  10.25"]
 
 
+def test_in_a_notebook_a_table_is_text_as_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text_table([["a", "1.5"]]) == "a  1.5"
+    assert capsys.readouterr().out == ""
+
+
 def test_the_bar_has_loss_speed_and_the_time_that_is_left_of_this_run(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")

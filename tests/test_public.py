@@ -79,6 +79,6 @@ def test_the_readmes_map_names_every_room():
             assert re.search(rf"\b{re.escape(path.name)}", tree), f"{path.name} is not in the README's map"
 
 
-@pytest.mark.parametrize("script", ["install", "demo", "check"])
+@pytest.mark.parametrize("script", ["install", "demo", "check", "docs"])
 def test_scripts_are_executable(script):
     assert (ROOT / "scripts" / script).stat().st_mode & 0o111

@@ -47,4 +47,5 @@ def printable(text: str) -> str:
 
 
 def _plain(file: io.StringIO, width: int) -> Console:
-    return Console(file=file, width=width, no_color=True, markup=False, highlight=False)
+    """Of text alone: a notebook would show it at once, and leave none in the file."""
+    return Console(file=file, width=width, no_color=True, markup=False, highlight=False, force_jupyter=False)
