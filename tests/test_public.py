@@ -16,6 +16,7 @@ from vitreg.data.images import demo_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_every_public_name_exists_and_says_what_it_is():
@@ -72,11 +73,11 @@ def test_the_readmes_cure_runs(monkeypatch, tmp_path):
     assert sum(path.stat().st_size for path in Path("my-fix").iterdir()) < 50_000
 
 
-def test_the_readmes_map_names_every_room():
-    tree = README[README.index("## Where things are") :].partition("## The papers")[0]
+def test_the_map_names_every_room():
+    tree = CONTRIBUTING[CONTRIBUTING.index("### Where things are") :].partition("## Walks")[0]
     for path in (ROOT / "vitreg").iterdir():
         if not path.name.startswith("__") and (path.suffix == ".py" or (path / "__init__.py").exists()):
-            assert re.search(rf"\b{re.escape(path.name)}", tree), f"{path.name} is not in the README's map"
+            assert re.search(rf"\b{re.escape(path.name)}", tree), f"{path.name} is not in CONTRIBUTING's map"
 
 
 @pytest.mark.parametrize("script", ["install", "demo", "check", "docs"])

@@ -195,7 +195,7 @@ def test_every_command_with_a_model_has_the_same_options_for_it():
         for option in command.params:
             if option.name in ("size", "trust_remote_code", "random_weights"):
                 seen.setdefault(option.name, []).append((option.opts, option.help, option.default))
-    assert {name: len(options) for name, options in seen.items()} == dict.fromkeys(seen, 8)
+    assert {name: len(options) for name, options in seen.items()} == dict.fromkeys(seen, 9)
     for options in seen.values():
         assert all(option == options[0] for option in options)
 

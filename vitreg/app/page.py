@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vitreg.app import shown
+from vitreg.app import parts, shown
 from vitreg.app.explorer import Explorer
 from vitreg.app.shown import Shown
 from vitreg.app.view import MEAN, MOST_REGISTERS, OWN, REGISTERS, SHIFT, View, name_of
@@ -114,9 +114,9 @@ def _norms(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
     with gr.Tab("Norms", id="norms") as tab:
         text = gr.Markdown(elem_id="norms-text")
         with gr.Row():
-            photo = _image("Photo: patches over the threshold", "norms-photo")
-            shown_map = _image("Map of norms", "norms-map")
-        chosen["layer"] = _layer(explorer, "Layer", "layer")
+            photo = parts.image("Photo: patches over the threshold", "norms-photo")
+            shown_map = parts.image("Map of norms", "norms-map")
+        chosen["layer"] = parts.layer(explorer, "Layer", "layer")
         with gr.Row():
             slider = gr.Slider(
                 round(low, 2), round(high, 2), step=0.005, precision=3, buttons=[], scale=3,
@@ -124,8 +124,8 @@ def _norms(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
             )  # fmt: skip
             chosen["threshold"] = gr.Number(label="or type the norm", elem_id="threshold", min_width=110)
             automatic = gr.Button("Set automatically", size="sm", elem_id="automatic", min_width=130)
-        histogram = _image("Histogram of norms", "norms-histogram")
-        button, file = _data_button("norms")
+        histogram = parts.image("Histogram of norms", "norms-histogram")
+        button, file = parts.data_button("norms")
     threshold = chosen["threshold"]
     slider.input(lambda place: round(10**place, 4), slider, threshold, **_QUIET)
     automatic.click(lambda: None, None, threshold, **_PRIVATE)
@@ -146,17 +146,17 @@ def _attention(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
     with gr.Tab("Attention", id="attention") as tab:
         text = gr.Markdown(elem_id="attention-text")
         with gr.Row():
-            photo = _image("Photo: click a patch to look from it", "attention-photo", scale=2)
-            maps = _image("Attention", "attention-maps", scale=3)
+            photo = parts.image("Photo: click a patch to look from it", "attention-photo", scale=2)
+            maps = parts.image("Attention", "attention-maps", scale=3)
         with gr.Row():
             chosen["source"] = gr.Radio([*explorer.queries, "patch"], label="From", elem_id="source", scale=2)
-            chosen["row"] = _index("Row of the patch", rows, "row")
-            chosen["column"] = _index("Column", columns, "column")
+            chosen["row"] = parts.index("Row of the patch", rows, "row")
+            chosen["column"] = parts.index("Column", columns, "column")
         with gr.Row():
-            chosen["block"] = _layer(explorer, "Block", "block")
+            chosen["block"] = parts.layer(explorer, "Block", "block")
             heads = [MEAN, *map(str, range(explorer.vit.anatomy.heads))]
             chosen["head"] = gr.Dropdown(heads, label="Head", elem_id="head")
-        button, file = _data_button("attention")
+        button, file = parts.data_button("attention")
     _click(photo, explorer, lambda patch: (*patch, "patch"), [chosen[x] for x in ("row", "column", "source")])
     return Tab("attention", shown.attention, tab, {"photo": photo, "maps": maps}, text, button, file)
 
@@ -167,14 +167,14 @@ def _features(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
         text = gr.Markdown(elem_id="features-text")
         with gr.Row():
             with gr.Column(scale=2):
-                photo = _image("Photo: click a patch to compare with it", "features-photo")
+                photo = parts.image("Photo: click a patch to compare with it", "features-photo")
                 with gr.Row():
-                    chosen["like_row"] = _index("Row of the patch", rows, "like-row")
-                    chosen["like_column"] = _index("Column", columns, "like-column")
+                    chosen["like_row"] = parts.index("Row of the patch", rows, "like-row")
+                    chosen["like_column"] = parts.index("Column", columns, "like-column")
             with gr.Column(scale=3):
-                colours = _image("Features as colours", "features-colours")
-                alike = _image("Likeness to the patch", "features-alike")
-        button, file = _data_button("features")
+                colours = parts.image("Features as colours", "features-colours")
+                alike = parts.image("Likeness to the patch", "features-alike")
+        button, file = parts.data_button("features")
     _click(photo, explorer, tuple, [chosen["like_row"], chosen["like_column"]])
     pictures = {"photo": photo, "colours": colours, "alike": alike}
     return Tab("features", shown.features, tab, pictures, text, button, file)
@@ -185,8 +185,8 @@ def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
     with gr.Tab("Neuron switch", id="neurons") as tab:
         text = gr.Markdown(elem_id="neurons-text")
         with gr.Row():
-            norms = _image("Norms", "neurons-norms")
-            attention = _image("Attention", "neurons-attention")
+            norms = parts.image("Norms", "neurons-norms")
+            attention = parts.image("Attention", "neurons-attention")
         chosen["neurons"] = gr.CheckboxGroup([], label="Register neurons", elem_id="neurons")
         with gr.Row():
             chosen["does"] = gr.Radio([REGISTERS, SHIFT], label="Those switched on", elem_id="does")
@@ -196,14 +196,14 @@ def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
             )  # fmt: skip
         with gr.Row():
             with gr.Column():
-                photo = _image("Photo: click a patch, and they fire there", "neurons-photo")
+                photo = parts.image("Photo: click a patch, and they fire there", "neurons-photo")
                 with gr.Row():
-                    chosen["to_row"] = _index("Row", rows, "to-row")
-                    chosen["to_column"] = _index("Column", columns, "to-column")
+                    chosen["to_row"] = parts.index("Row", rows, "to-row")
+                    chosen["to_column"] = parts.index("Column", columns, "to-column")
             with gr.Column():
-                activation = _image("Activation", "neurons-activation")
+                activation = parts.image("Activation", "neurons-activation")
                 chosen["watched"] = gr.Dropdown([], label="Activation of", elem_id="watched")
-        button, file = _data_button("neurons")
+        button, file = parts.data_button("neurons")
     where = [chosen[x] for x in ("to_row", "to_column", "does")]
     _click(photo, explorer, lambda patch: (*patch, SHIFT), where)
     pictures = {"photo": photo, "norms": norms, "attention": attention, "activation": activation}
@@ -213,8 +213,8 @@ def _neurons(explorer: Explorer, chosen: dict[str, Any]) -> Tab:
 def _objects() -> Tab:
     with gr.Tab("Objects", id="objects") as tab:
         text = gr.Markdown(elem_id="objects-text")
-        boxes = _image("Boxes of LOST and TokenCut", "objects-boxes")
-        button, file = _data_button("objects")
+        boxes = parts.image("Boxes of LOST and TokenCut", "objects-boxes")
+        button, file = parts.data_button("objects")
     return Tab("objects", shown.objects, tab, {"boxes": boxes}, text, button, file)
 
 
@@ -222,9 +222,9 @@ def _compare(explorer: Explorer) -> Tab:
     with gr.Tab("Compare", id="compare") as tab:
         text = gr.Markdown(elem_id="compare-text")
         measure = gr.Button("Measure the fix against its controls", variant="primary", elem_id="measure")
-        figure = _image("The versions of the model", "compare-figure")
+        figure = parts.image("The versions of the model", "compare-figure")
         table = gr.Dataframe(label="Measures", interactive=False, wrap=True, elem_id="compare-table")
-        button, file = _data_button("compare")
+        button, file = parts.data_button("compare")
 
     def run(progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 - how gradio asks for one
         found = shown.comparison(explorer, lambda stage: progress(None, desc=stage))
@@ -232,33 +232,6 @@ def _compare(explorer: Explorer) -> Tab:
 
     measure.click(run, None, [text, figure, table], **_PRIVATE)
     return Tab("compare", shown.compared, tab, {"versions": figure}, text, button, file)
-
-
-def _image(label: str, name: str, scale: int = 1) -> Any:
-    """A picture, which has its title in it, or its label as a caption over it if it is a photo."""
-    with gr.Column(scale=scale, min_width=240, elem_classes="picture"):
-        if name.endswith("photo"):
-            gr.Markdown(label)
-        return gr.Image(
-            label=label, show_label=False, format="png", type="pil", interactive=False,
-            buttons=["download", "fullscreen"], elem_id=name, alt_text=label,
-        )  # fmt: skip
-
-
-def _layer(explorer: Explorer, label: str, name: str) -> Any:
-    last = explorer.vit.anatomy.depth - 1
-    return gr.Slider(0, last, step=1, buttons=[], label=f"{label} (0 to {last})", elem_id=name, scale=2)
-
-
-def _index(label: str, count: int, name: str) -> Any:
-    return gr.Number(
-        label=label, minimum=0, maximum=count - 1, step=1, precision=0, elem_id=name, min_width=90
-    )
-
-
-def _data_button(name: str) -> tuple[Any, Any]:
-    button = gr.Button("Data of this view (JSON)", size="sm", elem_id=f"{name}-data")
-    return button, gr.DownloadButton("Download", visible="hidden", elem_id=f"{name}-file")
 
 
 # -- what changes what -----------------------------------------------------------------------------

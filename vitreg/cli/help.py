@@ -24,12 +24,11 @@ Rows = Sequence[tuple[str, str]]
 Panels = Mapping[str, Rows]
 
 START = {
-    "vitreg PHOTO": "see a photo as a model does",
+    "vitreg look PHOTO": "see a photo as a model does",
     "vitreg diagnose MODEL IMAGES": "does the model have artifacts?",
     "vitreg fix MODEL IMAGES -o fix/": "remove them",
     "vitreg verify MODEL fix/ IMAGES": "does the fix help?",
     "vitreg eval TASK MODEL DATA": "measure the model on a task",
-    "vitreg app MODEL": "explore it in the browser",
 }
 NAMES = "MODEL: timm:NAME, hf:ID, open_clip:ARCH/TAG or a folder. IMAGES: a folder or a glob."
 MORE = "vitreg COMMAND --help says more, with examples. vitreg --version prints the version."

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 # The most of a name in a table.
-LETTERS = 30
+LETTERS = 36
 
 
 @dataclass(frozen=True)
