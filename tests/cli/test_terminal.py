@@ -241,5 +241,5 @@ def test_the_readme_shows_what_is_printed(shared, monkeypatch):
     vit = replace(vitreg.load(str(shared / "models" / name)), name=f"timm:{name}")
     report = vitreg.diagnose(vit, vitreg.read_images(demo_photos(), vit))
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    shown = readme.partition("$ vitreg diagnose ")[2].partition("\n")[2].partition("\nNext: ")[0]
+    shown = readme.partition("$ vitreg diagnose timm:")[2].partition("\n")[2].partition("\nNext: ")[0]
     assert str(report).partition("\nNext: ")[0] == shown
