@@ -78,7 +78,7 @@ def ran(command: list[str]) -> str:
 def marked_by_us(photo: str, model: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         ran(ours(photo, model, "--json", f"{folder}/look.json"))
-        (version,) = json.loads(Path(folder, "look.json").read_text())["versions"]
+        (version,) = json.loads(Path(folder, "look.json").read_text(encoding="utf-8"))["versions"]
     return version["photos"][0]["artifacts"]
 
 

@@ -232,7 +232,9 @@ def test_an_output_folder_beside_the_tar_is_welcome(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_stored(tmp_path):
-    with pytest.raises(DataError, match="cannot be stored as 'bfloat16': expected one of float16, float32"):
+    with pytest.raises(
+        DataError, match=r"cannot be stored as 'bfloat16'\..*Expected one of float16, float32"
+    ):
         vitreg.extract_archive(tiny(), tmp_path, tmp_path / "out", dtype="bfloat16")
     with pytest.raises(ValueError, match="shard_images is 0"):
         vitreg.extract_archive(tiny(), tmp_path, tmp_path / "out", shard_images=0)

@@ -132,7 +132,9 @@ def ill(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "width", [x if x == 80 else pytest.param(x, marks=pytest.mark.nightly) for x in WIDTHS]
+)
 def test_each_command_leads_to_the_next(run, ill, tmp_path, monkeypatch, width):
     """diagnose, then what it says, and so on: with the options that were given."""
     model, photos = ill

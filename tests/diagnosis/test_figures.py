@@ -228,7 +228,7 @@ class TestOverview:
             "\n", " "
         )
         assert others.other_artifacts == (others.kind("attention sinks"),)
-        with pytest.raises(KeyError, match="expected one of attention sinks"):
+        with pytest.raises(KeyError, match="Expected one of attention sinks"):
             others.kind("locality")
 
     @pytest.mark.parametrize("name", FIGURES)

@@ -202,7 +202,7 @@ def test_one_class_and_other_classes(tmp_path):
         ({"held_out": "1.5"}, "held_out=1.5: expected a part"),
         ({"steps": "0"}, "steps and train_batch: expected whole numbers from 1 on"),
         ({"train_batch": "-1"}, "steps and train_batch"),
-        ({"protocol": "dino"}, "protocol=dino: .*expected"),
+        ({"protocol": "dino"}, "protocol=dino: .*Expected one of"),
     ],
 )
 def test_settings_out_of_range(data, setting, message):

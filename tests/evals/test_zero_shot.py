@@ -1,6 +1,7 @@
 """Zero-shot classification against open_clip's own pipeline, with a small CLIP of random weights."""
 
 import json
+import re
 import sys
 from functools import cache
 
@@ -197,7 +198,7 @@ def test_from_the_command_line(vit, pictures, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert not ended.value.code
     assert "zero-shot of open_clip:vitreg-tiny" in out
-    assert "  top-1  50.00% [" in out
+    assert re.search(r"  top-1 +50.0+%", out)
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["without"]["metrics"]["top-5"]["value"] == 0.5
     assert found["with"]["fix"] == "registers (3 neurons, 1 register tokens)"
@@ -237,7 +238,7 @@ def test_size_and_dtype_reach_both_towers(vit, pictures, tmp_path, quick):
     [
         ("hf:openai/clip-vit-base-patch32", "has no text tower: expected open_clip:ARCH/TAG"),
         ("open_clip:", "has no text tower"),
-        ("open_clip:ViT-B-99", "no architecture 'ViT-B-99'. Nearest: ViT-B-"),
+        ("open_clip:ViT-B-99", "no architecture 'ViT-B-99'. Did you mean open_clip:ViT-B-"),
         ("open_clip:ViT-B-32/none", "needs one of these tags after a slash"),
     ],
 )

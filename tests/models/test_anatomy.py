@@ -334,7 +334,7 @@ class Shuffled(Authors):
 
 @pytest.mark.parametrize("how", ["columns", "half the size"])
 def test_a_grid_in_another_order_is_refused(how: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"are no grid of 4x5 in row-major|is no grid"):
+    with pytest.raises(UnsupportedModelError, match=r"are not a grid of 4x5 in row-major|shows the grid"):
         vitreg.wrap(randomise(Shuffled(how)).eval())
 
 

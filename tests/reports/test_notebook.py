@@ -78,7 +78,12 @@ def test_a_notebook_shows_the_verdict_a_picture_and_a_table(shown, name):
     assert set(coloured) <= {"#fff"}, "the notebook's own colours; pictures stand on white"
 
 
-@pytest.mark.parametrize("name", NAMES)
+BY_DAY = ("fix", "result")
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in BY_DAY else pytest.param(x, marks=pytest.mark.nightly) for x in NAMES]
+)
 def test_every_result_that_has_a_report_writes_it(shown, name, tmp_path):
     path = tmp_path / "r.html"
     if name in WITHOUT_REPORT:
@@ -160,7 +165,7 @@ def fixes() -> list[vitreg.Fix]:
     found = vitreg.find_fix(phantom.vit, [photos], kind="registers")
     splitting = TokenSplitting.calibrate(phantom.vit, [photos], found.fix.neurons)
     filled = Inpainting.calibrate(phantom.vit, [photos], found.report, directions=1)
-    positions = PositionRepair(grid=(4, 4), patches=(3,), before=torch.zeros(1, 8), after=torch.zeros(1, 8))
+    positions = PositionRepair({}, (4, 4), (3,), torch.zeros(1, 8), torch.zeros(1, 8))
     many = TestTimeRegisters({0: list(range(40))}, registers=2)
     return [found.fix, splitting, filled, many, ShiftAverage(), positions]
 

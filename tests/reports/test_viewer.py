@@ -386,6 +386,7 @@ def test_an_oblong_photo_keeps_its_shape(opened, tmp_path):
 # -- what is written -------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_twelve_photos_stay_far_below_the_limit(tmp_path):
     random = np.random.default_rng(0)
     before, after = (make_report(artifacts, depth=24) for artifacts in (True, False))

@@ -183,7 +183,7 @@ def test_auto_stays_with_registers_where_splitting_is_refused(planted, monkeypat
     monkeypatch.setattr(TokenSplitting, "edits", refuse)
     cure = cure_of(planted)
     assert type(cure.fix) is TestTimeRegisters
-    assert cure.choice.startswith("calibrated test-time registers, though the model notices")
+    assert cure.choice.startswith("calibrated test-time registers, though the model's outputs change")
     assert "block 1 normalises" in cure.choice
 
 
@@ -327,7 +327,7 @@ def is_repaired_or_refused(cure: vitreg.FixSearch, kind: str, fix: type[Fix]) ->
     assert type(cure.fix) is fix
     assert cure.verdict.verdict == "helps", cure.verdict.reason
     assert not cure.verdict.after.has_artifacts
-    assert f"for the {kind}" in cure.choice
+    assert f"because the {kind}" in cure.choice
     return True
 
 
@@ -510,7 +510,7 @@ def nothing() -> vitreg.FixSearch:
 def test_a_model_without_artifacts_gets_no_fix(nothing, tmp_path):
     assert nothing.fix is None
     assert nothing.verdict.verdict == "no artifacts"
-    assert str(nothing).startswith("VisionTransformer: no artifacts\n")
+    assert str(nothing).startswith("No artifacts, nothing to fix: VisionTransformer\n")
     with pytest.raises(vitreg.FixError, match="no artifacts"):
         nothing.save(tmp_path / "fix")
     assert not (tmp_path / "fix").exists()

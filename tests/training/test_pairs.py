@@ -198,7 +198,7 @@ def test_many_in_a_row_are_no_accident(tmp_path):
         ([("7.png", photo(7)), ("7.txt", "é".encode("latin1"))], "1 have a caption that is not UTF-8"),
         ([("7.png", photo(7)), ("8.txt", b"b")], "1 have no caption, 1 have no image"),
         ([*sample(7), ("0007.jpg", photo(8))], "of 3 samples, 1 have several images; the first is 0007"),
-        ([("7.png", photo(7)), ("7.png", photo(7))], "is no whole tar.*duplicate"),
+        ([("7.png", photo(7)), ("7.png", photo(7))], "is not a complete tar.*duplicate"),
     ],
 )  # fmt: skip
 def test_samples_without_image_or_caption(tmp_path, members, expected):
@@ -233,7 +233,7 @@ def test_a_shard_with_a_damaged_header(tmp_path):
     content = bytearray(write(tmp_path / "x.tar", sample(1) + sample(2)).read_bytes())
     content[4 * 512 : 4 * 512 + 50] = os.urandom(50)
     (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.tar is no whole tar .*damaged, at byte 2048"):
+    with pytest.raises(DataError, match=r"x\.tar is not a complete tar .*damaged, at byte 2048"):
         ImageTextShards(tmp_path)
 
 

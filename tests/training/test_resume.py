@@ -275,7 +275,7 @@ def test_what_is_no_number_stops_the_run(data, whole, tmp_path, hit, what, messa
 def test_weights_that_are_no_number_are_not_written(data, tmp_path, hit):
     """They would be found by the loss after the checkpoint only."""
     hit("nan-weight", 6)
-    with pytest.raises(NonFiniteError, match=r"a weight after step 6 is no number\. .* is of step 3"):
+    with pytest.raises(NonFiniteError, match=r"a weight after step 6 is not a number\. .* is of step 3"):
         train(tiny(data), tmp_path, CPU)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 3
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]

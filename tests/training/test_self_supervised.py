@@ -298,6 +298,7 @@ def test_the_small_recipe_starts(data, tmp_path) -> None:
         assert run.step == 2
 
 
+@pytest.mark.nightly
 def test_the_full_size_recipe_takes_two_steps(data, tmp_path) -> None:
     """All settings but these, for memory (true size: 5 GB of checkpoint): 2 of 24 blocks, 256 prototypes."""
     recipe = with_settings(

@@ -203,6 +203,7 @@ def test_classes_of_train_and_val_that_differ(data, tmp_path):
         tiny(folder).objective()
 
 
+@pytest.mark.nightly
 def test_the_full_size_recipe_takes_two_steps(data, tmp_path):
     """With 2 of its 12 blocks and 2 photos in a batch; all else is as in the recipe."""
     recipe = find_recipe("supervised_vit_b")

@@ -270,6 +270,7 @@ def test_the_small_recipe_is_what_it_says(data):
     assert objective.vit.patch_embed.grid_size == (8, 8)
 
 
+@pytest.mark.nightly
 def test_the_full_size_recipe_takes_two_steps(data, tmp_path):
     """The true towers, those of open_clip's ViT-B/16 with four registers; only the batch is small."""
     recipe = dataclasses.replace(find_recipe("text_vit_b"), data=str(data), val="", batch_size=2, steps=2)

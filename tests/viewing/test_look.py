@@ -84,7 +84,7 @@ def test_maps_and_features_are_the_models(name: str) -> None:
     assert torch.allclose(version.features[vit.anatomy.depth - 1], version.last, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["timm vit", "hf dinov2 registers", "timm siglip"])
 def test_every_picture_can_be_drawn_and_is_the_same_again(name: str) -> None:
     vit = CATALOG[name].backbone()
     pixels = torch.randn(2, 3, *vit.image_size, generator=torch.Generator().manual_seed(1))
@@ -171,7 +171,7 @@ def test_an_unreadable_photo_is_named(example, tmp_path: Path) -> None:
         vitreg.look(vit, tmp_path / "broken.jpg")
     seen = vitreg.look(vit, [str(tmp_path / "broken.jpg"), str(demo_photos()[0])])
     assert [failed["path"] for failed in seen.failed] == [str(tmp_path / "broken.jpg")]
-    assert "broken.jpg" in str(seen)
+    assert "broken.jpg could not be read" in seen.full()
 
 
 def test_what_is_no_token_is_refused(example) -> None:
