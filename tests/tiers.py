@@ -75,3 +75,8 @@ def _member(item: pytest.Item) -> _Member:
         next((name for name in names if isinstance(name, str) and name in CATALOG), None),
         next((seed for seed in seeds if isinstance(seed, int)), 0),
     )
+
+
+def seeds(count: int) -> list[Any]:
+    """Seeds from 0 on: the first by day, the others for the night only."""
+    return [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, count))]

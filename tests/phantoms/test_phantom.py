@@ -7,6 +7,7 @@ import timm
 import torch
 from catalog import CATALOG, images
 from phantoms import ARCHITECTURES, Member, crops, members
+from tiers import seeds
 
 import vitreg
 from vitreg.phantoms.phantom import plant
@@ -18,7 +19,7 @@ def f1(truth: torch.Tensor, found: torch.Tensor) -> float:
     return 2 * int((truth & found).sum()) / (int(truth.sum()) + int(found.sum()))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_artifacts_are_found_exactly(name, seed):
     vit = CATALOG[name].backbone(seed)
@@ -35,7 +36,7 @@ def test_planted_artifacts_are_found_exactly(name, seed):
     assert report.outlier_fraction == pytest.approx(phantom.rate, rel=0.02)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_noise_shows_no_artifacts(name, seed):
     vit = CATALOG[name].backbone(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from catalog import CATALOG, Entry, hf_entry, images, open_clip_visual, timm_entry
 from phantoms import ARCHITECTURES, Member, crops
+from tiers import seeds
 
 import vitreg
 from vitreg.fixes import TestTimeRegisters, TokenSplitting
@@ -75,7 +76,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 @pytest.mark.parametrize("name", sorted(LARGE))
 def test_a_register_brings_back_the_model_that_was_planted_into(name, seed):
     vit = LARGE[name].backbone(seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from catalog import CATALOG, images
 from phantoms import crops
+from tiers import seeds
 from torch import nn
 
 import vitreg
@@ -49,7 +50,7 @@ def named(origin: Origin, kind: str, *layers: int) -> bool:
     return (origin.kind, origin.layers) == (kind, layers) and origin.removed > 0.95 and origin.control < 0.1
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", STEMS)
 def test_a_planted_position_embedding_is_named(name, seed):
     vit = CATALOG[name].backbone(seed)
@@ -61,7 +62,7 @@ def test_a_planted_position_embedding_is_named(name, seed):
     assert origin.adds > 0.8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", STEMS)
 def test_a_planted_patch_embedding_is_named(name, seed):
     vit = CATALOG[name].backbone(seed)
@@ -73,7 +74,7 @@ def test_a_planted_patch_embedding_is_named(name, seed):
     assert origin.adds > 0.8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_planted_attention_output_is_named(name, seed):
     vit = CATALOG[name].backbone(seed)
@@ -84,7 +85,7 @@ def test_a_planted_attention_output_is_named(name, seed):
     assert origin.adds > 0.8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", BLOCKS)
 def test_planted_neurons_are_named(name, seed):
     vit = CATALOG[name].backbone(seed)

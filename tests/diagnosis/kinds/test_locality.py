@@ -6,6 +6,7 @@ import pytest
 import torch
 from catalog import CATALOG, images
 from phantoms import crops
+from tiers import seeds
 
 import vitreg
 from vitreg.diagnosis.kinds.locality import Locality, Pairs
@@ -33,7 +34,7 @@ def found(vit: vitreg.Backbone, photos: Any) -> Locality:
     return finding
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_lost_locality_is_found_in_its_block(name, seed):
     vit = CATALOG[name].backbone(seed)

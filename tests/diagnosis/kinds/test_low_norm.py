@@ -4,6 +4,7 @@ import pytest
 import torch
 from catalog import CATALOG
 from scenes import finding, scenes
+from tiers import seeds
 
 from vitreg.diagnosis.bins import LogBins
 from vitreg.diagnosis.kinds import Context
@@ -22,7 +23,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_low_norms_are_found_where_they_are(name, seed):
     vit = CATALOG[name].backbone(seed)

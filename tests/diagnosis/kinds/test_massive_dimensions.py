@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from catalog import CATALOG
 from phantoms import crops
 from scenes import finding, scenes
+from tiers import seeds
 
 import vitreg
 from vitreg.phantoms.massive_dimensions import plant_massive_dimensions
@@ -23,7 +24,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_dimensions_are_named(name, seed):
     vit = CATALOG[name].backbone(seed)
@@ -38,7 +39,7 @@ def test_planted_dimensions_are_named(name, seed):
     assert all(f"{dimension}" in str(found) for dimension in phantom.dimensions)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_cosines_are_those_between_patches_of_one_photo(seed):
     vit = CATALOG["timm vit"].backbone(seed)
     photos = scenes(vit, 8, seed)

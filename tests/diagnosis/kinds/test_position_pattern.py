@@ -7,6 +7,7 @@ import torch
 from catalog import CATALOG, images
 from phantoms import crops
 from ranked import copied, differences, of_each
+from tiers import seeds
 
 import vitreg
 from vitreg.data.images import read_images
@@ -33,7 +34,7 @@ def found(vit: vitreg.Backbone, photos: Any) -> PositionPattern:
     return finding
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_pattern_is_found_with_its_share_and_rank(name, seed):
     vit = CATALOG[name].backbone(seed)

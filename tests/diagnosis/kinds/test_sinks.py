@@ -5,6 +5,7 @@ import torch
 from catalog import CATALOG, images
 from phantoms import crops
 from scenes import LARGER_GRID, finding, scenes
+from tiers import seeds
 
 import vitreg
 from vitreg.diagnosis.kinds import Context
@@ -19,7 +20,7 @@ from vitreg.search.register_neurons import find_register_neurons
 KIND = "attention sinks"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", LARGER_GRID)
 def test_planted_sinks_are_found_where_they_are(name, seed):
     vit = LARGER_GRID[name].backbone(seed)

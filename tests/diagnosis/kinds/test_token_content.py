@@ -7,6 +7,7 @@ import torch
 from catalog import CATALOG, images
 from phantoms import crops, save_crops
 from ranked import copied, differences, of_each
+from tiers import seeds
 
 import vitreg
 from vitreg.data.images import read_images
@@ -36,7 +37,7 @@ def found(vit: vitreg.Backbone, photos: Any) -> TokenContent:
     return finding
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", PLANTED)
 def test_each_kind_is_found_and_told_from_the_other(name, seed):
     vit = CATALOG[name].backbone(seed)
