@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 import typer
+from made_pages import make_before_building
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -102,12 +103,5 @@ def _cell(text: str | None) -> str:
     return re.sub(r"\s+", " ", text or "").replace("|", "\\|")
 
 
-def write_page(app: "Sphinx") -> None:
-    text = page()
-    if not PAGE.exists() or PAGE.read_text() != text:
-        PAGE.write_text(text)
-
-
 def setup(app: "Sphinx") -> dict[str, bool]:
-    app.connect("builder-inited", write_page)
-    return {"parallel_read_safe": True}
+    return make_before_building(app, PAGE, page)

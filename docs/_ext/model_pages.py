@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from made_pages import make_before_building
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -96,12 +98,5 @@ def _shown(row: Row) -> Row:
     return library, name, verdict, family, why
 
 
-def write_page(app: "Sphinx") -> None:
-    text = page()
-    if not PAGE.exists() or PAGE.read_text() != text:
-        PAGE.write_text(text)
-
-
 def setup(app: "Sphinx") -> dict[str, bool]:
-    app.connect("builder-inited", write_page)
-    return {"parallel_read_safe": True}
+    return make_before_building(app, PAGE, page)

@@ -2,23 +2,14 @@
 
 import shlex
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 from command_line import fails
 
-import vitreg
 from vitreg.cli.roles import check_order
 from vitreg.errors import VitregError
 
 NEVER = "timm:never-loaded"
-
-
-@pytest.fixture
-def here(tmp_path, photos, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    vitreg.TestTimeRegisters({1: [3]}).save("saved")
-    return tmp_path
 
 
 # -- names ----------------------------------------------------------------------------------------------

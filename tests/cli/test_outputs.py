@@ -15,13 +15,6 @@ from vitreg.plots.style import image
 NEVER = "timm:never-loaded"
 
 
-@pytest.fixture
-def here(tmp_path, photos, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    vitreg.TestTimeRegisters({1: [3]}).save("saved")
-    return tmp_path
-
-
 # -- nothing is overwritten, and all outputs are checked before any work ---------------------------------
 
 OUTPUTS = {

@@ -18,6 +18,7 @@ from authors_models import Authors
 from catalog import CATALOG, Truth, built, images
 from looking import footprint, image_with_and_without_a_change, most_changed, removing, same, tensors
 from paired_models import Paired
+from softmaxes import Softmaxes
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -57,20 +58,6 @@ class AttentionResults(TorchFunctionMode):
             self.results.append((result, ()))
         elif func is F.multi_head_attention_forward:
             self.results.append((result[0], (args[11], args[12])))  # out_proj_weight, out_proj_bias
-        return result
-
-
-class Softmaxes(TorchFunctionMode):
-    """Keeps what each softmax of a model gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.__name__ == "softmax":
-            self.results.append(result)
         return result
 
 

@@ -16,8 +16,8 @@ from catalog import images
 from looking import close, different, removing, same, tensors
 from packed_models import PACKED, WIDTH, packed, run_rows
 from phantoms import crops
+from softmaxes import Softmaxes
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import vitreg
 from vitreg.errors import UnsupportedModelError
@@ -45,20 +45,6 @@ def vit(name: str) -> vitreg.Backbone:
 def by_image(row: Tensor, count: int, places: Tensor) -> Tensor:
     """(b, p, c) of a row (b*p, c) or (1, b*p, c)."""
     return row.reshape(count, len(places), row.shape[-1])[:, places]
-
-
-class Softmaxes(TorchFunctionMode):
-    """Keeps what each softmax gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.__name__ == "softmax":
-            self.results.append(result)
-        return result
 
 
 def own_rows(name: str, vit: vitreg.Backbone, batch: Tensor) -> list[Tensor]:

@@ -145,8 +145,12 @@ class Explorer:
         """The patches' features, after the final norm."""
         return self._keep(("features", photo.key, version.key), version, lambda: self._features(photo))
 
+    @cached_property
+    def _observe(self) -> Observer:
+        return Observer(self.vit, ["patches"])  # runs the model once, to see what follows its blocks
+
     def _features(self, photo: Photo) -> Float[Tensor, "gh gw d"]:
-        rows = Observer(self.vit, ["patches"])(photo.pixels)["patches"]
+        rows = self._observe(photo.pixels)["patches"]
         return rows[0].unflatten(0, self.vit.layout_for(photo.pixels).grid)
 
     def boxes(self, photo: Photo, version: ShownVersion = AS_IT_IS) -> dict[str, Float[np.ndarray, "4"]]:

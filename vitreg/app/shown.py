@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
-from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, Pick, ShownVersion
+from vitreg.app.explorer import AS_IT_IS, DISCOVERY, Explorer, Photo, ShownVersion
 from vitreg.app.view import SHIFT, View, place_of
 from vitreg.diagnosis.outliers import OutlierRule
 from vitreg.plots.box_grid import BoxedPhoto, box_grid
@@ -29,6 +27,7 @@ from vitreg.plots.principal import PrincipalColours
 from vitreg.plots.style import number, percent, png, short_name
 from vitreg.verification.figure import versions_figure
 from vitreg.verification.verdict import measure_table
+from vitreg.viewing.patches import cosines_to
 
 DPI = 130
 
@@ -101,7 +100,7 @@ def features(explorer: Explorer, photo: Photo, view: View) -> Shown:
     seen = {name: explorer.features(photo, version) for name, version in versions(explorer).items()}
     colours = PrincipalColours.of_most(seen["before"], ~torch.from_numpy(outliers))
     drawn = {name: colours(one).numpy() for name, one in seen.items()}
-    alike = {name: similarity(one, view.like) for name, one in seen.items()}
+    alike = {name: cosines_to(one, view.like) for name, one in seen.items()}
     pictures = {
         "photo": picture(photo_with_patches(photo.image, outliers, view.like)),
         "colours": picture(pictures_side_by_side(drawn, outliers, view.like, size)),
@@ -115,13 +114,6 @@ def features(explorer: Explorer, photo: Photo, view: View) -> Shown:
     )
     text = "  \n".join([text, *filter(None, [explorer.why_no_fix])])
     return Shown(pictures, text, _data(photo, view, colours=drawn, cosines=alike, outliers=outliers))
-
-
-def similarity(features: Float[Tensor, "gh gw d"], patch: Pick) -> Float[np.ndarray, "gh gw"]:
-    """The cosine of all patches' features to those of one."""
-    units = F.normalize(features, dim=-1)
-    alike: np.ndarray = (units @ units[patch]).numpy()
-    return alike
 
 
 def neurons(explorer: Explorer, photo: Photo, view: View) -> Shown:

@@ -142,9 +142,7 @@ def feature_pictures(versions: Sequence[Diagnosis]) -> list[list[UInt8[np.ndarra
     """
     first, pictures = versions[0], []
     for example in first.examples:
-        normal = np.ones(example.norms.shape[1:], bool)
-        if first.rule.marks_any:
-            normal = ~first.rule.mask(example.norms[first.rule.layer])
+        normal = ~first.rule.mask(example.norms[first.rule.layer])
         pictures.append(
             PrincipalColours.of_most(torch.from_numpy(example.features), torch.from_numpy(normal))
         )

@@ -17,15 +17,14 @@ from vitreg.viewing.wording import sentence, table, what_judged
 
 def write_look(seen: Look, path: str | Path, figure: Any = None) -> Path:
     """Write what was seen, with `figure` (default: `seen.figure()`); returns the path."""
-    alarming = any(version.diagnosis.has_artifacts for version in seen.versions)
     lines = [sentence(seen, version, 0, named=False) for version in seen.versions]
     title = f"{len(seen.names)} photos" if len(seen.names) > 1 else short_name(seen.names[0])
     top = Banner(
-        "found" if alarming else "none",
+        "found" if seen.has_artifacts else "none",
         title,
         ", ".join(dict.fromkeys(version.model for version in seen.versions)),
         [*(lines if len(seen.names) == 1 else ()), what_judged(seen)],
-        any(version.diagnosis.planted for version in seen.versions),
+        seen.planted,
     )
     drawn = picture(
         seen.figure if figure is None else lambda: figure,

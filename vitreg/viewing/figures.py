@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
@@ -18,7 +16,7 @@ from vitreg.diagnosis.wording import kind_of_query
 from vitreg.plots.style import NORM_COLOURS, SHARE_COLOURS, house_style, mark_phantom
 from vitreg.viewing.colours import feature_colours, layer_colours
 from vitreg.viewing.grid import Legend, Panel, Row, Scale, grid_figure
-from vitreg.viewing.patches import PatchName, patch_of, same_place, title_of
+from vitreg.viewing.patches import PatchName, cosines_to, patch_of, same_place, title_of
 from vitreg.viewing.wording import sentence, what_judged
 
 if TYPE_CHECKING:
@@ -92,7 +90,7 @@ def similarity_figure(look: "Look", patches: Sequence[PatchName], photo: int) ->
         for name in patches:
             here = patch_of(name, photo, first)
             patch = same_place(here, first.diagnosis.grid, version.diagnosis.grid)
-            panels.append(Panel(cosines(version, photo)[patch], scale, "", patch))
+            panels.append(Panel(cosines_to(version.last[photo], patch), scale, "", patch))
         rows.append(_row(look, version, photo, panels))
     titles = ["photo, artifacts outlined", *(f"like {title_of(name)}" for name in patches)]
     return _marked(grid_figure(_text(look, photo), titles, rows, [Legend(1, len(patches), scale)]), look)
@@ -129,13 +127,6 @@ def relative_attention(version: "LookVersion", photo: int, layer: int) -> Float[
     shares = version.photos[photo].attention[layer]
     relative: np.ndarray = shares * shares.size
     return relative
-
-
-def cosines(version: "LookVersion", photo: int) -> Float[np.ndarray, "gh gw gh gw"]:
-    """The cosine of each patch's features to those of each other, after the final norm."""
-    features = F.normalize(version.last[photo], dim=-1)
-    alike: np.ndarray = torch.einsum("ijd,kld->ijkl", features, features).numpy()
-    return alike
 
 
 def _norm_scale(maps: Sequence[Float[np.ndarray, "..."]]) -> Scale:
@@ -184,5 +175,5 @@ def _source(look: "Look") -> str:
 
 
 def _marked(figure: Figure, look: "Look") -> Figure:
-    mark_phantom(figure, any(version.diagnosis.planted for version in look.versions))
+    mark_phantom(figure, look.planted)
     return figure

@@ -5,7 +5,7 @@ Maps that are compared share a `Scale`: its colours mean the same in each of the
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Shaped
@@ -73,7 +73,7 @@ class Legend:
     first: int
     last: int
     scale: Scale | None = None
-    words: str = field(default="")
+    words: str = ""
 
 
 def grid_figure(

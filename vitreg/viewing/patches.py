@@ -7,6 +7,9 @@ parse("3,4")                             # what the command line says
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from vitreg.diagnosis.one_image import Query
 
@@ -65,3 +68,10 @@ def query_of(name: PatchName, photo: int, first: "LookVersion", version: "LookVe
     if isinstance(name, str) and name.startswith("register"):
         return name
     return same_place(patch_of(name, photo, first), first.diagnosis.grid, version.diagnosis.grid)
+
+
+def cosines_to(features: Float[Tensor, "gh gw d"], patch: Patch) -> Float[np.ndarray, "gh gw"]:
+    """The cosine of all patches' features to those of one."""
+    units = F.normalize(features, dim=-1)
+    alike: np.ndarray = (units @ units[patch]).numpy()
+    return alike

@@ -49,9 +49,8 @@ class LookVersion:
 
     def outliers(self, photo: int) -> Bool[np.ndarray, "gh gw"]:
         """The photo's patches that are artifacts."""
-        rule, example = self.diagnosis.rule, self.photos[photo]
-        norms = example.norms[rule.layer]
-        return rule.mask(norms) if rule.marks_any else np.zeros(norms.shape, bool)
+        rule = self.diagnosis.rule
+        return rule.mask(self.photos[photo].norms[rule.layer])
 
     @property
     def photos(self) -> list[Example]:
@@ -73,6 +72,16 @@ class Look(Presented):
     def names(self) -> list[str]:
         """The photos' names."""
         return [example.name for example in self.versions[0].photos]
+
+    @property
+    def has_artifacts(self) -> bool:
+        """Whether any of the versions has."""
+        return any(version.diagnosis.has_artifacts for version in self.versions)
+
+    @property
+    def planted(self) -> bool:
+        """Whether one of the models is a phantom."""
+        return any(version.diagnosis.planted for version in self.versions)
 
     def unfixed(self, version: LookVersion) -> LookVersion:
         """The same model without the fix."""
@@ -128,10 +137,10 @@ class Look(Presented):
 
     def summary(self) -> Summary:
         """Which patches are artifacts, in each photo and version, and what to make of it."""
-        alarming = any(version.diagnosis.has_artifacts for version in self.versions)
         subject = short_name(self.names[0]) if len(self.names) == 1 else f"{len(self.names)} photos"
+        verdict = "artifacts" if self.has_artifacts else "no artifacts"
         heads, rows = table(self)
-        return Summary("artifacts" if alarming else "no artifacts", subject, rows, heads, self._notes())
+        return Summary(verdict, subject, rows, heads, self._notes())
 
     def full(self) -> str:
         lines = [
@@ -142,9 +151,8 @@ class Look(Presented):
         return "\n".join([*lines, *self._notes()])
 
     def _notes(self) -> list[str]:
-        planted = any(version.diagnosis.planted for version in self.versions)
         unread = [f"{failed['path']} could not be read: {failed['reason']}" for failed in self.failed]
-        return [*([f"{PHANTOM}."] if planted else []), *unread, what_judged(self)]
+        return [*([f"{PHANTOM}."] if self.planted else []), *unread, what_judged(self)]
 
     def __repr__(self) -> str:
         found = ", ".join(f"{version.label}: {version.diagnosis.verdict}" for version in self.versions)
